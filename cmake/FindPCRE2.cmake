@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: MIT
+#
+# The 8-bit library of PCRE2: PCRE2::8BIT, as PCRE2's own package file calls it.
+include(FindPackageHandleStandardArgs)
+
+find_path(PCRE2_INCLUDE_DIR pcre2.h)
+find_library(PCRE2_8BIT_LIBRARY NAMES pcre2-8)
+mark_as_advanced(PCRE2_INCLUDE_DIR PCRE2_8BIT_LIBRARY)
+
+if(PCRE2_INCLUDE_DIR)
+  file(STRINGS "${PCRE2_INCLUDE_DIR}/pcre2.h" PCRE2_VERSION REGEX "define PCRE2_M(AJ|IN)OR ")
+  string(REGEX MATCHALL " [0-9]+" PCRE2_VERSION "${PCRE2_VERSION}")
+  list(TRANSFORM PCRE2_VERSION STRIP)
+  list(JOIN PCRE2_VERSION "." PCRE2_VERSION)
+endif()
+
+find_package_handle_standard_args(
+  PCRE2
+  REQUIRED_VARS PCRE2_8BIT_LIBRARY PCRE2_INCLUDE_DIR
+  VERSION_VAR PCRE2_VERSION)
+
+if(PCRE2_FOUND AND NOT TARGET PCRE2::8BIT)
+  add_library(PCRE2::8BIT UNKNOWN IMPORTED)
+  set_target_properties(PCRE2::8BIT PROPERTIES
+    IMPORTED_LOCATION "${PCRE2_8BIT_LIBRARY}"
+    INTERFACE_INCLUDE_DIRECTORIES "${PCRE2_INCLUDE_DIR}")
+endif()

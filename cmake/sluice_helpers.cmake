@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+include_guard()
+
+# Headers that need sluice::io. Everything else compiles with Eigen alone; the structure test holds
+# the headers to this.
+set(SLUICE_IO_HEADER_REGEX
+    "/sluice/(io/.*|model/load[^/]*|model/detail/collect_weights)\\.hpp$")
+
+# sluice_find_part(<PART> <found> "<package>|<version>|<Debian package>"...)
+#
+# Looks for the packages of an optional part as SLUICE_<PART> asks: OFF looks for nothing, AUTO
+# names what is missing and leaves the part out, ON fails. Sets <found> to ON or OFF.
+# A macro, because packages found inside a function would lose their variables.
+macro(sluice_find_part part found)
+  set(${found} OFF)
+  set(part_missing "")
+  if(SLUICE_${part})  # AUTO, ON or any other way to say yes
+    foreach(part_entry IN ITEMS ${ARGN})
+      string(REPLACE "|" ";" part_entry "${part_entry}")
+      list(GET part_entry 0 part_package)
+      list(GET part_entry 1 part_version)
+      list(GET part_entry 2 part_debian)
+      if(NOT TARGET ${part_package}::${part_package})
+        find_package(${part_package} ${part_version} QUIET)
+        if(NOT ${part_package}_FOUND)
+          list(APPEND part_missing "${part_package} ${part_version} (Debian: ${part_debian})")
+        endif()
+      endif()
+    endforeach()
+    if(NOT part_missing)
+      set(${found} ON)
+    else()
+      list(JOIN part_missing ", " part_missing)
+      if("${SLUICE_${part}}" STREQUAL "AUTO")
+        message(STATUS "sluice: SLUICE_${part} is left out, not found: ${part_missing}")
+      else()
+        message(FATAL_ERROR "SLUICE_${part} is ON, not found: ${part_missing}")
+      endif()
+    endif()
+  endif()
+endmacro()
+
+# sluice_needs_io(<file> <result>): whether a source file names a header that needs sluice::io.
+function(sluice_needs_io file result)
+  file(STRINGS "${file}" lines REGEX "^ *#include [<\"]sluice/(io/|model/load)")
+  if(lines)
+    set(${result} ON PARENT_SCOPE)
+  else()
+    set(${result} OFF PARENT_SCOPE)
+  endif()
+endfunction()

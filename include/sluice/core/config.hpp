@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+/// Every macro of the library: compiler facts that the language cannot ask for, each defined to 0
+/// or 1, and the debug assertion. Nothing else in the library tests a compiler macro, except the
+/// vector layer in backend/cpu/simd.hpp.
+#pragma once
+
+#if defined(__CUDACC__)
+#error "CPU headers of sluice must not be compiled by nvcc: Eigen loses its SIMD code there, and the \
+linker may keep that slow copy for the whole program. Include <sluice/sluice.cuh> in .cu files."
+#endif
+
+#if !defined(SLUICE_DEBUG_ASSERTS)
+#if defined(NDEBUG)
+#define SLUICE_DEBUG_ASSERTS 0
+#else
+#define SLUICE_DEBUG_ASSERTS 1
+#endif
+#endif
+
+#if SLUICE_DEBUG_ASSERTS
+#include <cassert>
+/// Checks a precondition of a hot function in debug builds; nothing in release builds.
+#define SLUICE_ASSERT(condition) assert(condition)
+#else
+#define SLUICE_ASSERT(condition) ((void)0)
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define SLUICE_RESTRICT __restrict__
+#define SLUICE_HAS_VECTOR_EXTENSIONS 1
+#else
+#define SLUICE_RESTRICT
+#define SLUICE_HAS_VECTOR_EXTENSIONS 0
+#endif

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT
+/// Every header of the library that needs Eigen alone. The readers of files and the tokenisers
+/// (sluice/io/, sluice/model/load*.hpp) are included by name and need the target sluice::io.
+#pragma once
+
+#include "sluice/core/config.hpp"  // first: it tells nvcc to stop
+
+#include "sluice/core/atomic_file.hpp"
+#include "sluice/core/backend.hpp"
+#include "sluice/core/byte_stream.hpp"
+#include "sluice/core/checksum.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/random.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/token.hpp"
+#include "sluice/core/version.hpp"
+#include "sluice/core/view.hpp"

@@ -1,0 +1,3 @@
+// expect: CPU headers of sluice must not be compiled by nvcc
+// SPDX-License-Identifier: MIT
+#include <sluice/sluice.hpp>
