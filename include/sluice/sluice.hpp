@@ -17,3 +17,7 @@
 #include "sluice/core/token.hpp"
 #include "sluice/core/version.hpp"
 #include "sluice/core/view.hpp"
+
+#include "sluice/position/alibi.hpp"
+#include "sluice/position/position.hpp"
+#include "sluice/position/rotary.hpp"
