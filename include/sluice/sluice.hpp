@@ -21,3 +21,7 @@
 #include "sluice/position/alibi.hpp"
 #include "sluice/position/position.hpp"
 #include "sluice/position/rotary.hpp"
+
+#include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/retention.hpp"
+#include "sluice/cache/segment.hpp"

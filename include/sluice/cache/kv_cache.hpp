@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: MIT
+/// Keys and values of all layers of one stream, in memory that is fixed at construction, presented
+/// to attention as segments. Layers may retain different tokens (alternating local and global
+/// layers): each names one of a few retentions.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "sluice/cache/retention.hpp"
+#include "sluice/cache/segment.hpp"
+#include "sluice/core/backend.hpp"
+#include "sluice/core/byte_stream.hpp"
+#include "sluice/core/config.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/position/rotary.hpp"
+
+namespace sluice {
+
+/// Extents that all layers share.
+struct KvShape {
+  std::int64_t num_layers = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;   ///< channels of a key
+  std::int64_t value_dim = 0;  ///< channels of a value
+};
+
+/// How one layer uses the cache.
+struct LayerCacheConfig {
+  int retention = 0;               ///< index into the retentions
+  const Rotary* rotary = nullptr;  ///< null: keys carry no rotation; must outlive the cache
+};
+
+/// A cache of one stream. Key and Value: float, f16 or bf16; layout [num_kv_heads, capacity, dim] in
+/// each layer.
+///
+/// Protocol of a step with T tokens: append(T); for each layer store() the T new keys and values,
+/// then attend over segments(); commit() (or rollback()). Only construction allocates. One thread
+/// changes the cache; store() of different rows or layers may run on several.
+template <RotaryElement Key, RotaryElement Value = Key, Backend Tag = cpu>
+class KvCache {
+ public:
+  using SegmentType = Segment<Key, Value>;
+  static constexpr int kMaxSegments = Retention::kMaxSegments;
+
+  /// Allocates bytes() at once. `layers` has one entry per layer.
+  /// \throws Error(kConfig, kShape) when extents are not positive, a layer names a retention that
+  /// does not exist, or a retention does not fit in itself.
+  KvCache(const KvShape& shape, std::span<const RetentionConfig> retentions,
+          std::span<const LayerCacheConfig> layers)
+      : shape_(shape) {
+    check_shape(retentions, layers);
+    for (const RetentionConfig& config : retentions) retentions_.emplace_back(config);
+    std::int64_t key_count = 0;
+    std::int64_t value_count = 0;
+    for (const LayerCacheConfig& config : layers) {
+      const RetentionConfig& retention = retentions[static_cast<std::size_t>(config.retention)];
+      layers_.push_back({config.retention, config.rotary, key_count, value_count, nullptr});
+      key_count += elements("head_dim", retention.capacity, shape.head_dim);
+      value_count += elements("value_dim", retention.capacity, shape.value_dim);
+      if (retention.key_form == KeyForm::kRaw && config.rotary != nullptr)
+        layers_.back().key_rotation = raw_key_table(*config.rotary, retention.capacity);
+    }
+    keys_ = Buffer<Key, Tag>(static_cast<std::size_t>(key_count));
+    values_ = Buffer<Value, Tag>(static_cast<std::size_t>(value_count));
+  }
+
+  const KvShape& shape() const { return shape_; }
+  std::span<const Retention> retentions() const { return retentions_; }
+  const Retention& retention(std::int64_t layer) const {
+    return retentions_[static_cast<std::size_t>(at(layer).retention)];
+  }
+  const Rotary* rotary(std::int64_t layer) const { return at(layer).rotary; }
+  /// Stream index of the next token.
+  std::int64_t total() const { return retentions_.front().total(); }
+  /// Bytes of keys and values.
+  std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
+  /// The most tokens that append() takes at once.
+  std::int64_t max_chunk() const {
+    std::int64_t result = retentions_.front().config().max_chunk;
+    for (const Retention& retention : retentions_)
+      result = std::min(result, retention.config().max_chunk);
+    return result;
+  }
+
+  /// Whether `tokens` more fit now, in every retention.
+  CacheStatus status(std::int64_t tokens) const {
+    for (const Retention& retention : retentions_)
+      if (retention.status(tokens) != CacheStatus::kOk) return CacheStatus::kFull;
+    return CacheStatus::kOk;
+  }
+  /// Precondition: status(tokens) == kOk.
+  void append(std::int64_t tokens) {
+    for (Retention& retention : retentions_) retention.append(tokens);
+  }
+  void commit() {
+    for (Retention& retention : retentions_) retention.commit();
+  }
+  void rollback() {
+    for (Retention& retention : retentions_) retention.rollback();
+  }
+  /// The most tokens that truncate() takes back.
+  std::int64_t max_truncate() const {
+    std::int64_t result = retentions_.front().max_truncate();
+    for (const Retention& retention : retentions_)
+      result = std::min(result, retention.max_truncate());
+    return result;
+  }
+  /// Takes back the newest tokens, committed or not. \throws Error(kCapacity): nothing changes.
+  void truncate(std::int64_t tokens) {
+    if (tokens > max_truncate()) {
+      retentions_[static_cast<std::size_t>(tightest())].truncate(tokens);  // throws, naming limits
+    }
+    for (Retention& retention : retentions_) retention.truncate(tokens);
+  }
+  void reset() {
+    for (Retention& retention : retentions_) retention.reset();
+  }
+
+  /// StreamingLLM's batched evictions, for caches with Eviction::kOnRequest (retention.hpp).
+  /// Where one retention throws, none has changed.
+  void shrink() { evict_for_space(0); }
+  void evict_for_space(std::int64_t coming) {
+    for (const Retention& retention : retentions_) retention.check_evict();
+    for (Retention& retention : retentions_) retention.evict_for_space(coming);
+  }
+  /// Removes the kept tokens with ranks [begin, end) and moves the rows of the smaller side.
+  void evict_range(std::int64_t begin, std::int64_t end) {
+    for (const Retention& retention : retentions_) retention.check_evict_range(begin, end);
+    for (int r = 0; r < static_cast<int>(retentions_.size()); ++r)
+      retentions_[static_cast<std::size_t>(r)].evict_range(
+          begin, end, [&](std::int64_t from, std::int64_t to) { move_row(r, from, to); });
+  }
+
+  /// Writes keys and values of the newest tokens. keys: [T, num_kv_heads, head_dim], not rotated;
+  /// values: [T, num_kv_heads, value_dim]; rotation: rows of cosines and sines of the T tokens at
+  /// their write positions (Rotary::row_size() floats each), unused for raw keys. Rows [begin, end)
+  /// of T are written, so that several threads may share the work.
+  void store(std::int64_t layer, HeadsView<const float> keys, HeadsView<const float> values,
+             const float* rotation, std::int64_t begin, std::int64_t end) {
+    const Layer& into = at(layer);
+    const Retention& retention = retentions_[static_cast<std::size_t>(into.retention)];
+    const bool rotates =
+        into.rotary != nullptr && retention.config().key_form == KeyForm::kRotated;
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t slot = retention.slot_of_newest(keys.tokens - t);
+      for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
+        Key* key = key_row(into, retention, head, slot);
+        if (rotates)
+          into.rotary->rotate(rotation + t * into.rotary->row_size(), keys.head(t, head), key);
+        else
+          convert(keys.head(t, head), shape_.head_dim, key);
+        convert(values.head(t, head), shape_.value_dim, value_row(into, retention, head, slot));
+      }
+    }
+  }
+
+  /// The segments that the newest `queries` tokens see in a layer; returns how many were written.
+  int segments(std::int64_t layer, std::int64_t queries,
+               std::span<SegmentType, kMaxSegments> out) const {
+    const Layer& from = at(layer);
+    const Retention& retention = retentions_[static_cast<std::size_t>(from.retention)];
+    std::array<SegmentRule, kMaxSegments> rules;
+    const int count = retention.rules(queries, rules);
+    const std::int64_t capacity = retention.config().capacity;
+    for (int i = 0; i < count; ++i) {
+      SegmentType& segment = out[static_cast<std::size_t>(i)];
+      const SegmentRule& rule = rules[static_cast<std::size_t>(i)];
+      segment.rule = rule;
+      segment.keys = key_row(from, retention, 0, rule.first_slot);
+      segment.values = value_row(from, retention, 0, rule.first_slot);
+      segment.key_token_stride = shape_.head_dim;
+      segment.key_head_stride = capacity * shape_.head_dim;
+      segment.value_token_stride = shape_.value_dim;
+      segment.value_head_stride = capacity * shape_.value_dim;
+      segment.key_rotation = nullptr;
+      segment.key_rotation_stride = 0;
+      if (from.key_rotation != nullptr) {
+        // Raw keys are numbered by small integers (Retention::rules), whose rows are tabled.
+        segment.key_rotation =
+            from.key_rotation->row(static_cast<std::int64_t>(rule.first_position));
+        segment.key_rotation_stride = from.rotary->row_size();
+      }
+    }
+    return count;
+  }
+
+  /// Appends retentions and the kept rows. Allocates in the writer.
+  /// \throws Error(kOrder) with uncommitted tokens.
+  void save(ByteWriter& writer) const {
+    writer.write<std::uint32_t>(static_cast<std::uint32_t>(element_type_of<Key>));
+    writer.write<std::uint32_t>(static_cast<std::uint32_t>(element_type_of<Value>));
+    for (const std::int64_t extent :
+         {shape_.num_layers, shape_.num_kv_heads, shape_.head_dim, shape_.value_dim})
+      writer.write<std::int64_t>(extent);
+    for (const Retention& retention : retentions_) retention.save(writer);
+    each_kept_row(*this, [&](const auto* row, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) put_element(writer, row[i]);
+    });
+  }
+  /// Takes over a saved state.
+  /// \throws Error(kFormat) when shapes, types or retentions differ or data is short. On an error
+  /// the cache is reset.
+  void restore(ByteReader& reader) {
+    reset();
+    const auto expect = [&](const char* field, std::int64_t expected) {
+      reader.read_expected<std::int64_t>(field, expected);
+    };
+    reader.read_expected("key type", static_cast<std::uint32_t>(element_type_of<Key>));
+    reader.read_expected("value type", static_cast<std::uint32_t>(element_type_of<Value>));
+    expect("num_layers", shape_.num_layers);
+    expect("num_kv_heads", shape_.num_kv_heads);
+    expect("head_dim", shape_.head_dim);
+    expect("value_dim", shape_.value_dim);
+    std::vector<Retention> loaded = retentions_;
+    for (Retention& retention : loaded) {
+      retention.restore(reader);
+      if (retention.total() != loaded.front().total())
+        throw Error(ErrorCode::kFormat,
+                    {"layers disagree", reader.source(), "total",
+                     std::to_string(loaded.front().total()), std::to_string(retention.total())});
+    }
+    retentions_.swap(loaded);
+    try {
+      each_kept_row(*this, [&](auto* row, std::int64_t count) {
+        for (std::int64_t i = 0; i < count; ++i) get_element(reader, row[i]);
+      });
+    } catch (...) {
+      reset();
+      throw;
+    }
+  }
+
+ private:
+  struct Layer {
+    int retention;
+    const Rotary* rotary;
+    std::int64_t key_offset;    // elements
+    std::int64_t value_offset;  // elements
+    std::shared_ptr<const RotaryTable> key_rotation;  // rows 0 .. capacity-1, for raw keys
+  };
+
+  /// Elements of a layer's keys or values, in whole cache lines.
+  std::int64_t elements(const char* field, std::int64_t capacity, std::int64_t dim) const {
+    // Extents may come from files: a product that wraps must not give a small buffer.
+    constexpr std::int64_t kMost = std::int64_t{1} << 50;
+    if (shape_.num_kv_heads > kMost / capacity || dim > kMost / (shape_.num_kv_heads * capacity))
+      throw Error(ErrorCode::kShape, {"cache shape does not fit", "KvCache", field,
+                                      "at most 2^50 elements in a layer", std::to_string(dim)});
+    const auto line = static_cast<std::int64_t>(kAlignment);
+    return (shape_.num_kv_heads * capacity * dim + line - 1) / line * line;
+  }
+
+  const Layer& at(std::int64_t layer) const {
+    SLUICE_ASSERT(layer >= 0 && layer < shape_.num_layers);
+    return layers_[static_cast<std::size_t>(layer)];
+  }
+
+  template <class Self>
+  static auto* key_row_of(Self& self, const Layer& layer, const Retention& retention,
+                          std::int64_t head, std::int64_t slot) {
+    return self.keys_.data() + layer.key_offset +
+           (head * retention.config().capacity + slot) * self.shape_.head_dim;
+  }
+  template <class Self>
+  static auto* value_row_of(Self& self, const Layer& layer, const Retention& retention,
+                            std::int64_t head, std::int64_t slot) {
+    return self.values_.data() + layer.value_offset +
+           (head * retention.config().capacity + slot) * self.shape_.value_dim;
+  }
+  Key* key_row(const Layer& l, const Retention& r, std::int64_t head, std::int64_t slot) {
+    return key_row_of(*this, l, r, head, slot);
+  }
+  const Key* key_row(const Layer& l, const Retention& r, std::int64_t head,
+                     std::int64_t slot) const {
+    return key_row_of(*this, l, r, head, slot);
+  }
+  Value* value_row(const Layer& l, const Retention& r, std::int64_t head, std::int64_t slot) {
+    return value_row_of(*this, l, r, head, slot);
+  }
+  const Value* value_row(const Layer& l, const Retention& r, std::int64_t head,
+                         std::int64_t slot) const {
+    return value_row_of(*this, l, r, head, slot);
+  }
+
+  /// Calls visit(row, elements) for each stored key and value row, in a fixed order. With
+  /// Eviction::kPerQuery the rows older than the window that a truncation may bring back belong to
+  /// the state too.
+  template <class Self, class Visit>
+  static void each_kept_row(Self& self, Visit&& visit) {
+    for (const Layer& layer : self.layers_) {
+      const Retention& retention = self.retentions_[static_cast<std::size_t>(layer.retention)];
+      retention.each_stored_slot([&](std::int64_t slot) {
+        for (std::int64_t head = 0; head < self.shape_.num_kv_heads; ++head) {
+          visit(key_row_of(self, layer, retention, head, slot), self.shape_.head_dim);
+          visit(value_row_of(self, layer, retention, head, slot), self.shape_.value_dim);
+        }
+      });
+    }
+  }
+
+  template <class T>
+  static void put_element(ByteWriter& writer, const T& value) {
+    if constexpr (std::is_same_v<T, float>) writer.write<float>(value);
+    else writer.write<std::uint16_t>(value.bits);
+  }
+  template <class T>
+  static void get_element(ByteReader& reader, T& value) {
+    if constexpr (std::is_same_v<T, float>) value = reader.read<float>("cache row");
+    else value.bits = reader.read<std::uint16_t>("cache row");
+  }
+
+  template <class T>
+  static void convert(const float* from, std::int64_t count, T* to) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  }
+
+  void move_row(int retention_index, std::int64_t from, std::int64_t to) {
+    const Retention& retention = retentions_[static_cast<std::size_t>(retention_index)];
+    for (const Layer& layer : layers_) {
+      if (layer.retention != retention_index) continue;
+      for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
+        std::copy_n(key_row(layer, retention, head, from), shape_.head_dim,
+                    key_row(layer, retention, head, to));
+        std::copy_n(value_row(layer, retention, head, from), shape_.value_dim,
+                    value_row(layer, retention, head, to));
+      }
+    }
+  }
+
+  std::shared_ptr<const RotaryTable> raw_key_table(const Rotary& rotary, std::int64_t capacity) {
+    for (const Layer& layer : layers_)
+      if (layer.rotary == &rotary && layer.key_rotation != nullptr &&
+          layer.key_rotation->capacity() == capacity)
+        return layer.key_rotation;
+    auto table = std::make_shared<RotaryTable>(rotary, capacity);
+    table->fill_run(0, capacity);
+    return table;
+  }
+
+  int tightest() const {
+    int result = 0;
+    for (int r = 1; r < static_cast<int>(retentions_.size()); ++r)
+      if (retentions_[static_cast<std::size_t>(r)].max_truncate() <
+          retentions_[static_cast<std::size_t>(result)].max_truncate())
+        result = r;
+    return result;
+  }
+
+  void check_shape(std::span<const RetentionConfig> retentions,
+                   std::span<const LayerCacheConfig> layers) const {
+    const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
+      throw Error(ErrorCode::kShape, {"cache shape does not fit", "KvCache", field, expected,
+                                      std::to_string(found)});
+    };
+    if (shape_.num_layers < 1) fail("num_layers", "at least 1", shape_.num_layers);
+    if (shape_.num_kv_heads < 1) fail("num_kv_heads", "at least 1", shape_.num_kv_heads);
+    if (shape_.head_dim < 1) fail("head_dim", "at least 1", shape_.head_dim);
+    if (shape_.value_dim < 1) fail("value_dim", "at least 1", shape_.value_dim);
+    if (static_cast<std::int64_t>(layers.size()) != shape_.num_layers)
+      fail("layers", std::to_string(shape_.num_layers) + " entries",
+           static_cast<std::int64_t>(layers.size()));
+    if (retentions.empty()) fail("retentions", "at least one", 0);
+    for (const LayerCacheConfig& layer : layers) {
+      if (layer.retention < 0 || layer.retention >= static_cast<int>(retentions.size()))
+        fail("layer retention", "below " + std::to_string(retentions.size()), layer.retention);
+      if (layer.rotary != nullptr && layer.rotary->head_dim() != shape_.head_dim)
+        fail("rotary head_dim", std::to_string(shape_.head_dim), layer.rotary->head_dim());
+    }
+  }
+
+  KvShape shape_;
+  std::vector<Retention> retentions_;
+  std::vector<Layer> layers_;
+  Buffer<Key, Tag> keys_;      // per layer [num_kv_heads, capacity, head_dim]
+  Buffer<Value, Tag> values_;  // per layer [num_kv_heads, capacity, value_dim]
+};
+
+}  // namespace sluice
