@@ -25,3 +25,8 @@
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
+
+#include "sluice/attention/attend.hpp"
+#include "sluice/attention/reference.hpp"
+#include "sluice/attention/softmax_state.hpp"
+#include "sluice/attention/variant.hpp"

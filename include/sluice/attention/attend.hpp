@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+/// Attention over a list of segments: the one operation through which every streaming method of the
+/// library reads its cache. The contract is here; backend/cpu/attend.hpp does the work.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/attention/variant.hpp"
+#include "sluice/cache/segment.hpp"
+#include "sluice/core/backend.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/position/rotary.hpp"
+
+namespace sluice {
+
+/// Query rows of one call. query: [T, num_qo_heads, head_dim], not rotated. Row t belongs to the
+/// token with stream index first_index + t at position first_position + t.
+struct AttentionQuery {
+  HeadsView<const float> rows;
+  std::int64_t first_index = 0;
+  Position first_position = 0;
+};
+
+/// Extents that a workspace is made for.
+struct AttentionShape {
+  std::int64_t num_qo_heads = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;    ///< channels of queries and keys
+  std::int64_t value_dim = 0;   ///< channels of values and outputs
+  std::int64_t max_queries = 1; ///< rows of one call, T
+  std::int64_t max_keys = 1;    ///< entries of all segments of one call together
+};
+
+/// Scratch of attend() and the rotations of its queries, allocated at construction. Layers that
+/// share a Rotary should share a workspace: rotations of a step are then formed once. One call at a
+/// time.
+template <Backend Tag>
+class AttentionWorkspace;
+
+/// Computes, for each query row and head, out = sum softmax(score)_j v_j over the visible keys of
+/// all segments and lse = ln sum e^score.
+///
+/// score_j = transform(sm_scale * <R(reader position) q, R(key position) k_j>), accumulated in
+/// float32. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Keys are visible if they
+/// lie in their segment's visible prefix and variant.visibility says so. The sink term enters the
+/// denominator once, however keys are split; lse does not contain it. A row that sees nothing gives
+/// out = 0 and lse = -infinity. The result does not depend on the team's size, bit for bit.
+///
+/// out: [T, num_qo_heads, value_dim]; lse: [T, num_qo_heads] or null. Rows of any subset of a
+/// chunk's queries may be passed, as several calls. Allocates nothing. Extents must fit the
+/// workspace (asserted).
+template <class Key, class Value, Visibility Mask, ScoreTransform Transform, SinkTerm Sink,
+          Backend Tag>
+void attend(const AttentionQuery& query, std::span<const Segment<Key, Value>> segments,
+            const AttentionVariant<Mask, Transform, Sink>& variant, HeadsView<float> out,
+            float* lse, AttentionWorkspace<Tag>& workspace, ThreadTeam& team, Tag backend);
+
+}  // namespace sluice
+
+#include "sluice/backend/cpu/attend.hpp"  // the specialisation for sluice::cpu

@@ -1,0 +1,773 @@
+// SPDX-License-Identifier: MIT
+/// The vector layer: registers of float and int32 lanes over the compiler's vector extensions, as
+/// wide as the instruction set that the translation unit is compiled for, with one-lane scalars
+/// where the compiler has no such extensions. This is the only header that tests instruction-set
+/// macros. All functions allocate nothing, have no state and may be called from any thread. Loads
+/// and stores need no alignment and touch exactly the elements they name.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__AVX__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "sluice/core/config.hpp"
+#include "sluice/core/element.hpp"
+
+// 512-bit code uses byte and word instructions too; all processors with AVX-512 since Skylake-X
+// have the four subsets.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define SLUICE_SIMD_AVX512 1
+#else
+#define SLUICE_SIMD_AVX512 0
+#endif
+#if defined(__AVX__) && !SLUICE_SIMD_AVX512
+#define SLUICE_SIMD_AVX 1
+#else
+#define SLUICE_SIMD_AVX 0
+#endif
+#if defined(__SSE2__) && !SLUICE_SIMD_AVX && !SLUICE_SIMD_AVX512
+#define SLUICE_SIMD_SSE 1
+#else
+#define SLUICE_SIMD_SSE 0
+#endif
+
+namespace sluice::simd {
+
+/// Lanes of a VecF and a VecI: 16 with AVX-512, 8 with AVX, 4 otherwise, 1 without extensions.
+#if !SLUICE_HAS_VECTOR_EXTENSIONS
+inline constexpr int kWidth = 1;
+#elif SLUICE_SIMD_AVX512
+inline constexpr int kWidth = 16;
+#elif SLUICE_SIMD_AVX
+inline constexpr int kWidth = 8;
+#else
+inline constexpr int kWidth = 4;
+#endif
+
+/// Vector registers of the instruction set: what register blocking may count on.
+#if SLUICE_SIMD_AVX512 || defined(__aarch64__)
+inline constexpr int kNumRegisters = 32;
+#else
+inline constexpr int kNumRegisters = 16;
+#endif
+
+namespace detail {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+typedef float NativeF __attribute__((vector_size(kWidth * 4)));
+typedef std::int32_t NativeI __attribute__((vector_size(kWidth * 4)));
+typedef std::uint32_t NativeU __attribute__((vector_size(kWidth * 4)));
+typedef std::uint16_t NativeU16 __attribute__((vector_size(kWidth * 2)));
+typedef std::int8_t NativeI8 __attribute__((vector_size(kWidth)));
+typedef std::uint8_t NativeU8 __attribute__((vector_size(kWidth)));
+#else
+using NativeF = float;
+using NativeI = std::int32_t;
+using NativeU = std::uint32_t;
+#endif
+
+#if SLUICE_SIMD_AVX512
+// Zero-masking forms with all lanes chosen compile to the plain instructions; the plain intrinsics
+// make GCC 12 warn about an uninitialised value in its own header.
+inline constexpr __mmask16 kAllLanes = 0xffff;
+inline constexpr __mmask8 kAllOfEight = 0xff;
+#endif
+
+// The same bits as another register type.
+template <class To, class From>
+[[gnu::always_inline]] inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+}  // namespace detail
+
+/// kWidth float lanes.
+struct VecF {
+  detail::NativeF v;
+};
+
+/// kWidth int32 lanes; right shifts are logical.
+struct VecI {
+  detail::NativeI v;
+};
+
+/// A register with all lanes equal.
+[[gnu::always_inline]] inline VecF broadcast(float value) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  return {value - detail::NativeF{}};  // minus zero changes nothing, not even -0
+#else
+  return {value};
+#endif
+}
+[[gnu::always_inline]] inline VecI broadcast(std::int32_t value) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  return {detail::NativeI{} + value};
+#else
+  return {value};
+#endif
+}
+[[gnu::always_inline]] inline VecF zero() {
+  return {detail::NativeF{}};
+}
+
+/// Its argument, which the compiler is made to hold in a register. Without this it repeats a load
+/// that several products share as a memory operand of each, and loads become the bottleneck.
+[[gnu::always_inline]] inline VecF in_register(VecF a) {
+#if SLUICE_SIMD_AVX512
+  asm("" : "+v"(a.v));
+#elif SLUICE_SIMD_AVX || SLUICE_SIMD_SSE
+  asm("" : "+x"(a.v));
+#endif
+  return a;
+}
+
+/// kWidth consecutive floats.
+[[gnu::always_inline]] inline VecF load(const float* source) {
+  VecF result;
+  std::memcpy(&result.v, source, sizeof(result.v));
+  return result;
+}
+[[gnu::always_inline]] inline void store(float* target, VecF value) {
+  std::memcpy(target, &value.v, sizeof(value.v));
+}
+
+/// kWidth consecutive int32 (4 * kWidth bytes).
+[[gnu::always_inline]] inline VecI load_int32(const void* source) {
+  VecI result;
+  std::memcpy(&result.v, source, sizeof(result.v));
+  return result;
+}
+
+/// The first `count` lanes from memory, the others 0. 0 <= count <= kWidth.
+[[gnu::always_inline]] inline VecF load_partial(const float* source, std::int64_t count) {
+#if SLUICE_SIMD_AVX512
+  const auto mask = static_cast<__mmask16>((1U << count) - 1U);
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_loadu_ps(mask, source))};
+#else
+  float lanes[kWidth] = {};
+  for (std::int64_t i = 0; i < count; ++i) lanes[i] = source[i];
+  return load(lanes);
+#endif
+}
+/// Writes the first `count` lanes. 0 <= count <= kWidth.
+[[gnu::always_inline]] inline void store_partial(float* target, VecF value, std::int64_t count) {
+#if SLUICE_SIMD_AVX512
+  const auto mask = static_cast<__mmask16>((1U << count) - 1U);
+  _mm512_mask_storeu_ps(target, mask, detail::bits_as<__m512>(value.v));
+#else
+  float lanes[kWidth];
+  store(lanes, value);
+  for (std::int64_t i = 0; i < count; ++i) target[i] = lanes[i];
+#endif
+}
+
+[[gnu::always_inline]] inline VecF operator+(VecF a, VecF b) {
+  return {a.v + b.v};
+}
+[[gnu::always_inline]] inline VecF operator-(VecF a, VecF b) {
+  return {a.v - b.v};
+}
+[[gnu::always_inline]] inline VecF operator*(VecF a, VecF b) {
+  return {a.v * b.v};
+}
+[[gnu::always_inline]] inline VecF operator/(VecF a, VecF b) {
+  return {a.v / b.v};
+}
+[[gnu::always_inline]] inline VecF operator-(VecF a) {
+  return {-a.v};
+}
+[[gnu::always_inline]] inline VecF& operator+=(VecF& a, VecF b) {
+  return a = a + b;
+}
+[[gnu::always_inline]] inline VecF& operator-=(VecF& a, VecF b) {
+  return a = a - b;
+}
+[[gnu::always_inline]] inline VecF& operator*=(VecF& a, VecF b) {
+  return a = a * b;
+}
+
+[[gnu::always_inline]] inline VecI operator&(VecI a, VecI b) {
+  return {a.v & b.v};
+}
+[[gnu::always_inline]] inline VecI operator|(VecI a, VecI b) {
+  return {a.v | b.v};
+}
+[[gnu::always_inline]] inline VecI operator+(VecI a, VecI b) {
+  return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) +
+                                           detail::bits_as<detail::NativeU>(b.v))};
+}
+[[gnu::always_inline]] inline VecI operator<<(VecI a, int count) {
+  return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) << count)};
+}
+[[gnu::always_inline]] inline VecI operator>>(VecI a, int count) {
+  return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) >> count)};
+}
+
+/// Lane bits taken as the other type.
+[[gnu::always_inline]] inline VecF bits_as_float(VecI a) {
+  return {detail::bits_as<detail::NativeF>(a.v)};
+}
+[[gnu::always_inline]] inline VecI bits_as_int(VecF a) {
+  return {detail::bits_as<detail::NativeI>(a.v)};
+}
+
+/// Lanes converted from signed integers.
+[[gnu::always_inline]] inline VecF to_float(VecI a) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  return {__builtin_convertvector(a.v, detail::NativeF)};
+#else
+  return {static_cast<float>(a.v)};
+#endif
+}
+
+/// a * b + c, rounded once where the target has fused multiply-add.
+[[gnu::always_inline]] inline VecF fma(VecF a, VecF b, VecF c) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(_mm512_fmadd_ps(
+      detail::bits_as<__m512>(a.v), detail::bits_as<__m512>(b.v), detail::bits_as<__m512>(c.v)))};
+#elif SLUICE_SIMD_AVX && defined(__FMA__)
+  return {detail::bits_as<detail::NativeF>(_mm256_fmadd_ps(
+      detail::bits_as<__m256>(a.v), detail::bits_as<__m256>(b.v), detail::bits_as<__m256>(c.v)))};
+#else
+  return {a.v * b.v + c.v};  // the compiler contracts this where it can
+#endif
+}
+
+/// Lane-wise a > b ? a : b and a < b ? a : b, so b where either is NaN.
+[[gnu::always_inline]] inline VecF max(VecF a, VecF b) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_max_ps(
+      detail::kAllLanes, detail::bits_as<__m512>(a.v), detail::bits_as<__m512>(b.v)))};
+#elif SLUICE_SIMD_AVX
+  return {detail::bits_as<detail::NativeF>(
+      _mm256_max_ps(detail::bits_as<__m256>(a.v), detail::bits_as<__m256>(b.v)))};
+#elif SLUICE_SIMD_SSE
+  return {detail::bits_as<detail::NativeF>(
+      _mm_max_ps(detail::bits_as<__m128>(a.v), detail::bits_as<__m128>(b.v)))};
+#else
+  return {a.v > b.v ? a.v : b.v};
+#endif
+}
+[[gnu::always_inline]] inline VecF min(VecF a, VecF b) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_min_ps(
+      detail::kAllLanes, detail::bits_as<__m512>(a.v), detail::bits_as<__m512>(b.v)))};
+#elif SLUICE_SIMD_AVX
+  return {detail::bits_as<detail::NativeF>(
+      _mm256_min_ps(detail::bits_as<__m256>(a.v), detail::bits_as<__m256>(b.v)))};
+#elif SLUICE_SIMD_SSE
+  return {detail::bits_as<detail::NativeF>(
+      _mm_min_ps(detail::bits_as<__m128>(a.v), detail::bits_as<__m128>(b.v)))};
+#else
+  return {a.v < b.v ? a.v : b.v};
+#endif
+}
+
+/// Lane-wise a < b ? if_true : if_false (if_false where either is NaN).
+[[gnu::always_inline]] inline VecF select_less(VecF a, VecF b, VecF if_true, VecF if_false) {
+  return {a.v < b.v ? if_true.v : if_false.v};
+}
+
+/// Lane-wise |a|.
+[[gnu::always_inline]] inline VecF abs(VecF a) {
+  return bits_as_float(bits_as_int(a) & broadcast(std::int32_t{0x7fffffff}));
+}
+
+namespace detail {
+// Folds a register by halves: lane i of the result's first half is f(lane i, lane i + half).
+template <class Function>
+[[gnu::always_inline]] inline float fold(VecF a, Function&& function) {
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = function(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+#if SLUICE_SIMD_AVX || SLUICE_SIMD_AVX512 || SLUICE_SIMD_SSE
+// The same in registers, down to four lanes; `function` takes two __m128.
+template <class Function>
+[[gnu::always_inline]] inline __m128 fold_to_four(VecF a, [[maybe_unused]] Function&& function) {
+#if SLUICE_SIMD_AVX512
+  const auto wide = bits_as<__m512>(a.v);
+  return function(function(_mm512_maskz_extractf32x4_ps(kAllOfEight, wide, 0),
+                           _mm512_maskz_extractf32x4_ps(kAllOfEight, wide, 2)),
+                  function(_mm512_maskz_extractf32x4_ps(kAllOfEight, wide, 1),
+                           _mm512_maskz_extractf32x4_ps(kAllOfEight, wide, 3)));
+#elif SLUICE_SIMD_AVX
+  const auto wide = bits_as<__m256>(a.v);
+  return function(_mm256_castps256_ps128(wide), _mm256_extractf128_ps(wide, 1));
+#else
+  return bits_as<__m128>(a.v);
+#endif
+}
+template <class Function>
+[[gnu::always_inline]] inline float fold128(VecF a, Function&& function) {
+  const __m128 four = fold_to_four(a, function);
+  const __m128 two = function(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(function(two, _mm_shuffle_ps(two, two, 1)));
+}
+#endif
+}  // namespace detail
+
+/// The sum of all lanes, added by halves: (0 + kWidth/2), ... as a tree.
+[[gnu::always_inline]] inline float reduce_add(VecF a) {
+#if SLUICE_SIMD_AVX || SLUICE_SIMD_AVX512 || SLUICE_SIMD_SSE
+  return detail::fold128(a, [](__m128 x, __m128 y) { return _mm_add_ps(x, y); });
+#else
+  return detail::fold(a, [](float x, float y) { return x + y; });
+#endif
+}
+
+/// sums[i] = reduce_add(a[i]), the same bits, for four registers at once.
+[[gnu::always_inline]] inline void reduce_add(const VecF (&a)[4], float* sums) {
+#if SLUICE_SIMD_AVX || SLUICE_SIMD_AVX512 || SLUICE_SIMD_SSE
+  const auto add = [](__m128 x, __m128 y) {
+    return _mm_add_ps(x, y);
+  };
+  __m128 fours[4];
+  for (int i = 0; i < 4; ++i) fours[i] = detail::fold_to_four(a[i], add);
+  // Lanes 0 + 2 of two registers, then their lanes 1 + 3.
+  const __m128 low = add(_mm_unpacklo_ps(fours[0], fours[1]), _mm_unpackhi_ps(fours[0], fours[1]));
+  const __m128 high = add(_mm_unpacklo_ps(fours[2], fours[3]), _mm_unpackhi_ps(fours[2], fours[3]));
+  _mm_storeu_ps(sums, add(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low)));
+#else
+  for (int i = 0; i < 4; ++i) sums[i] = reduce_add(a[i]);
+#endif
+}
+
+/// The largest lane. Unspecified if a lane is NaN.
+[[gnu::always_inline]] inline float reduce_max(VecF a) {
+#if SLUICE_SIMD_AVX || SLUICE_SIMD_AVX512 || SLUICE_SIMD_SSE
+  return detail::fold128(a, [](__m128 x, __m128 y) { return _mm_max_ps(x, y); });
+#else
+  return detail::fold(a, [](float x, float y) { return x > y ? x : y; });
+#endif
+}
+
+/// kWidth consecutive values widened to float, exactly.
+[[gnu::always_inline]] inline VecF load(const bf16* source) {
+#if SLUICE_SIMD_AVX512
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(
+      detail::kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_slli_epi32(detail::kAllLanes, wide, 16))};
+#elif SLUICE_HAS_VECTOR_EXTENSIONS
+  detail::NativeU16 narrow;
+  std::memcpy(&narrow, source, sizeof(narrow));
+  return {detail::bits_as<detail::NativeF>(__builtin_convertvector(narrow, detail::NativeU) << 16)};
+#else
+  return {static_cast<float>(*source)};
+#endif
+}
+/// As above; a signalling NaN may come out quiet.
+[[gnu::always_inline]] inline VecF load(const f16* source) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(
+      detail::kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))))};
+#elif SLUICE_SIMD_AVX && defined(__F16C__)
+  return {detail::bits_as<detail::NativeF>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))))};
+#elif SLUICE_HAS_VECTOR_EXTENSIONS
+  // Magnitude in place at a float's exponent, rebased by an exact multiplication, which also
+  // normalises subnormals; infinity and NaN get the full exponent back afterwards.
+  detail::NativeU16 narrow;
+  std::memcpy(&narrow, source, sizeof(narrow));
+  const detail::NativeU wide = __builtin_convertvector(narrow, detail::NativeU);
+  const detail::NativeU magnitude = wide & 0x7fffU;
+  const detail::NativeF scaled =
+      detail::bits_as<detail::NativeF>(magnitude << 13) * (detail::NativeF{} + 0x1p112F);
+  const detail::NativeU special =
+      detail::bits_as<detail::NativeU>(magnitude > 0x7bffU) & 0x7f800000U;
+  return {detail::bits_as<detail::NativeF>(detail::bits_as<detail::NativeU>(scaled) | special |
+                                           ((wide & 0x8000U) << 16))};
+#else
+  return {static_cast<float>(*source)};
+#endif
+}
+[[gnu::always_inline]] inline VecF load(const std::int8_t* source) {
+#if SLUICE_SIMD_AVX512
+  return to_float(VecI{detail::bits_as<detail::NativeI>(_mm512_maskz_cvtepi8_epi32(
+      detail::kAllLanes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(source))))});
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  return to_float(VecI{detail::bits_as<detail::NativeI>(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))))});
+#elif SLUICE_HAS_VECTOR_EXTENSIONS
+  detail::NativeI8 narrow;
+  std::memcpy(&narrow, source, sizeof(narrow));
+  return {
+      __builtin_convertvector(__builtin_convertvector(narrow, detail::NativeI), detail::NativeF)};
+#else
+  return {static_cast<float>(*source)};
+#endif
+}
+
+/// kWidth consecutive bytes as 0 to 255.
+[[gnu::always_inline]] inline VecI load_uint8(const std::uint8_t* source) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeI>(_mm512_maskz_cvtepu8_epi32(
+      detail::kAllLanes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(source))))};
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  return {detail::bits_as<detail::NativeI>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))))};
+#elif SLUICE_HAS_VECTOR_EXTENSIONS
+  detail::NativeU8 narrow;
+  std::memcpy(&narrow, source, sizeof(narrow));
+  return {__builtin_convertvector(narrow, detail::NativeI)};
+#else
+  return {*source};
+#endif
+}
+
+[[gnu::always_inline]] inline VecF load(const std::uint8_t* source) {
+  return to_float(load_uint8(source));
+}
+
+/// The low (bits 0 to 3) or high (bits 4 to 7) halves of kWidth consecutive bytes, 0 to 15.
+[[gnu::always_inline]] inline VecF load_low_nibbles(const std::uint8_t* source) {
+  return to_float(load_uint8(source) & broadcast(std::int32_t{15}));
+}
+[[gnu::always_inline]] inline VecF load_high_nibbles(const std::uint8_t* source) {
+  return to_float(load_uint8(source) >> 4);
+}
+
+/// The first `count` elements widened to float, the other lanes 0. 0 <= count <= kWidth.
+template <class Element>
+[[gnu::always_inline]] inline VecF load_partial(const Element* source, std::int64_t count) {
+  Element lanes[kWidth] = {};
+  for (std::int64_t i = 0; i < count; ++i) lanes[i] = source[i];
+  return load(lanes);
+}
+
+/// kWidth values rounded to nearest even, bit for bit as bf16(float) and f16(float) do.
+[[gnu::always_inline]] inline void store(bf16* target, VecF value) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  const auto x = detail::bits_as<detail::NativeU>(value.v);
+  const detail::NativeU rounded = (x + 0x7fffU + ((x >> 16) & 1U)) >> 16;
+  const detail::NativeU quiet = (x >> 16) | 0x40U;
+  const auto is_nan = detail::bits_as<detail::NativeU>((x & 0x7fffffffU) > 0x7f800000U);
+  const detail::NativeU result = (is_nan & quiet) | (~is_nan & rounded);
+  const auto narrow = __builtin_convertvector(result, detail::NativeU16);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#else
+  *target = bf16(value.v);
+#endif
+}
+[[gnu::always_inline]] inline void store(f16* target, VecF value) {
+#if SLUICE_SIMD_AVX512
+  // The conversion instruction keeps part of a NaN's payload; f16(float) does not.
+  const auto x = detail::bits_as<__m512>(value.v);
+  const auto bits = detail::bits_as<detail::NativeU>(value.v);
+  const auto quiet = detail::bits_as<__m512>((bits & 0x80000000U) | 0x7fc00000U);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
+                      _mm512_maskz_cvtps_ph(detail::kAllLanes, _mm512_mask_mov_ps(x, is_nan, quiet),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif SLUICE_SIMD_AVX && defined(__F16C__)
+  const auto x = detail::bits_as<__m256>(value.v);
+  const auto bits = detail::bits_as<detail::NativeU>(value.v);
+  const auto quiet = detail::bits_as<__m256>((bits & 0x80000000U) | 0x7fc00000U);
+  const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(target),
+                   _mm256_cvtps_ph(_mm256_blendv_ps(x, quiet, is_nan), _MM_FROUND_TO_NEAREST_INT));
+#else
+  float lanes[kWidth];
+  store(lanes, value);
+  for (int i = 0; i < kWidth; ++i) target[i] = f16(lanes[i]);
+#endif
+}
+
+/// The first `count` lanes rounded as store() does. 0 <= count <= kWidth.
+template <class Element>
+[[gnu::always_inline]] inline void store_partial(Element* target, VecF value, std::int64_t count) {
+  Element lanes[kWidth];
+  store(lanes, value);
+  for (std::int64_t i = 0; i < count; ++i) target[i] = lanes[i];
+}
+
+/// e^a. At most 2 ulp from the exact value (tested over [-87, 88]); 0 below -103.98, infinity above
+/// 88.73, NaN for NaN; results below 2^-126 are subnormal and correct to 1.5 units of 2^-149.
+/// e^a = 2^n e^r with n = round(a / ln 2), |r| <= ln(2)/2, and a polynomial for e^r.
+[[gnu::always_inline]] inline VecF exp(VecF a) {
+  // Both clamps keep NaN: the comparison's second operand is returned then.
+  const VecF x = min(broadcast(89.0F), max(broadcast(-104.0F), a));
+  // Adding 1.5 * 2^23 leaves the rounded integer in the low mantissa bits.
+  const VecF magic = broadcast(12582912.0F);
+  const VecF shifted = fma(x, broadcast(1.44269504088896341F), magic);
+  const VecF n = shifted - magic;
+  // ln 2 in two parts; the upper has 9 trailing zero bits, so n times it is exact.
+  VecF r = fma(n, broadcast(-0.693359375F), x);
+  r = fma(n, broadcast(2.12194440e-4F), r);
+  // Cephes expf's minimax coefficients for (e^r - 1 - r) / r^2.
+  VecF p = broadcast(1.9875691500e-4F);
+  p = fma(p, r, broadcast(1.3981999507e-3F));
+  p = fma(p, r, broadcast(8.3334519073e-3F));
+  p = fma(p, r, broadcast(4.1665795894e-2F));
+  p = fma(p, r, broadcast(1.6666665459e-1F));
+  p = fma(p, r, broadcast(5.0000001201e-1F));
+  p = fma(p, r * r, r) + broadcast(1.0F);
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_scalef_ps(
+      detail::kAllLanes, detail::bits_as<__m512>(p.v), detail::bits_as<__m512>(n.v)))};
+#else
+  // 2^n in two factors, since n reaches -150 and 128.
+  const VecI whole = bits_as_int(shifted) + broadcast(std::int32_t{-0x4b400000});
+  const VecI half = ((whole + broadcast(std::int32_t{512})) >> 1) + broadcast(std::int32_t{-256});
+  const VecI rest = {whole.v - half.v};
+  const VecI bias = broadcast(std::int32_t{127});
+  return p * bits_as_float((half + bias) << 23) * bits_as_float((rest + bias) << 23);
+#endif
+}
+
+/// Lane-wise logical right shift.
+[[gnu::always_inline]] inline VecI shift_right(VecI a, VecI counts) {
+  return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) >>
+                                           detail::bits_as<detail::NativeU>(counts.v))};
+}
+
+/// One binary16 as float, exactly (a signalling NaN may come out quiet).
+[[gnu::always_inline]] inline float to_float(f16 value) {
+#if defined(__F16C__) && (SLUICE_SIMD_AVX || SLUICE_SIMD_AVX512)
+  return _cvtsh_ss(value.bits);
+#else
+  return static_cast<float>(value);
+#endif
+}
+
+/// The binary16 at `source`, which needs no alignment, in all lanes as float.
+[[gnu::always_inline]] inline VecF broadcast_half(const void* source) {
+  f16 half;
+  std::memcpy(&half, source, sizeof(half));
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(
+      _mm512_maskz_cvtph_ps(detail::kAllLanes, _mm256_set1_epi16(static_cast<short>(half.bits))))};
+#else
+  return broadcast(to_float(half));
+#endif
+}
+
+/// Two values, each in one half of the lanes: the first in lanes 0 to kWidth / 2 - 1.
+[[gnu::always_inline]] inline VecF broadcast_halves(float first, float second) {
+#if SLUICE_SIMD_AVX512
+  const auto low = detail::bits_as<__m512>(broadcast(first).v);
+  return {detail::bits_as<detail::NativeF>(
+      _mm512_mask_broadcastss_ps(low, 0xff00, _mm_set_ss(second)))};
+#else
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = 2 * i < kWidth ? first : second;
+  return load(lanes);
+#endif
+}
+
+/// Sixteen bytes, in four words of which the first holds the first four, as floats: the first eight
+/// times one factor, the others times another.
+[[gnu::always_inline]] inline void store_bytes_scaled(const std::uint32_t (&words)[4],
+                                                      float first_factor, float second_factor,
+                                                      float (&target)[16]) {
+#if SLUICE_SIMD_AVX512
+  const __m128i bytes = _mm_setr_epi32(static_cast<int>(words[0]), static_cast<int>(words[1]),
+                                       static_cast<int>(words[2]), static_cast<int>(words[3]));
+  const VecI wide = {
+      detail::bits_as<detail::NativeI>(_mm512_maskz_cvtepu8_epi32(detail::kAllLanes, bytes))};
+  store(target, to_float(wide) * broadcast_halves(first_factor, second_factor));
+#else
+  for (int i = 0; i < 16; ++i)
+    target[i] = (i < 8 ? first_factor : second_factor) *
+                static_cast<float>((words[i / 4] >> (8 * (i % 4))) & 255U);
+#endif
+}
+
+/// A few consecutive floats, each in four lanes: lane i is source[i / 4]. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecF repeat_by_four(const float* source) {
+#if SLUICE_SIMD_AVX512
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512 four = _mm512_maskz_broadcast_f32x4(detail::kAllLanes, _mm_loadu_ps(source));
+  return {detail::bits_as<detail::NativeF>(
+      _mm512_maskz_permutexvar_ps(detail::kAllLanes, lanes, four))};
+#elif SLUICE_SIMD_AVX
+  return {detail::bits_as<detail::NativeF>(_mm256_insertf128_ps(
+      _mm256_castps128_ps256(_mm_set1_ps(source[0])), _mm_set1_ps(source[1]), 1))};
+#else
+  return broadcast(source[0]);
+#endif
+}
+
+namespace detail {
+#if SLUICE_SIMD_AVX512
+// The bits of the first `count` bytes, 0 <= count, in a mask of 64.
+[[gnu::always_inline]] inline __mmask64 first_bytes(int count) {
+  if (count <= 0) return 0;
+  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1U;
+}
+
+// A permutation of the 16-bit words of the first and the last 64 of the bytes of four records.
+struct alignas(64) WordTable {
+  std::int16_t words[32];
+};
+// Takes the 16 bytes at kOffset of every record.
+template <int kStride, int kOffset>
+inline constexpr WordTable kChunkWords = [] {
+  WordTable table{};
+  for (int i = 0; i < 32; ++i) {
+    const int at = i / 8 * kStride + kOffset + i % 8 * 2;
+    table.words[i] =
+        static_cast<std::int16_t>(at < 64 ? at / 2 : 32 + (at - (4 * kStride - 64)) / 2);
+  }
+  return table;
+}();
+// Takes the two bytes at kOffset of every record four times; they are all among the first 64.
+template <int kStride, int kOffset>
+inline constexpr WordTable kFieldWords = [] {
+  static_assert(3 * kStride + kOffset + 2 <= 64);
+  WordTable table{};
+  for (int i = 0; i < 32; ++i)
+    table.words[i] = static_cast<std::int16_t>((i % 16 / 4 * kStride + kOffset) / 2);
+  return table;
+}();
+#endif
+}  // namespace detail
+
+/// kWidth / 4 records of kStride bytes: what a group of small quantised blocks is to a register.
+/// Needs kWidth >= 4, and kStride even and 16 to 20.
+template <int kStride>
+class Records {
+ public:
+  /// Reads the first `count` records (1 <= count <= kWidth / 4) from `source`; the others are zero.
+  [[gnu::always_inline]] Records(const void* source, [[maybe_unused]] int count) {
+    static_assert(kStride % 2 == 0 && kStride >= 16 && kStride <= 20);
+#if SLUICE_SIMD_AVX512
+    constexpr int kTail = 4 * kStride - 64;
+    const auto* bytes = static_cast<const char*>(source);
+    if (count == 4) {
+      head_ = _mm512_loadu_si512(bytes);
+      tail_ = _mm512_loadu_si512(bytes + kTail);
+    } else {
+      const int size = count * kStride;
+      head_ = _mm512_maskz_loadu_epi8(detail::first_bytes(size), bytes);
+      tail_ = _mm512_maskz_loadu_epi8(detail::first_bytes(size - kTail), bytes + kTail);
+    }
+    asm("" : "+v"(head_));  // read once, not once per field
+#else
+    source_ = static_cast<const char*>(source);
+    count_ = count;
+#endif
+  }
+
+  /// The 16 bytes at kOffset of every record, in record order.
+  template <int kOffset>
+  [[gnu::always_inline]] VecI chunks() const {
+#if SLUICE_SIMD_AVX512
+    const __m512i words = _mm512_load_si512(detail::kChunkWords<kStride, kOffset>.words);
+    return {detail::bits_as<detail::NativeI>(_mm512_permutex2var_epi16(head_, words, tail_))};
+#elif SLUICE_SIMD_AVX
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source_ + kOffset));
+    const __m128i second =
+        count_ < 2 ? _mm_setzero_si128()
+                   : _mm_loadu_si128(reinterpret_cast<const __m128i*>(source_ + kStride + kOffset));
+    return {detail::bits_as<detail::NativeI>(
+        _mm256_insertf128_si256(_mm256_castsi128_si256(first), second, 1))};
+#else
+    return load_int32(source_ + kOffset);
+#endif
+  }
+
+  /// The binary16 at kOffset of every record, as float in the record's four lanes.
+  template <int kOffset>
+  [[gnu::always_inline]] VecF halves() const {
+#if SLUICE_SIMD_AVX512
+    const __m512i words = _mm512_load_si512(detail::kFieldWords<kStride, kOffset>.words);
+    const __m512i picked = _mm512_maskz_permutexvar_epi16(~__mmask32{0}, words, head_);
+    return {detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(
+        detail::kAllLanes, _mm512_maskz_extracti64x4_epi64(detail::kAllOfEight, picked, 0)))};
+#else
+    float values[2] = {};
+    for (int i = 0; i < (kWidth > 4 ? count_ : 1); ++i) {
+      f16 half;
+      std::memcpy(&half, source_ + i * kStride + kOffset, sizeof(half));
+      values[i] = to_float(half);
+    }
+    return repeat_by_four(values);
+#endif
+  }
+
+ private:
+#if SLUICE_SIMD_AVX512
+  __m512i head_;
+  __m512i tail_;
+#else
+  const char* source_;
+  int count_;
+#endif
+};
+
+/// 32 bytes as kWidth lanes twice, that is lane i is word i mod 8; only for kWidth = 16.
+[[gnu::always_inline]] inline VecI load_int32_twice(const void* source) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeI>(_mm512_maskz_broadcast_i64x4(
+      detail::kAllOfEight, _mm256_loadu_si256(static_cast<const __m256i*>(source))))};
+#else
+  return load_int32(source);
+#endif
+}
+
+namespace detail {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+// Lane i of the result is lane i of the wanted half of a and b interleaved in runs of kRun lanes:
+// runs 0, 2, ... of a (kUpper = 0) or 1, 3, ... (kUpper = 1) go to the even runs, b's to the odd.
+template <int kRun, int kUpper, int... kLanes>
+[[gnu::always_inline]] inline NativeF interleave(NativeF a, NativeF b,
+                                                 std::integer_sequence<int, kLanes...>) {
+  return __builtin_shufflevector(
+      a, b,
+      (kLanes / kRun % 2 == 0 ? kLanes + kUpper * kRun
+                              : kWidth + kLanes - kRun + kUpper * kRun)...);
+}
+
+// Exchanges off-diagonal blocks of kRun x kRun lanes, then goes on with half the size.
+template <int kRun>
+[[gnu::always_inline]] inline void transpose_blocks(VecF (&rows)[kWidth]) {
+  constexpr auto kLanes = std::make_integer_sequence<int, kWidth>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) {
+    if (i / kRun % 2 != 0) continue;
+    const NativeF a = rows[i].v;
+    const NativeF b = rows[i + kRun].v;
+    rows[i].v = interleave<kRun, 0>(a, b, kLanes);
+    rows[i + kRun].v = interleave<kRun, 1>(a, b, kLanes);
+  }
+  if constexpr (kRun > 1) transpose_blocks<kRun / 2>(rows);
+}
+#endif
+}  // namespace detail
+
+/// Transposes kWidth registers of kWidth lanes in place.
+[[gnu::always_inline]] inline void transpose([[maybe_unused]] VecF (&rows)[kWidth]) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  detail::transpose_blocks<kWidth / 2>(rows);
+#endif
+}
+
+/// Starts loading the cache line at `address` for reading. Never faults.
+[[gnu::always_inline]] inline void prefetch(const void* address) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  __builtin_prefetch(address, 0, 3);
+#else
+  static_cast<void>(address);
+#endif
+}
+
+/// The same, but only as far as the second-level cache: for what is not used at once.
+[[gnu::always_inline]] inline void prefetch_far(const void* address) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  __builtin_prefetch(address, 0, 2);
+#else
+  static_cast<void>(address);
+#endif
+}
+
+}  // namespace sluice::simd
