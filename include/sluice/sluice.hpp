@@ -30,3 +30,10 @@
 #include "sluice/attention/reference.hpp"
 #include "sluice/attention/softmax_state.hpp"
 #include "sluice/attention/variant.hpp"
+
+#include "sluice/nn/activation.hpp"
+#include "sluice/nn/embedding.hpp"
+#include "sluice/nn/linear.hpp"
+#include "sluice/nn/norm.hpp"
+#include "sluice/nn/quantised_blocks.hpp"
+#include "sluice/nn/weight_matrix.hpp"

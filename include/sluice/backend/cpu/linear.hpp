@@ -1,0 +1,939 @@
+// SPDX-License-Identifier: MIT
+/// Matrix products with stored weights on the processor: y = x W^T. Few tokens are served by
+/// streaming every weight once from memory, converted in registers; many tokens by converting tiles
+/// of weights to float32 panels and multiplying with a register-blocked kernel. Products and sums
+/// are float32 throughout.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include "sluice/backend/cpu/simd.hpp"
+#include "sluice/core/backend.hpp"
+#include "sluice/core/config.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/nn/quantised_blocks.hpp"
+#include "sluice/nn/weight_matrix.hpp"
+
+namespace sluice {
+
+/// One product of linear_many: y = x weight^T + bias, or y += that if `accumulate` is set.
+struct LinearTask {
+  WeightMatrix weight;          // [rows, cols]
+  const float* bias = nullptr;  // [rows], or null for none
+  MatrixView<float> y;          // [tokens, rows]
+  bool accumulate = false;
+};
+
+namespace detail {
+
+// Up to this many tokens weights are converted in registers, once per group of up to four tokens;
+// above it panels pay. Measured with bench/linear_bench on a Zen 4 core; see crossover there.
+inline constexpr std::int64_t kStreamTokens = 8;
+// Rows and tokens that one pass over the weights serves.
+inline constexpr int kStreamRows = simd::kNumRegisters >= 32 ? 4 : 2;
+inline constexpr int kStreamGroup = 4;
+// Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
+// in a second-level cache.
+inline constexpr std::int64_t kStretchBytes = 256 * 1024;
+// Shares of rows are cut at multiples of this, so that groups of rows are the same for every team.
+inline constexpr std::int64_t kStreamGrain = 4;
+// A panel holds kPanelRows weight rows with the columns outermost: [cols, kPanelRows].
+inline constexpr int kPanelRows = 2 * simd::kWidth;
+// Tokens of one call of the panel kernel: 2 accumulators each, and a few registers left over.
+inline constexpr int kPanelTokens = simd::kNumRegisters >= 32 ? 12 : 6;
+// Floats of the panels that one member holds at a time: 384 KiB, well inside a second-level cache.
+inline constexpr std::int64_t kPanelBudget = 96 * 1024;
+
+inline std::int64_t panels_per_tile(std::int64_t cols) {
+  return std::max<std::int64_t>(1, kPanelBudget / (kPanelRows * cols));
+}
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Widest prepared token of any type (see StreamKernel): a quarter more than its columns, after
+// rounding up to whole groups.
+inline std::int64_t max_prepared_size(std::int64_t cols) {
+  return round_up(cols, 8 * std::max(simd::kWidth, 4)) / 4 * 5 + 64;
+}
+
+/// How a type's weights are multiplied with few tokens. Each specialisation has
+///   prepared_size(cols): floats of one token in the order in which the kernel reads it,
+///   prepare(x, cols, prepared): brings x [cols] into that order,
+///   dot<kRows, kTokens>(weights, row_bytes, cols, prepared, prepared_stride, sums):
+///     sums[r][t] = row r of the weights times prepared token t. The order of additions within a
+///     sum depends on cols alone, so that results do not depend on the grouping.
+template <ElementType kType>
+struct StreamKernel;
+
+// Types whose values stand in order: the token is copied, padded with zeros to whole registers.
+struct InOrder {
+  static std::int64_t prepared_size(std::int64_t cols) { return round_up(cols, simd::kWidth); }
+  static void prepare(const float* x, std::int64_t cols, float* prepared) {
+    std::memcpy(prepared, x, static_cast<std::size_t>(cols) * sizeof(float));
+    std::fill(prepared + cols, prepared + prepared_size(cols), 0.0F);
+  }
+};
+
+template <int kRows, int kTokens>
+[[gnu::always_inline]] inline void reduce_all(const simd::VecF (&sums)[kRows][kTokens],
+                                              float (&result)[kRows][kTokens]) {
+  if constexpr (kRows == 4 && kTokens == 1) {
+    const simd::VecF four[4] = {sums[0][0], sums[1][0], sums[2][0], sums[3][0]};
+    simd::reduce_add(four, &result[0][0]);
+  } else {
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTokens; ++t) result[r][t] = simd::reduce_add(sums[r][t]);
+  }
+}
+
+template <class Element>
+struct PlainKernel : InOrder {
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void dot(const std::uint8_t* weights, std::int64_t row_bytes,
+                                         std::int64_t cols, const float* prepared,
+                                         std::int64_t prepared_stride,
+                                         float (&result)[kRows][kTokens]) {
+    simd::VecF sums[kRows][kTokens] = {};
+    const auto row = [&](int r) {
+      return reinterpret_cast<const Element*>(weights + r * row_bytes);
+    };
+    std::int64_t c = 0;
+    for (; c + simd::kWidth <= cols; c += simd::kWidth) {
+      simd::VecF values[kTokens];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t)
+        values[t] = simd::in_register(simd::load(prepared + t * prepared_stride + c));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const simd::VecF w = simd::load(row(r) + c);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sums[r][t] = simd::fma(w, values[t], sums[r][t]);
+      }
+    }
+    if (c < cols) {
+      for (int r = 0; r < kRows; ++r) {
+        const simd::VecF w = simd::load_partial(row(r) + c, cols - c);
+        for (int t = 0; t < kTokens; ++t)
+          sums[r][t] = simd::fma(w, simd::load(prepared + t * prepared_stride + c), sums[r][t]);
+      }
+    }
+    reduce_all(sums, result);
+  }
+};
+
+template <>
+struct StreamKernel<ElementType::kF32> : PlainKernel<float> {};
+template <>
+struct StreamKernel<ElementType::kF16> : PlainKernel<f16> {};
+template <>
+struct StreamKernel<ElementType::kBF16> : PlainKernel<bf16> {};
+
+template <>
+struct StreamKernel<ElementType::kQ8_0> : InOrder {
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void dot(const std::uint8_t* weights, std::int64_t row_bytes,
+                                         std::int64_t cols, const float* prepared,
+                                         std::int64_t prepared_stride,
+                                         float (&result)[kRows][kTokens]) {
+    simd::VecF sums[kRows][kTokens] = {};
+    for (std::int64_t b = 0; b < cols / 32; ++b) {
+      simd::VecF parts[kRows][kTokens] = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < 32; i += simd::kWidth) {
+        simd::VecF values[kTokens];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t)
+          values[t] = simd::in_register(simd::load(prepared + t * prepared_stride + i));
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const simd::VecF q = simd::load(reinterpret_cast<const std::int8_t*>(
+              weights + r * row_bytes + offsetof(BlockQ8_0, qs) + i));
+#pragma GCC unroll 4
+          for (int t = 0; t < kTokens; ++t) parts[r][t] = simd::fma(q, values[t], parts[r][t]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const simd::VecF d = simd::broadcast_half(weights + r * row_bytes);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sums[r][t] = simd::fma(parts[r][t], d, sums[r][t]);
+      }
+      weights += sizeof(BlockQ8_0);
+      prepared += 32;
+    }
+    reduce_all(sums, result);
+  }
+};
+
+// Four-bit levels are taken from 32-bit words of eight. The k-th level of every lane's word is
+// masked in place and converted to float, which leaves a factor of 2^(4 k); the prepared token has
+// its reciprocal. The top level is shifted down instead, since conversion is signed.
+[[gnu::always_inline]] inline simd::VecF level_in_place(simd::VecI words, int k) {
+  if (k == 7) return simd::to_float(words >> 28);
+  return simd::to_float(words & simd::broadcast(static_cast<std::int32_t>(0xF << (4 * k))));
+}
+inline constexpr float kLevelScale[8] = {1.0F,     0x1p-4F,  0x1p-8F,  0x1p-12F,
+                                         0x1p-16F, 0x1p-20F, 0x1p-24F, 1.0F};
+
+// Q4_0 and Q4_1: kWidth / 4 blocks fill a register with their four words each. A prepared group is
+// eight registers of scaled values, one per level, and one of the lanes' sums of values, by which
+// Q4_1 multiplies its minimum; Q4_0 takes it times -8.
+template <class Block, bool kHasMin>
+struct NibbleKernel {
+  static constexpr int kBlocks = std::max(1, simd::kWidth / 4);
+  static constexpr int kValues = 32 * kBlocks;
+  static constexpr int kFloats = 9 * simd::kWidth;
+
+  static std::int64_t prepared_size(std::int64_t cols) {
+    return round_up(cols, kValues) / kValues * kFloats;
+  }
+
+  static void prepare(const float* x, std::int64_t cols, float* prepared) {
+    std::fill(prepared, prepared + prepared_size(cols), 0.0F);
+    for (std::int64_t b = 0; b < cols / 32; ++b) {
+      float* lanes = prepared + b / kBlocks * kFloats + b % kBlocks * 4;
+      for (int word = 0; word < 4; ++word) {
+        float sum = 0.0F;
+        for (int k = 0; k < 8; ++k) {
+          const float value = x[b * 32 + 4 * word + k / 2 + 16 * (k % 2)];
+          lanes[k * simd::kWidth + word] = value * kLevelScale[k];
+          sum += value;
+        }
+        lanes[8 * simd::kWidth + word] = kHasMin ? sum : -8.0F * sum;
+      }
+    }
+  }
+
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void add_group(const std::uint8_t* group, std::int64_t row_bytes,
+                                               int count, const float* prepared,
+                                               std::int64_t prepared_stride,
+                                               simd::VecF (&sums)[kRows][kTokens]) {
+    const auto value = [&](int t, int k) {
+      return simd::in_register(simd::load(prepared + t * prepared_stride + k * simd::kWidth));
+    };
+    simd::VecI words[kRows];
+    simd::VecF scales[kRows];
+    simd::VecF parts[kRows][kTokens] = {};
+    simd::VecF offsets[kTokens];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) offsets[t] = value(t, 8);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const simd::Records<sizeof(Block)> records(group + r * row_bytes, count);
+      words[r] = records.template chunks<offsetof(Block, qs)>();
+      scales[r] = records.template halves<offsetof(Block, d)>();
+      if constexpr (kHasMin) {
+        const simd::VecF m = records.template halves<offsetof(Block, m)>();
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sums[r][t] = simd::fma(m, offsets[t], sums[r][t]);
+      } else {
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) parts[r][t] = offsets[t];
+      }
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      simd::VecF values[kTokens];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) values[t] = value(t, k);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const simd::VecF q = level_in_place(words[r], k);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) parts[r][t] = simd::fma(q, values[t], parts[r][t]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) sums[r][t] = simd::fma(parts[r][t], scales[r], sums[r][t]);
+    }
+  }
+
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void dot(const std::uint8_t* weights, std::int64_t row_bytes,
+                                         std::int64_t cols, const float* prepared,
+                                         std::int64_t prepared_stride,
+                                         float (&result)[kRows][kTokens]) {
+    simd::VecF sums[kRows][kTokens] = {};
+    for (std::int64_t g = 0; g < cols / kValues; ++g) {
+      add_group<kRows, kTokens>(weights, row_bytes, kBlocks, prepared, prepared_stride, sums);
+      weights += kBlocks * sizeof(Block);
+      prepared += kFloats;
+    }
+    if (const auto rest = static_cast<int>(cols % kValues / 32); rest != 0)
+      add_group<kRows, kTokens>(weights, row_bytes, rest, prepared, prepared_stride, sums);
+    reduce_all(sums, result);
+  }
+};
+
+// For one-lane registers, which hold no block: each block is read by the plain reference.
+template <class Block>
+struct BlockwiseKernel : InOrder {
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void dot(const std::uint8_t* weights, std::int64_t row_bytes,
+                                         std::int64_t cols, const float* prepared,
+                                         std::int64_t prepared_stride,
+                                         float (&result)[kRows][kTokens]) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int t = 0; t < kTokens; ++t) result[r][t] = 0.0F;
+      for (std::int64_t b = 0; b < cols / 32; ++b) {
+        float values[32];
+        dequantise_blocks<Block, 32>(
+            weights + r * row_bytes + b * static_cast<std::int64_t>(sizeof(Block)), 32, values);
+        for (int t = 0; t < kTokens; ++t)
+          for (int i = 0; i < 32; ++i)
+            result[r][t] += values[i] * prepared[t * prepared_stride + b * 32 + i];
+      }
+    }
+  }
+};
+
+template <>
+struct StreamKernel<ElementType::kQ4_0>
+    : std::conditional_t<(simd::kWidth >= 4), NibbleKernel<BlockQ4_0, false>,
+                         BlockwiseKernel<BlockQ4_0>> {};
+template <>
+struct StreamKernel<ElementType::kQ4_1>
+    : std::conditional_t<(simd::kWidth >= 4), NibbleKernel<BlockQ4_1, true>,
+                         BlockwiseKernel<BlockQ4_1>> {};
+
+// Q4_K: the 32 words of a super-block fill 32 / kWidth registers; even levels belong to a word's
+// first sub-block, odd ones to its second. A prepared super-block is eight registers of scaled
+// values per register of words, then 16 floats: 8 zeros, and the sums of values of the sub-blocks.
+template <>
+struct StreamKernel<ElementType::kQ4_K> {
+  static constexpr int kRegisters = 32 / simd::kWidth;
+  static constexpr int kFloats = 256 + 16;
+
+  static std::int64_t prepared_size(std::int64_t cols) { return cols / 256 * kFloats; }
+
+  static void prepare(const float* x, std::int64_t cols, float* prepared) {
+    for (std::int64_t b = 0; b < cols / 256; ++b, x += 256, prepared += kFloats) {
+      for (int word = 0; word < 32; ++word) {
+        const int chunk = word / 8;
+        float* lane = prepared + word / simd::kWidth * 8 * simd::kWidth + word % simd::kWidth;
+        for (int k = 0; k < 8; ++k)
+          lane[k * simd::kWidth] =
+              x[64 * chunk + 32 * (k % 2) + 4 * (word % 8) + k / 2] * kLevelScale[k];
+      }
+      for (int s = 0; s < 8; ++s) {
+        float sum = 0.0F;
+        for (int i = 0; i < 32; ++i) sum += x[32 * s + i];
+        prepared[256 + s] = 0.0F;
+        prepared[256 + 8 + s] = sum;
+      }
+    }
+  }
+
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void dot(const std::uint8_t* weights, std::int64_t row_bytes,
+                                         std::int64_t cols, const float* prepared,
+                                         std::int64_t prepared_stride,
+                                         float (&result)[kRows][kTokens]) {
+    simd::VecF sums[kRows][kTokens] = {};
+    for (std::int64_t b = 0; b < cols / 256; ++b) {
+      alignas(64) float scales[kRows][16];  // d * scale of each sub-block, then -dmin * min
+      for (int r = 0; r < kRows; ++r) {
+        const std::uint8_t* block = weights + r * row_bytes;
+        scale_q4_k(block, scales[r]);
+        // Where a register has 16 lanes the eight zeros cancel the scales.
+        for (int i = simd::kWidth > 8 ? 0 : 8; i < 16; i += simd::kWidth)
+          for (int t = 0; t < kTokens; ++t)
+            sums[r][t] =
+                simd::fma(simd::load(scales[r] + i),
+                          simd::load(prepared + t * prepared_stride + 256 + i), sums[r][t]);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < kRegisters; ++v) {
+        const int chunk = v * simd::kWidth / 8;  // of the register's first word
+        const int next = simd::kWidth > 8 ? chunk + 1 : chunk;
+        simd::VecI words[kRows];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r)
+          words[r] = simd::load_int32(weights + r * row_bytes + offsetof(BlockQ4_K, qs) +
+                                      4 * simd::kWidth * v);
+#pragma GCC unroll 2
+        for (int odd = 0; odd < 2; ++odd) {
+          simd::VecF parts[kRows][kTokens] = {};
+#pragma GCC unroll 4
+          for (int k = odd; k < 8; k += 2) {
+            simd::VecF values[kTokens];
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+              values[t] = simd::in_register(
+                  simd::load(prepared + t * prepared_stride + (v * 8 + k) * simd::kWidth));
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              const simd::VecF q = level_in_place(words[r], k);
+#pragma GCC unroll 4
+              for (int t = 0; t < kTokens; ++t) parts[r][t] = simd::fma(q, values[t], parts[r][t]);
+            }
+          }
+#pragma GCC unroll 4
+          for (int r = 0; r < kRows; ++r) {
+            const simd::VecF scale =
+                simd::broadcast_halves(scales[r][2 * chunk + odd], scales[r][2 * next + odd]);
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t)
+              sums[r][t] = simd::fma(parts[r][t], scale, sums[r][t]);
+          }
+        }
+      }
+      weights += sizeof(BlockQ4_K);
+      prepared += kFloats;
+    }
+    reduce_all(sums, result);
+  }
+
+  [[gnu::always_inline]] static void scale_q4_k(const std::uint8_t* block, float (&scales)[16]) {
+    f16 d[2];
+    std::memcpy(d, block, sizeof(d));
+    std::uint32_t packed[3];
+    std::memcpy(packed, block + offsetof(BlockQ4_K, scales), sizeof(packed));
+    // The four bytes of each word at once, see unpack_scales_q4_k.
+    const std::uint32_t unpacked[4] = {
+        packed[0] & 0x3f3f3f3fU,
+        (packed[2] & 0x0f0f0f0fU) | ((packed[0] >> 2) & 0x30303030U),
+        packed[1] & 0x3f3f3f3fU,
+        ((packed[2] >> 4) & 0x0f0f0f0fU) | ((packed[1] >> 2) & 0x30303030U),
+    };
+    simd::store_bytes_scaled(unpacked, simd::to_float(d[0]), -simd::to_float(d[1]), scales);
+  }
+};
+
+// Q6_K: the 16 words of low bits of a half (128 values) fill 16 / kWidth registers, and each is
+// read twice, for its low and for its high four bits. The upper bits of the words 0 to 7 are bits
+// 0-1 and 4-5 of the high words, those of the words 8 to 15 bits 2-3 and 6-7. Levels stay in their
+// byte of the word and the prepared token has the reciprocal factor 2^(-8 j). After four registers
+// of values comes one with -32 times the lanes' sums.
+template <>
+struct StreamKernel<ElementType::kQ6_K> {
+  static constexpr int kRegisters = 16 / simd::kWidth;
+  static constexpr int kFloats = 256 / 4 * 5;
+
+  static std::int64_t prepared_size(std::int64_t cols) { return cols / 256 * kFloats; }
+
+  static void prepare(const float* x, std::int64_t cols, float* prepared) {
+    constexpr float kByteScale[4] = {1.0F, 0x1p-8F, 0x1p-16F, 0x1p-24F};
+    for (std::int64_t b = 0; b < cols / 128; ++b, x += 128, prepared += kFloats / 2) {
+      for (int word = 0; word < 16; ++word) {
+        for (int high = 0; high < 2; ++high) {
+          float* lane =
+              prepared + (word / simd::kWidth * 2 + high) * 5 * simd::kWidth + word % simd::kWidth;
+          float sum = 0.0F;
+          for (int j = 0; j < 4; ++j) {
+            const float value = x[64 * high + 4 * word + j];
+            lane[j * simd::kWidth] = value * kByteScale[j];
+            sum += value;
+          }
+          lane[4 * simd::kWidth] = -32.0F * sum;
+        }
+      }
+    }
+  }
+
+  template <int kRows, int kTokens>
+  [[gnu::always_inline]] static void dot(const std::uint8_t* weights, std::int64_t row_bytes,
+                                         std::int64_t cols, const float* prepared,
+                                         std::int64_t prepared_stride,
+                                         float (&result)[kRows][kTokens]) {
+    simd::VecF sums[kRows][kTokens] = {};
+    const simd::VecI nibbles = simd::broadcast(std::int32_t{0x0f0f0f0f});
+    const simd::VecI pairs = simd::broadcast(std::int32_t{0x30303030});
+    for (std::int64_t b = 0; b < cols / 256; ++b) {
+      alignas(64) float scales[kRows][16];
+      for (int r = 0; r < kRows; ++r) {
+        const std::uint8_t* block = weights + r * row_bytes;
+        const simd::VecF d = simd::broadcast_half(block + offsetof(BlockQ6_K, d));
+        const auto* levels =
+            reinterpret_cast<const std::int8_t*>(block + offsetof(BlockQ6_K, scales));
+        for (int i = 0; i < 16; i += simd::kWidth)
+          simd::store(scales[r] + i, d * simd::load(levels + i));
+      }
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kRegisters; ++v) {
+#pragma GCC unroll 2
+          for (int s = 0; s < 2; ++s) {
+            simd::VecI q[kRows];
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              const std::uint8_t* block = weights + r * row_bytes;
+              const simd::VecI low = simd::load_int32(block + 64 * half + 4 * simd::kWidth * v);
+              const simd::VecI high = upper_bits(block + offsetof(BlockQ6_K, qh) + 32 * half, v);
+              q[r] = s == 0 ? (low & nibbles) | ((high << 4) & pairs)
+                            : ((low >> 4) & nibbles) | (high & pairs);
+            }
+            const float* lanes = prepared + ((half * kRegisters + v) * 2 + s) * 5 * simd::kWidth;
+            const auto value = [&](int t, int j) {
+              return simd::in_register(simd::load(lanes + t * prepared_stride + j * simd::kWidth));
+            };
+            simd::VecF parts[kRows][kTokens];
+#pragma GCC unroll 4
+            for (int t = 0; t < kTokens; ++t) {
+              const simd::VecF offset = value(t, 4);
+#pragma GCC unroll 4
+              for (int r = 0; r < kRows; ++r) parts[r][t] = offset;
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+              const simd::VecI mask = simd::broadcast(static_cast<std::int32_t>(0x3f << (8 * j)));
+              simd::VecF values[kTokens];
+#pragma GCC unroll 4
+              for (int t = 0; t < kTokens; ++t) values[t] = value(t, j);
+#pragma GCC unroll 4
+              for (int r = 0; r < kRows; ++r) {
+                const simd::VecF level = simd::to_float(q[r] & mask);
+#pragma GCC unroll 4
+                for (int t = 0; t < kTokens; ++t)
+                  parts[r][t] = simd::fma(level, values[t], parts[r][t]);
+              }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < kRows; ++r) {
+              const simd::VecF scale =
+                  simd::repeat_by_four(scales[r] + 8 * half + 4 * s + v * simd::kWidth / 4);
+#pragma GCC unroll 4
+              for (int t = 0; t < kTokens; ++t)
+                sums[r][t] = simd::fma(parts[r][t], scale, sums[r][t]);
+            }
+          }
+        }
+      }
+      weights += sizeof(BlockQ6_K);
+      prepared += kFloats;
+    }
+    reduce_all(sums, result);
+  }
+
+  // The upper bits of register v's words, bits 0-1 and 4-5 of every byte.
+  [[gnu::always_inline]] static simd::VecI upper_bits(const std::uint8_t* qh, int v) {
+    if constexpr (simd::kWidth == 16) {
+      constexpr std::int32_t kCounts[16] = {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
+      return simd::shift_right(simd::load_int32_twice(qh), simd::load_int32(kCounts));
+    } else {
+      const int word = v * simd::kWidth;
+      return simd::load_int32(qh + 4 * (word % 8)) >> (word < 8 ? 0 : 2);
+    }
+  }
+};
+
+// Calls function.operator()<kType>() for a run-time type.
+template <class Function>
+void with_type(ElementType type, Function&& function) {
+  switch (type) {
+    case ElementType::kF32: return function.template operator()<ElementType::kF32>();
+    case ElementType::kF16: return function.template operator()<ElementType::kF16>();
+    case ElementType::kBF16: return function.template operator()<ElementType::kBF16>();
+    case ElementType::kQ8_0: return function.template operator()<ElementType::kQ8_0>();
+    case ElementType::kQ4_0: return function.template operator()<ElementType::kQ4_0>();
+    case ElementType::kQ4_1: return function.template operator()<ElementType::kQ4_1>();
+    case ElementType::kQ4_K: return function.template operator()<ElementType::kQ4_K>();
+    case ElementType::kQ6_K: return function.template operator()<ElementType::kQ6_K>();
+  }
+}
+
+// Rows `rows`, whose number is a multiple of kRows, times kTokens tokens. The kRows rows of one
+// pass are a kRows-th of all rows apart: each is then the head of a stream that runs through memory
+// without jumps, which the processor's prefetchers follow better than the short rows themselves.
+template <ElementType kType, int kRows, int kTokens>
+void stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token, const float* prepared,
+                 std::int64_t prepared_stride) {
+  const std::int64_t cols = task.weight.cols;
+  const std::int64_t row_bytes = task.weight.row_bytes();
+  const std::int64_t apart = (rows.end - rows.begin) / kRows;
+  const auto* weights = static_cast<const std::uint8_t*>(task.weight.data) + rows.begin * row_bytes;
+  for (std::int64_t i = 0; i < apart; ++i, weights += row_bytes) {
+    float sums[kRows][kTokens];
+    StreamKernel<kType>::template dot<kRows, kTokens>(weights, apart * row_bytes, cols, prepared,
+                                                      prepared_stride, sums);
+    for (int t = 0; t < kTokens; ++t) {
+      float* y = task.y.row(token + t);
+      for (int r = 0; r < kRows; ++r) {
+        const std::int64_t row = rows.begin + r * apart + i;
+        float sum = sums[r][t];
+        if (task.bias != nullptr) sum += task.bias[row];
+        y[row] = task.accumulate ? y[row] + sum : sum;
+      }
+    }
+  }
+}
+
+// The same for any number of rows.
+template <ElementType kType, int kRows, int kTokens>
+void stream_any_rows(const LinearTask& task, WorkRange rows, std::int64_t token,
+                     const float* prepared, std::int64_t prepared_stride) {
+  const std::int64_t middle = rows.end - (rows.end - rows.begin) % kRows;
+  stream_rows<kType, kRows, kTokens>(task, {rows.begin, middle}, token, prepared, prepared_stride);
+  stream_rows<kType, 1, kTokens>(task, {middle, rows.end}, token, prepared, prepared_stride);
+}
+
+// All tokens; rows in stretches that a first-level cache keeps from one group of tokens to the
+// next.
+template <ElementType kType>
+void stream_tokens(const LinearTask& task, WorkRange rows, std::int64_t tokens,
+                   const float* prepared, std::int64_t prepared_stride) {
+  if (tokens == 1)
+    return stream_any_rows<kType, kStreamRows, 1>(task, rows, 0, prepared, prepared_stride);
+  const std::int64_t num_rows = rows.end - rows.begin;
+  const std::int64_t step =
+      tokens <= kStreamGroup
+          ? num_rows
+          : std::max(kStreamGrain, kStretchBytes / task.weight.row_bytes() / 2 * 2);
+  for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
+    const WorkRange stretch = {begin, std::min(begin + step, rows.end)};
+    for (std::int64_t t = 0; t < tokens; t += kStreamGroup) {
+      const float* group = prepared + t * prepared_stride;
+      switch (std::min<std::int64_t>(tokens - t, kStreamGroup)) {
+        case 4: stream_any_rows<kType, 2, 4>(task, stretch, t, group, prepared_stride); break;
+        case 3: stream_any_rows<kType, 2, 3>(task, stretch, t, group, prepared_stride); break;
+        case 2: stream_any_rows<kType, 2, 2>(task, stretch, t, group, prepared_stride); break;
+        default: stream_any_rows<kType, 2, 1>(task, stretch, t, group, prepared_stride); break;
+      }
+    }
+  }
+}
+
+// One member's share of all tasks with few tokens. scratch: [kStreamTokens * max_prepared_size].
+inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                         float* scratch, int member, int num_members) {
+  const LinearTask* prepared_for = nullptr;
+  std::int64_t stride = 0;
+  for (const LinearTask& task : tasks) {
+    const WorkRange rows = share_of(task.weight.rows, member, num_members, kStreamGrain);
+    if (rows.begin == rows.end) continue;
+    with_type(task.weight.type, [&]<ElementType kType>() {
+      using Kernel = StreamKernel<kType>;
+      if (prepared_for == nullptr || prepared_for->weight.type != kType) {
+        stride = round_up(Kernel::prepared_size(x.cols), simd::kWidth);
+        for (std::int64_t t = 0; t < x.rows; ++t)
+          Kernel::prepare(x.row(t), x.cols, scratch + t * stride);
+        prepared_for = &task;
+      }
+      stream_tokens<kType>(task, rows, x.rows, scratch, stride);
+    });
+  }
+}
+
+// The panels' reading of weights: `count` stored values as float32, the same bits as dequantise()
+// gives. One function per kind of type, then the choice among them.
+template <class Element>
+inline void widen_fast(const std::uint8_t* stored, std::int64_t count, float* target) {
+  const auto* source = reinterpret_cast<const Element*>(stored);
+  std::int64_t i = 0;
+  for (; i + simd::kWidth <= count; i += simd::kWidth)
+    simd::store(target + i, simd::load(source + i));
+  if (i < count)
+    simd::store_partial(target + i, simd::load_partial(source + i, count - i), count - i);
+}
+
+// The block readers take addresses in the stored row: a copy of the block would be read back from
+// the store buffer in other pieces than it was written, which stalls.
+template <ElementType kType>
+void dequantise_block_fast(const std::uint8_t* block, float* target);
+
+template <>
+[[gnu::always_inline]] inline void dequantise_block_fast<ElementType::kQ8_0>(
+    const std::uint8_t* block, float* target) {
+  const simd::VecF d = simd::broadcast_half(block);
+  const auto* qs = reinterpret_cast<const std::int8_t*>(block + offsetof(BlockQ8_0, qs));
+#pragma GCC unroll 8
+  for (int i = 0; i < 32; i += simd::kWidth) simd::store(target + i, d * simd::load(qs + i));
+}
+
+// `count` bytes: their low halves, then their high halves.
+template <int kCount>
+[[gnu::always_inline]] inline void dequantise_nibbles(const std::uint8_t* qs, simd::VecF low_scale,
+                                                      simd::VecF low_min, simd::VecF high_scale,
+                                                      simd::VecF high_min, float* target) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; i += simd::kWidth) {
+    const simd::VecI bytes = simd::load_uint8(qs + i);
+    const simd::VecF low = simd::to_float(bytes & simd::broadcast(std::int32_t{15}));
+    simd::store(target + i, simd::fma(low, low_scale, low_min));
+    simd::store(target + kCount + i, simd::fma(simd::to_float(bytes >> 4), high_scale, high_min));
+  }
+}
+
+template <>
+[[gnu::always_inline]] inline void dequantise_block_fast<ElementType::kQ4_0>(
+    const std::uint8_t* block, float* target) {
+  const simd::VecF d = simd::broadcast_half(block);
+  const simd::VecF min = d * simd::broadcast(-8.0F);
+  dequantise_nibbles<16>(block + offsetof(BlockQ4_0, qs), d, min, d, min, target);
+}
+
+template <>
+[[gnu::always_inline]] inline void dequantise_block_fast<ElementType::kQ4_1>(
+    const std::uint8_t* block, float* target) {
+  const simd::VecF d = simd::broadcast_half(block);
+  const simd::VecF min = simd::broadcast_half(block + offsetof(BlockQ4_1, m));
+  dequantise_nibbles<16>(block + offsetof(BlockQ4_1, qs), d, min, d, min, target);
+}
+
+template <>
+[[gnu::always_inline]] inline void dequantise_block_fast<ElementType::kQ4_K>(
+    const std::uint8_t* block, float* target) {
+  alignas(64) float scales[16];
+  StreamKernel<ElementType::kQ4_K>::scale_q4_k(block, scales);
+  for (int c = 0; c < 4; ++c)
+    dequantise_nibbles<32>(block + offsetof(BlockQ4_K, qs) + 32 * c, simd::broadcast(scales[2 * c]),
+                           simd::broadcast(scales[8 + 2 * c]), simd::broadcast(scales[2 * c + 1]),
+                           simd::broadcast(scales[9 + 2 * c]), target + 64 * c);
+}
+
+template <>
+[[gnu::always_inline]] inline void dequantise_block_fast<ElementType::kQ6_K>(
+    const std::uint8_t* block, float* target) {
+  const simd::VecF d = simd::broadcast_half(block + offsetof(BlockQ6_K, d));
+  const auto* levels = reinterpret_cast<const std::int8_t*>(block + offsetof(BlockQ6_K, scales));
+  alignas(64) float scales[16];
+  for (int i = 0; i < 16; i += simd::kWidth) simd::store(scales + i, d * simd::load(levels + i));
+  const simd::VecF offset = simd::broadcast(-32.0F);
+  const simd::VecI nibble = simd::broadcast(std::int32_t{15});
+  const simd::VecI pair = simd::broadcast(std::int32_t{0x30});
+  for (int half = 0; half < 2; ++half) {
+    for (int l = 0; l < 32; l += simd::kWidth) {
+      const simd::VecI high = simd::load_uint8(block + offsetof(BlockQ6_K, qh) + 32 * half + l);
+#pragma GCC unroll 4
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        const simd::VecI bytes = simd::load_uint8(block + 64 * half + 32 * (quarter % 2) + l);
+        const simd::VecI low = quarter < 2 ? bytes & nibble : bytes >> 4;
+        const simd::VecI q = low | ((high >> (2 * quarter) << 4) & pair);
+        const simd::VecF scale = simd::broadcast(scales[8 * half + 2 * quarter + l / 16]);
+        simd::store(target + 128 * half + 32 * quarter + l, (simd::to_float(q) + offset) * scale);
+      }
+    }
+  }
+}
+
+template <ElementType kType>
+void dequantise_blocks_fast(const std::uint8_t* stored, std::int64_t count, float* target) {
+  constexpr BlockShape kShape = block_shape(kType);
+  for (std::int64_t i = 0; i < count; i += kShape.values, stored += kShape.bytes)
+    dequantise_block_fast<kType>(stored, target + i);
+}
+
+inline void dequantise_fast(ElementType type, const std::uint8_t* stored, std::int64_t count,
+                            float* target) {
+  switch (type) {
+    case ElementType::kF32: return widen_fast<float>(stored, count, target);
+    case ElementType::kF16: return widen_fast<f16>(stored, count, target);
+    case ElementType::kBF16: return widen_fast<bf16>(stored, count, target);
+    case ElementType::kQ8_0:
+      return dequantise_blocks_fast<ElementType::kQ8_0>(stored, count, target);
+    case ElementType::kQ4_0:
+      return dequantise_blocks_fast<ElementType::kQ4_0>(stored, count, target);
+    case ElementType::kQ4_1:
+      return dequantise_blocks_fast<ElementType::kQ4_1>(stored, count, target);
+    case ElementType::kQ4_K:
+      return dequantise_blocks_fast<ElementType::kQ4_K>(stored, count, target);
+    case ElementType::kQ6_K:
+      return dequantise_blocks_fast<ElementType::kQ6_K>(stored, count, target);
+  }
+}
+
+// Fills a panel [cols, kPanelRows] with rows row, row + 1, ... of a matrix; missing rows are 0.
+inline void fill_panel(const WeightMatrix& weight, std::int64_t row, float* panel) {
+  constexpr std::int64_t kStrip = 256;  // columns converted at a time: a multiple of every block
+  alignas(64) float strip[simd::kWidth][kStrip];
+  const std::int64_t row_bytes = weight.row_bytes();
+  for (int side = 0; side < 2; ++side) {
+    const std::int64_t first_row = row + side * simd::kWidth;
+    const std::int64_t num_rows =
+        std::clamp<std::int64_t>(weight.rows - first_row, 0, simd::kWidth);
+    if (num_rows < simd::kWidth) std::memset(strip, 0, sizeof(strip));
+    for (std::int64_t c = 0; c < weight.cols; c += kStrip) {
+      const std::int64_t count = std::min(kStrip, weight.cols - c);
+      const std::int64_t strip_bytes = storage_bytes(weight.type, count);
+      const std::uint8_t* source = static_cast<const std::uint8_t*>(weight.data) +
+                                   first_row * row_bytes + storage_bytes(weight.type, c);
+      for (std::int64_t r = 0; r < num_rows; ++r, source += row_bytes) {
+        // The same columns of the rows that come next: too short a run for the processor to see.
+        for (std::int64_t line = 0; line < strip_bytes; line += 64)
+          simd::prefetch_far(source + simd::kWidth * row_bytes + line);
+        dequantise_fast(weight.type, source, count, strip[r]);
+      }
+      float* target = panel + c * kPanelRows + side * simd::kWidth;
+      for (std::int64_t i = 0; i < count; i += simd::kWidth) {
+        simd::VecF square[simd::kWidth];
+        for (int r = 0; r < simd::kWidth; ++r) square[r] = simd::load(strip[r] + i);
+        simd::transpose(square);
+        const auto num_cols = static_cast<int>(std::min<std::int64_t>(simd::kWidth, count - i));
+        for (int k = 0; k < num_cols; ++k) simd::store(target + (i + k) * kPanelRows, square[k]);
+      }
+    }
+  }
+}
+
+// Brings tokens [num_tokens, cols] into the order [cols, num_tokens].
+inline void pack_tokens(MatrixView<const float> x, float* packed) {
+  std::int64_t c = 0;
+  for (; c + simd::kWidth <= x.cols; c += simd::kWidth) {
+    for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
+      simd::VecF square[simd::kWidth];
+      for (int t = 0; t < simd::kWidth; ++t)
+        square[t] = simd::load(x.row(std::min(first + t, x.rows - 1)) + c);
+      simd::transpose(square);
+      const std::int64_t count = x.rows - first;
+      for (int i = 0; i < simd::kWidth; ++i) {
+        float* target = packed + (c + i) * x.rows + first;
+        if (count >= simd::kWidth)
+          simd::store(target, square[i]);
+        else
+          simd::store_partial(target, square[i], count);
+      }
+    }
+  }
+  for (; c < x.cols; ++c)
+    for (std::int64_t t = 0; t < x.rows; ++t) packed[c * x.rows + t] = x.row(t)[c];
+}
+
+// One panel times kTokens packed tokens, for the panel's `num_rows` rows from `row` on.
+template <int kTokens>
+void multiply_panel(const LinearTask& task, const float* panel, const float* packed,
+                    std::int64_t row, std::int64_t token) {
+  simd::VecF sums[kTokens][2] = {};
+  const std::int64_t cols = task.weight.cols;
+  for (std::int64_t c = 0; c < cols; ++c) {
+    const simd::VecF low = simd::load(panel + c * kPanelRows);
+    const simd::VecF high = simd::load(panel + c * kPanelRows + simd::kWidth);
+#pragma GCC unroll 12
+    for (int t = 0; t < kTokens; ++t) {
+      const simd::VecF value = simd::broadcast(packed[c * kTokens + t]);
+      sums[t][0] = simd::fma(low, value, sums[t][0]);
+      sums[t][1] = simd::fma(high, value, sums[t][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      const std::int64_t first = row + side * simd::kWidth;
+      const std::int64_t count =
+          std::clamp<std::int64_t>(task.weight.rows - first, 0, simd::kWidth);
+      if (count == 0) continue;
+      float* y = task.y.row(token + t) + first;
+      simd::VecF sum = sums[t][side];
+      if (task.bias != nullptr) sum += simd::load_partial(task.bias + first, count);
+      if (task.accumulate) sum += simd::load_partial(y, count);
+      simd::store_partial(y, sum, count);
+    }
+  }
+}
+
+template <int kTokens>
+void multiply_panel_any(int tokens, const LinearTask& task, const float* panel, const float* packed,
+                        std::int64_t row, std::int64_t token) {
+  if (tokens == kTokens) return multiply_panel<kTokens>(task, panel, packed, row, token);
+  if constexpr (kTokens > 1)
+    multiply_panel_any<kTokens - 1>(tokens, task, panel, packed, row, token);
+}
+
+// One member's share of one task with many tokens.
+// scratch: [panels_per_tile * kPanelRows * cols + kPanelTokens * cols].
+inline void panel_task(const LinearTask& task, MatrixView<const float> x, float* scratch,
+                       int member, int num_members) {
+  const WeightMatrix& weight = task.weight;
+  const WorkRange rows = share_of(weight.rows, member, num_members, kPanelRows);
+  const std::int64_t panel_size = kPanelRows * weight.cols;
+  const std::int64_t tile_rows = panels_per_tile(weight.cols) * kPanelRows;
+  float* packed = scratch + panels_per_tile(weight.cols) * panel_size;
+  // Groups of nearly equal size: 13 tokens are 7 and 6, not 12 and 1.
+  const std::int64_t num_groups = (x.rows + kPanelTokens - 1) / kPanelTokens;
+  for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
+    const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
+    float* panel = scratch;
+    for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
+      fill_panel(weight, row, panel);
+    for (std::int64_t group = 0; group < num_groups; ++group) {
+      const WorkRange tokens = share_of(x.rows, group, num_groups);
+      const auto count = static_cast<int>(tokens.end - tokens.begin);
+      pack_tokens(x.middle_rows(tokens.begin, count), packed);
+      panel = scratch;
+      for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
+        multiply_panel_any<kPanelTokens>(count, task, panel, packed, row, tokens.begin);
+    }
+  }
+}
+
+}  // namespace detail
+
+/// Scratch of linear layers, fixed at construction: for each team member, tiles of converted
+/// weights and rearranged tokens. One workspace serves one call at a time.
+class LinearWorkspace {
+ public:
+  /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates
+  /// about max(400 KiB, 4 kPanelRows max_cols) and 13 max_cols floats a member.
+  /// \throws Error(kConfig) unless both are positive.
+  LinearWorkspace(std::int64_t max_cols, int team_size)
+      : max_cols_(checked(max_cols, "max_cols")),
+        team_size_(static_cast<int>(checked(team_size, "team_size"))),
+        member_size_(size_for(max_cols)),
+        storage_(static_cast<std::size_t>(member_size_ * team_size)) {}
+
+  std::int64_t max_cols() const noexcept { return max_cols_; }
+  int team_size() const noexcept { return team_size_; }
+  /// Bytes held.
+  std::size_t bytes() const noexcept { return storage_.bytes(); }
+  /// The scratch of one member: enough for either path at max_cols columns.
+  float* member(int index) {
+    SLUICE_ASSERT(index >= 0 && index < team_size_);
+    return storage_.data() + index * member_size_;
+  }
+
+ private:
+  static std::int64_t checked(std::int64_t value, const char* field) {
+    if (value < 1)
+      throw Error(ErrorCode::kConfig, {"extent out of range", "LinearWorkspace", field,
+                                       "at least 1", std::to_string(value)});
+    return value;
+  }
+  static std::int64_t size_for(std::int64_t cols) {
+    const std::int64_t panels = std::max(detail::kPanelBudget, detail::kPanelRows * cols);
+    const std::int64_t many = panels + detail::kPanelTokens * cols;
+    const std::int64_t few = detail::kStreamTokens * detail::max_prepared_size(cols);
+    return detail::round_up(std::max(many, few), 64);
+  }
+
+  std::int64_t max_cols_;
+  int team_size_;
+  std::int64_t member_size_;
+  Buffer<float> storage_;
+};
+
+namespace detail {
+
+// The fast products behind linear_many in nn/linear.hpp.
+inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                        LinearWorkspace& workspace, ThreadTeam& team, cpu) {
+  SLUICE_ASSERT(x.cols <= workspace.max_cols() && team.size() <= workspace.team_size());
+  if (x.rows == 0) return;
+  team.run([&](int member, int num_members) {
+    float* scratch = workspace.member(member);
+    if (x.rows <= kStreamTokens) {
+      stream_tasks(tasks, x, scratch, member, num_members);
+    } else {
+      for (const LinearTask& task : tasks) panel_task(task, x, scratch, member, num_members);
+    }
+  });
+}
+
+}  // namespace detail
+
+}  // namespace sluice
