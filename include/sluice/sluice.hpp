@@ -37,3 +37,14 @@
 #include "sluice/nn/norm.hpp"
 #include "sluice/nn/quantised_blocks.hpp"
 #include "sluice/nn/weight_matrix.hpp"
+
+#include "sluice/model/cache_plan.hpp"
+#include "sluice/model/decoder.hpp"
+#include "sluice/model/decoder_config.hpp"
+
+#include "sluice/stream/clock.hpp"
+#include "sluice/stream/event_log.hpp"
+#include "sluice/stream/latency_histogram.hpp"
+#include "sluice/stream/metrics.hpp"
+#include "sluice/stream/sampler.hpp"
+#include "sluice/stream/session.hpp"

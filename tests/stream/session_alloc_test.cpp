@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+// After construction a session allocates nothing, whatever its policy: not when it reads a text
+// longer than the cache, not when it scores one, not when it writes.
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "sluice/core/random.hpp"
+#include "sluice/model/load_safetensors.hpp"
+#include "sluice/stream/session.hpp"
+#include "support/count_allocations.hpp"
+
+namespace sluice {
+namespace {
+
+template <class Element>
+void expect_no_allocation(const std::string& model_name, CachePolicy policy, KeyForm form,
+                          int threads) {
+  const std::string folder = std::string(SLUICE_TEST_DATA) + "/models/" + model_name;
+  const auto decoder =
+      load_decoder(std::make_shared<const SafetensorsModel>(folder), folder + "/config.json");
+  SessionOptions options;
+  options.cache.policy = policy;
+  options.cache.key_form = form;
+  options.cache.window_size = 24;
+  options.cache.capacity = 4096;
+  options.sampler = {.temperature = 0.8, .top_k = 20, .top_p = 0.9, .repetition_penalty = 1.1};
+  options.num_threads = threads;
+  Session<Element> session(decoder, options);
+  std::vector<Token> tokens(200);
+  Random random(1);
+  for (Token& token : tokens) token = static_cast<Token>(random.below(128));
+  std::vector<float> scratch(8 * 128);
+
+  const auto before = test::allocation_count();
+  session.accept(tokens);
+  for (int i = 0; i < 150; ++i) session.step();
+  session.accept_scored(tokens, {scratch.data(), 8, 128}, [](std::size_t, double) {});
+  for (int i = 0; i < 150; ++i) session.step();
+  EXPECT_EQ(test::allocation_count() - before, 0)
+      << model_name << " " << to_string(policy) << " keys " << to_string(form);
+}
+
+TEST(SessionAllocations, AreZeroAfterConstruction) {
+  for (const char* model : {"llama3", "gemma3", "qwen2"})
+    for (const CachePolicy policy : {CachePolicy::kSinkWindow, CachePolicy::kWindow,
+                                     CachePolicy::kFull, CachePolicy::kRecompute})
+      for (const int threads : {1, 2})
+        expect_no_allocation<f16>(model, policy, KeyForm::kRotated, threads);
+  expect_no_allocation<float>("llama3", CachePolicy::kSinkWindow, KeyForm::kRaw, 2);
+  expect_no_allocation<bf16>("llama3", CachePolicy::kSinkWindow, KeyForm::kRaw, 1);
+}
+
+}  // namespace
+}  // namespace sluice
