@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: MIT
+/// Attention and cache, one layer at a time: what a decoding step and a prefill chunk cost as the
+/// cache grows. Rows carry their geometry: num_qo_heads:num_kv_heads x head_dim, sinks + window.
+/// Counters: K/V bandwidth in bytes/s for one query, flop/s for a chunk.
+#include <benchmark/benchmark.h>
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/attention/attend.hpp"
+#include "sluice/cache/kv_cache.hpp"
+#include "sluice/core/random.hpp"
+
+namespace {
+
+using namespace sluice;
+
+struct Geometry {
+  std::int64_t num_qo_heads;
+  std::int64_t num_kv_heads;
+  std::int64_t head_dim;
+};
+
+std::vector<float> noise(std::int64_t count) {
+  Random random(1);
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = static_cast<float>(random.normal());
+  return values;
+}
+
+/// One layer with a cache that has evicted already: the steady state of a stream.
+template <class Element>
+class Layer {
+ public:
+  Layer(const Geometry& geometry, std::int64_t sinks, std::int64_t window, std::int64_t chunk,
+        int threads)
+      : geometry_(geometry),
+        rotary_({.head_dim = static_cast<int>(geometry.head_dim),
+                 .rotary_dim = static_cast<int>(geometry.head_dim)}),
+        config_(RetentionConfig::sink_window(sinks, window, chunk)),
+        cache_({1, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim},
+               std::span(&config_, 1),
+               std::array{LayerCacheConfig{0, &rotary_}}),
+        team_(threads),
+        workspace_(&rotary_,
+                   {.num_qo_heads = geometry.num_qo_heads,
+                    .num_kv_heads = geometry.num_kv_heads,
+                    .head_dim = geometry.head_dim,
+                    .value_dim = geometry.head_dim,
+                    .max_queries = chunk,
+                    .max_keys = config_.capacity},
+                   threads),
+        rotation_(rotary_, chunk),
+        query_(noise(chunk * geometry.num_qo_heads * geometry.head_dim)),
+        key_(noise(chunk * geometry.num_kv_heads * geometry.head_dim)),
+        out_(query_.size()) {
+    while (cache_.total() < 2 * config_.capacity) {
+      append(chunk);
+      cache_.commit();
+    }
+  }
+
+  /// Stores `tokens` new tokens.
+  void append(std::int64_t tokens) {
+    rotation_.fill_run(static_cast<Position>(cache_.total()), tokens);
+    cache_.append(tokens);
+    const HeadsView<const float> rows(key_.data(), tokens, geometry_.num_kv_heads,
+                                      geometry_.head_dim);
+    cache_.store(0, rows, rows, rotation_.rows(), 0, tokens);
+  }
+
+  void attend_newest(std::int64_t tokens) {
+    std::array<Segment<Element>, KvCache<Element>::kMaxSegments> segments;
+    const int count = cache_.segments(0, tokens, segments);
+    const std::int64_t first = cache_.total() - tokens;
+    const AttentionVariant<> variant{0.125F, {config_.window_size, config_.num_sink_tokens}};
+    attend(AttentionQuery{{query_.data(), tokens, geometry_.num_qo_heads, geometry_.head_dim},
+                          first, static_cast<Position>(first)},
+           std::span<const Segment<Element>>(segments.data(), static_cast<std::size_t>(count)),
+           variant,
+           HeadsView<float>(out_.data(), tokens, geometry_.num_qo_heads, geometry_.head_dim),
+           nullptr, workspace_, team_, cpu{});
+    benchmark::DoNotOptimize(out_.data());
+  }
+
+  KvCache<Element>& cache() { return cache_; }
+
+ private:
+  Geometry geometry_;
+  Rotary rotary_;
+  RetentionConfig config_;
+  KvCache<Element> cache_;
+  ThreadTeam team_;
+  AttentionWorkspace<cpu> workspace_;
+  RotaryTable rotation_;
+  std::vector<float> query_;
+  std::vector<float> key_;
+  std::vector<float> out_;
+};
+
+Geometry geometry_of(const benchmark::State& state) {
+  return {state.range(0), state.range(1), state.range(2)};
+}
+
+/// One token: store, attend, evict. The cost of a step in one layer.
+template <class Element>
+void decode_step(benchmark::State& state) {
+  const Geometry geometry = geometry_of(state);
+  const std::int64_t sinks = 4;
+  const std::int64_t window = state.range(3);
+  Layer<Element> layer(geometry, sinks, window, 1, static_cast<int>(state.range(4)));
+  for (auto _ : state) {
+    layer.append(1);
+    layer.attend_newest(1);
+    layer.cache().commit();
+  }
+  const std::int64_t bytes = (sinks + window) * geometry.num_kv_heads * geometry.head_dim * 2 *
+                             static_cast<std::int64_t>(sizeof(Element));
+  state.counters["kv_bytes_per_s"] = benchmark::Counter(
+      static_cast<double>(bytes), benchmark::Counter::kIsIterationInvariantRate,
+      benchmark::Counter::OneK::kIs1000);
+}
+
+/// The cache alone: append, store, list segments, commit.
+template <class Element>
+void cache_step(benchmark::State& state) {
+  const Geometry geometry = geometry_of(state);
+  Layer<Element> layer(geometry, 4, state.range(3), 1, 1);
+  for (auto _ : state) {
+    layer.append(1);
+    std::array<Segment<Element>, KvCache<Element>::kMaxSegments> segments;
+    benchmark::DoNotOptimize(layer.cache().segments(0, 1, segments));
+    layer.cache().commit();
+  }
+}
+
+/// A chunk of 256 tokens through sinks + window.
+template <class Element>
+void prefill_chunk(benchmark::State& state) {
+  const Geometry geometry = geometry_of(state);
+  const std::int64_t window = state.range(3);
+  const std::int64_t chunk = 256;
+  Layer<Element> layer(geometry, 4, window, chunk, static_cast<int>(state.range(4)));
+  for (auto _ : state) {
+    layer.append(chunk);
+    layer.attend_newest(chunk);
+    layer.cache().commit();
+  }
+  const std::int64_t flops =
+      chunk * (window + 4) * geometry.num_qo_heads * geometry.head_dim * 4;
+  state.counters["flop_per_s"] = benchmark::Counter(
+      static_cast<double>(flops), benchmark::Counter::kIsIterationInvariantRate,
+      benchmark::Counter::OneK::kIs1000);
+}
+
+void geometries(benchmark::internal::Benchmark* bench, bool with_threads) {
+  std::vector<std::string> names{"qo_heads", "kv_heads", "head_dim", "window"};
+  if (with_threads) names.emplace_back("threads");
+  bench->ArgNames(names);
+  for (const Geometry& g : {Geometry{9, 3, 64}, Geometry{32, 8, 128}})
+    for (const std::int64_t window : {256, 1024, 4096}) {
+      if (!with_threads) {
+        bench->Args({g.num_qo_heads, g.num_kv_heads, g.head_dim, window});
+        continue;
+      }
+      for (const std::int64_t threads : {1, 2})
+        bench->Args({g.num_qo_heads, g.num_kv_heads, g.head_dim, window, threads});
+    }
+}
+void threaded(benchmark::internal::Benchmark* bench) { geometries(bench, true); }
+void single(benchmark::internal::Benchmark* bench) { geometries(bench, false); }
+
+BENCHMARK(decode_step<float>)->Name("attention/decode/cpu/f32")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<f16>)->Name("attention/decode/cpu/f16")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<bf16>)->Name("attention/decode/cpu/bf16")->Apply(threaded)->UseRealTime();
+BENCHMARK(cache_step<f16>)->Name("cache/step/cpu/f16")->Apply(single);
+BENCHMARK(prefill_chunk<f16>)->Name("attention/prefill256/cpu/f16")->Apply(threaded)->UseRealTime();
+
+}  // namespace
+
+BENCHMARK_MAIN();

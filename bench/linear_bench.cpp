@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+/// Linear layers against this machine's read bandwidth. Names are linear/<type>; arguments are
+/// tokens, rows (out features), cols (in features) and threads. With few tokens, weights rotate
+/// through copies that together exceed any cache, as the layers of a model do; counters are
+/// GB/s of weight bytes and GFLOP/s (two per weight and token). `read` is the bandwidth that bounds
+/// the former: the team sums a buffer that no cache holds. `crossover` compares the two paths of
+/// the CPU backend at the same shape: its kStreamTokens comes from there.
+///
+/// The counters are those of the fastest single call, which a busy neighbour disturbs least; the
+/// times are Google Benchmark's means over all calls.
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include "sluice/core/memory.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/nn/linear.hpp"
+
+namespace {
+
+using sluice::Buffer;
+using sluice::ElementType;
+using sluice::LinearTask;
+using sluice::LinearWorkspace;
+using sluice::MatrixView;
+using sluice::ThreadTeam;
+using sluice::WeightMatrix;
+using sluice::WorkRange;
+
+constexpr std::int64_t kPoolBytes = std::int64_t{160} << 20;
+
+// Copies of a matrix of random blocks; block scales are small finite numbers.
+Buffer<unsigned char> random_pool(ElementType type, std::int64_t matrix_bytes,
+                                  std::int64_t copies) {
+  Buffer<unsigned char> pool(static_cast<std::size_t>(matrix_bytes * copies));
+  std::mt19937 random(1);
+  const sluice::BlockShape shape = sluice::block_shape(type);
+  const auto small = [&] {
+    return sluice::f16(static_cast<float>(random() % 1000) * 1e-5F);
+  };
+  unsigned char* matrix = pool.data();
+  for (std::int64_t b = 0; b < matrix_bytes / shape.bytes; ++b) {
+    unsigned char* block = matrix + b * shape.bytes;
+    const sluice::f16 halves[2] = {small(), small()};
+    const float value = static_cast<float>(halves[0]);
+    const sluice::bf16 brain(value);
+    switch (type) {
+      case ElementType::kF32: std::memcpy(block, &value, 4); break;
+      case ElementType::kF16: std::memcpy(block, halves, 2); break;
+      case ElementType::kBF16: std::memcpy(block, &brain, 2); break;
+      default:
+        for (int i = 0; i < shape.bytes; ++i) block[i] = static_cast<unsigned char>(random());
+        if (type == ElementType::kQ6_K)
+          std::memcpy(block + 208, halves, 2);
+        else
+          std::memcpy(block, halves,
+                      type == ElementType::kQ8_0 || type == ElementType::kQ4_0 ? 2 : 4);
+    }
+  }
+  for (std::int64_t i = 1; i < copies; ++i)
+    std::memcpy(matrix + i * matrix_bytes, matrix, static_cast<std::size_t>(matrix_bytes));
+  return pool;
+}
+
+std::vector<float> random_values(std::int64_t count) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = normal(random);
+  return values;
+}
+
+// The shortest of the calls it was given, in seconds.
+class Fastest {
+ public:
+  template <class Function>
+  void time(Function&& function) {
+    const auto start = std::chrono::steady_clock::now();
+    function();
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    seconds_ = std::min(seconds_, took.count());
+  }
+  double seconds() const { return seconds_; }
+
+ private:
+  double seconds_ = std::numeric_limits<double>::infinity();
+};
+
+enum class Path { kChosen, kStream, kPanels };
+
+void multiply(const LinearTask& task, MatrixView<const float> x, LinearWorkspace& workspace,
+              ThreadTeam& team, Path path) {
+  if (path == Path::kChosen) {
+    sluice::linear_many({&task, 1}, x, workspace, team);
+    return;
+  }
+  team.run([&](int member, int num_members) {
+    float* scratch = workspace.member(member);
+    if (path == Path::kStream)
+      sluice::detail::stream_tasks({&task, 1}, x, scratch, member, num_members);
+    else
+      sluice::detail::panel_task(task, x, scratch, member, num_members);
+  });
+}
+
+void run_linear(benchmark::State& state, ElementType type, Path path) {
+  const std::int64_t tokens = state.range(0);
+  const std::int64_t rows = state.range(1);
+  const std::int64_t cols = state.range(2);
+  const auto threads = static_cast<int>(state.range(3));
+  if (cols % sluice::block_shape(type).values != 0) {
+    state.SkipWithError("cols is not a multiple of the type's block");
+    return;
+  }
+  WeightMatrix weight{type, nullptr, rows, cols};
+  const std::int64_t copies = tokens > 64 ? 1 : (kPoolBytes + weight.bytes() - 1) / weight.bytes();
+  const Buffer<unsigned char> pool = random_pool(type, weight.bytes(), copies);
+  const std::vector<float> x = random_values(tokens * cols);
+  std::vector<float> y(static_cast<std::size_t>(tokens * rows));
+  ThreadTeam team(threads);
+  LinearWorkspace workspace(cols, threads);
+  std::int64_t copy = 0;
+  Fastest fastest;
+  for (auto _ : state) {
+    weight.data = pool.data() + copy * weight.bytes();
+    copy = (copy + 1) % copies;
+    const LinearTask task{.weight = weight, .y = {y.data(), tokens, rows}};
+    fastest.time([&] { multiply(task, {x.data(), tokens, cols}, workspace, team, path); });
+    benchmark::DoNotOptimize(y.data());
+  }
+  const auto weights = static_cast<double>(rows * cols);
+  state.counters["GB/s"] = static_cast<double>(weight.bytes()) / fastest.seconds() * 1e-9;
+  state.counters["GFLOP/s"] =
+      2.0 * static_cast<double>(tokens) * weights / fastest.seconds() * 1e-9;
+}
+
+// The sum of a buffer, read as eight streams an eighth apart: nothing but loads bounds it, and one
+// stream alone does not occupy a core's memory requests.
+float sum_of(const float* data, WorkRange range) {
+  namespace simd = sluice::simd;
+  const std::int64_t apart = (range.end - range.begin) / 8;
+  simd::VecF sums[8] = {};
+  for (std::int64_t i = range.begin; i + simd::kWidth <= range.begin + apart; i += simd::kWidth)
+    for (int k = 0; k < 8; ++k) sums[k] += simd::load(data + k * apart + i);
+  for (int k = 1; k < 8; ++k) sums[0] += sums[k];
+  return simd::reduce_add(sums[0]);
+}
+
+void read(benchmark::State& state) {
+  const auto threads = static_cast<int>(state.range(0));
+  const Buffer<float> data(static_cast<std::size_t>(kPoolBytes) / sizeof(float));
+  ThreadTeam team(threads);
+  std::vector<float> sums(static_cast<std::size_t>(threads) * 16);
+  Fastest fastest;
+  for (auto _ : state) {
+    fastest.time([&] {
+      team.run([&](int member, int num_members) {
+        sums[static_cast<std::size_t>(member) * 16] = sum_of(
+            data.data(),
+            sluice::share_of(static_cast<std::int64_t>(data.size()), member, num_members, 1024));
+      });
+    });
+    benchmark::DoNotOptimize(sums.data());
+  }
+  state.counters["GB/s"] = static_cast<double>(data.bytes()) / fastest.seconds() * 1e-9;
+}
+
+constexpr ElementType kTypes[] = {ElementType::kF32,  ElementType::kF16,  ElementType::kBF16,
+                                  ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kQ4_1,
+                                  ElementType::kQ4_K, ElementType::kQ6_K};
+
+void register_all() {
+  benchmark::RegisterBenchmark("read", read)
+      ->ArgName("threads")
+      ->Arg(1)
+      ->Arg(2)
+      ->UseRealTime()
+      ->Unit(benchmark::kMillisecond);
+  struct Shape {
+    std::int64_t rows;
+    std::int64_t cols;
+  };
+  for (const ElementType type : kTypes) {
+    const bool wide_blocks = sluice::block_shape(type).values == 256;
+    // SmolLM2's shapes, with 768 in place of 576 for the types whose blocks are 256 wide.
+    const std::int64_t width = wide_blocks ? 768 : 576;
+    const Shape shapes[] = {{576, width}, {1536, width}, {576, 1536}, {49152, width}};
+    auto* bench = benchmark::RegisterBenchmark(
+        ("linear/" + std::string(sluice::to_string(type))).c_str(),
+        [type](benchmark::State& state) { run_linear(state, type, Path::kChosen); });
+    bench->ArgNames({"tokens", "rows", "cols", "threads"})
+        ->UseRealTime()
+        ->Unit(benchmark::kMicrosecond);
+    for (const std::int64_t tokens : {1, 512})
+      for (const Shape shape : shapes)
+        for (const std::int64_t threads : {1, 2}) {
+          if (tokens == 512 && shape.rows == 49152) continue;  // logits are taken of one token
+          bench->Args({tokens, shape.rows, shape.cols, threads});
+        }
+    for (const auto& [name, path] :
+         {std::pair{"stream", Path::kStream}, std::pair{"panels", Path::kPanels}}) {
+      auto* crossover = benchmark::RegisterBenchmark(
+          ("crossover/" + std::string(sluice::to_string(type)) + "/" + name).c_str(),
+          [type, path = path](benchmark::State& state) { run_linear(state, type, path); });
+      crossover->ArgNames({"tokens", "rows", "cols", "threads"})
+          ->UseRealTime()
+          ->Unit(benchmark::kMicrosecond);
+      for (const std::int64_t tokens : {2, 3, 4, 6, 8}) crossover->Args({tokens, 1536, width, 1});
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  register_all();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return 0;
+}

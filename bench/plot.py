@@ -1,0 +1,393 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Draws the benchmark results as PNG and SVG. Needs matplotlib; reads files only, measures nothing.
+
+    python3 bench/plot.py FILE... [--output bench/results]
+
+Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
+(--benchmark_format=json); several files are drawn together. Only pictures that have data are
+written: perplexity, endless, recompute_ratio, ttft and, per benchmark program, its sweeps.
+
+JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
+
+  {"kind": "perplexity", "policy": "sink-window", "sinks": 4, "window": 508,
+   "tokens": [1000, 2000], "ppl": [21.3, 20.9], "nll_mean": 3.04, "meta": {...}}
+      policy    full | window | recompute | sink-window (another word becomes a line of its own)
+      sinks     first tokens kept; 0 for the other policies
+      window    most recent tokens kept; sinks + window is the cache size of the picture; null or 0
+                for full
+      tokens    tokens seen, rising; ppl: exp(mean negative log-likelihood) of all up to there
+      nll_mean  natural logarithm, over the whole stream (optional, not drawn)
+
+  {"kind": "endless", "model": "tiny", "policy": "sink-window", "sinks": 4, "window": 508,
+   "bins": [{"from": 0, "to": 100000, "median_us": 80.1, "p99_us": 95, "p999_us": 140,
+             "max_us": 900, "rss_bytes": 31000000}], "meta": {...}}
+      bins      consecutive parts of the stream (tenths): tokens [from, to), latency of a step in
+                microseconds, resident memory of the process at the bin's end in bytes
+
+  {"kind": "recompute_ratio", "window": 256, "recompute_ms": 1500.0, "sink_window_ms": 14.0,
+   "model": "...", "meta": {...}}
+      window    cache size in tokens; milliseconds per token of both
+
+  {"kind": "ttft", "prompt_tokens": 512, "ms": 900.0, "model": "...", "policy": "...",
+   "meta": {...}}
+      ms        from the prompt's last token handed over to the first output; several records with
+                equal prompt_tokens are repetitions: the median is drawn, the range shaded
+
+`meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
+under the picture. Exit status: 0, or 1 with the reason (file and line) on stderr.
+"""
+
+import argparse
+import collections
+import json
+import math
+import pathlib
+import re
+import statistics
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
+
+REQUIRED = {
+    "perplexity": {"policy": str, "sinks": int, "window": int | None, "tokens": list, "ppl": list},
+    "endless": {"bins": list},
+    "recompute_ratio": {"window": int, "recompute_ms": int | float, "sink_window_ms": int | float},
+    "ttft": {"prompt_tokens": int, "ms": int | float},
+}
+# Parts of a Google Benchmark name that say how it was measured, not what.
+REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
+BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
+
+# One colour per policy in every picture (Okabe and Ito's palette, safe for colour blindness).
+POLICY_STYLES = {
+    "full": ("full cache", "#000000", ":"),
+    "window": ("window without sinks", "#D55E00", "--"),
+    "recompute": ("window, recomputed", "#009E73", "-."),
+    "sink-window": ("sinks + window", "#0072B2", "-"),
+}
+OTHER_COLOURS = ["#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#F0E442"]
+ACCENT, SECOND, THIRD, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+
+
+class PlotError(Exception):
+    """A file that can't be read or a record that does not fit the schema."""
+
+
+def check_record(record, where):
+    """Raises PlotError if a JSON-lines record lacks a field or has one of another type."""
+    if not isinstance(record, dict):
+        raise PlotError(f"{where}: expected an object, found {type(record).__name__}")
+    kind = record.get("kind")
+    if kind not in REQUIRED:
+        raise PlotError(f"{where}: field 'kind': expected {', '.join(REQUIRED)}, found {kind!r}")
+    for field, kinds in REQUIRED[kind].items():
+        value = record.get(field)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise PlotError(f"{where}: {kind}: field '{field}': found {value!r}")
+    if kind == "perplexity" and len(record["tokens"]) != len(record["ppl"]):
+        raise PlotError(f"{where}: {len(record['tokens'])} tokens for {len(record['ppl'])} ppl")
+    bins = record.get("bins", [])
+    for part in bins:
+        missing = [field for field in BIN_FIELDS
+                   if not (isinstance(part, dict) and isinstance(part.get(field), int | float))]
+        if missing:
+            raise PlotError(f"{where}: endless: a bin without {', '.join(missing)}")
+    # What a log scale can show; an average over no tokens or an overflow is a fault of the run.
+    drawn = {"perplexity": record.get("ppl"), "ttft": [record.get("ms")],
+             "recompute_ratio": [record.get("recompute_ms"), record.get("sink_window_ms")],
+             "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
+    bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
+    if bad or not drawn:
+        raise PlotError(f"{where}: {kind}: expected positive numbers, found {bad[:1] or 'none'}")
+
+
+def read_file(path):
+    """(records, benchmark runs) of one file; one of the two lists is empty."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlotError(f"{path}: {error}") from error
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        whole = None  # JSON lines
+    if isinstance(whole, dict) and "benchmarks" in whole:
+        return [], [{"name": path.stem, **whole}]
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PlotError(f"{where}: not JSON: {error}") from error
+        check_record(record, where)
+        records.append(record)
+    return records, []
+
+
+def style(policy, others):
+    """(label, colour, line style) of a policy; unknown ones get colours as they come."""
+    if policy in POLICY_STYLES:
+        return POLICY_STYLES[policy]
+    if policy not in others:
+        others[policy] = (policy, OTHER_COLOURS[len(others) % len(OTHER_COLOURS)], "-")
+    return others[policy]
+
+
+def thousands(value, _=None):
+    return f"{value:,.0f}" if value >= 1 or value == 0 else f"{value:g}"
+
+
+def short(value, _=None):
+    """5 -> 5, 10000 -> 10 k, 1500000 -> 1.5 M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g} {letter}"
+    return f"{value:g}"
+
+
+def log_axis(axis, values):
+    """Log scale whose ticks read 20, 50, 100, 200, ... instead of powers."""
+    axis.set_yscale("log")
+    decades = math.log10(max(values) / min(values)) if min(values) > 0 else 0.0
+    ticks = (1.0,) if decades > 4 else (1.0, 2.0, 5.0)
+    axis.yaxis.set_major_locator(LogLocator(base=10.0, subs=ticks))
+    axis.yaxis.set_major_formatter(FuncFormatter(thousands))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def tidy(axis):
+    axis.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def figure(columns=1, width=6.4, height=4.0):
+    made, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
+    return made, list(axes[0])
+
+
+def save(made, folder, name, records):
+    """Writes NAME.png and NAME.svg with the origin of the numbers in small print."""
+    notes = set()
+    for record in records:
+        meta = record.get("meta", {})
+        note = ", ".join(str(meta[key]) for key in ("machine", "commit") if key in meta)
+        if note:
+            notes.add(note)
+    made.tight_layout(rect=(0, 0.04 if notes else 0, 1, 1))
+    if notes:
+        made.text(0.01, 0.01, "; ".join(sorted(notes)), fontsize=7, color="#666666")
+    for ending in ("png", "svg"):
+        # A fixed date and salt: the same numbers give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "sluice"}):
+            made.savefig(folder / f"{name}.{ending}", dpi=150,
+                         metadata={"Date": None} if ending == "svg" else {"Software": None})
+    plt.close(made)
+    print(f"{folder / name}.png, .svg")
+
+
+def cache_size(record):
+    return record["sinks"] + (record["window"] or 0)
+
+
+def draw_perplexity(records, folder):
+    """One panel per cache size; the full cache, having none, is drawn in each."""
+    full = [record for record in records if record["policy"] == "full"]
+    rest = [record for record in records if record["policy"] != "full"]
+    sizes = sorted({cache_size(record) for record in rest}) or [0]
+    made, axes = figure(len(sizes), width=4.6)
+    values = [value for record in records for value in record["ppl"]]
+    others = {}
+    for axis, size in zip(axes, sizes):
+        for record in full + [record for record in rest if cache_size(record) == size]:
+            label, colour, line = style(record["policy"], others)
+            if record["sinks"]:
+                label += f" ({record['sinks']} + {record['window']})"
+            axis.plot(record["tokens"], record["ppl"], line, color=colour, label=label,
+                      linewidth=1.8)
+        log_axis(axis, values)
+        axis.set_ylim(min(values) / 1.3, max(values) * 1.6)
+        axis.set_title(f"cache of {size:,} tokens" if size else "full cache", fontsize=10)
+        axis.set_xlabel("tokens seen")
+        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.legend(fontsize=8, frameon=False)
+        tidy(axis)
+    axes[0].set_ylabel("perplexity so far (log scale)")
+    save(made, folder, "perplexity", records)
+
+
+def draw_endless(records, folder):
+    """Left: latency per part of the stream. Right: resident memory. One row of bins per record."""
+    for number, record in enumerate(records):
+        bins = record["bins"]
+        middles = [(part["from"] + part["to"]) / 2 for part in bins]
+        made, (left, right) = figure(2, width=4.8, height=3.6)
+        lines = (("median_us", "median", ACCENT), ("p99_us", "p99", THIRD),
+                 ("p999_us", "p99.9", SECOND))
+        for field, label, colour in lines:
+            left.plot(middles, [part[field] for part in bins], "o-", color=colour, label=label,
+                      markersize=4, linewidth=1.6)
+        values = [part[field] for part in bins for field, _, _ in lines]
+        log_axis(left, values)
+        left.set_ylim(min(values) / 2, max(values) * 2)
+        left.set_ylabel("latency of a step in µs (log scale)")
+        left.legend(fontsize=8, frameon=False, ncols=3, loc="upper center")
+        memory = [part["rss_bytes"] / 2**20 for part in bins]
+        right.plot(middles, memory, "o-", color=ACCENT, markersize=4, linewidth=1.6)
+        right.set_ylim(0, max(memory) * 1.25)
+        right.set_ylabel("resident memory in MiB")
+        for axis in (left, right):
+            axis.set_xlim(bins[0]["from"], bins[-1]["to"])
+            axis.set_xlabel("tokens streamed (each point: a tenth)" if len(bins) == 10
+                            else "tokens streamed")
+            axis.xaxis.set_major_formatter(FuncFormatter(short))
+            tidy(axis)
+        words = [record.get("model"), record.get("policy")]
+        if record.get("window"):
+            words.append(f"{record.get('sinks', 0)} + {record['window']}")
+        made.suptitle(", ".join(word for word in words if word), fontsize=10)
+        name = "endless" if len(records) == 1 else f"endless_{record.get('model', number)}"
+        save(made, folder, re.sub(r"[^A-Za-z0-9_.-]+", "_", name), [record])
+
+
+def draw_recompute_ratio(records, folder):
+    """Pairs of bars per cache size on a log scale, with the ratio written above."""
+    records = sorted(records, key=lambda record: record["window"])
+    made, (axis,) = figure()
+    places = range(len(records))
+    fields = (("recompute_ms", "recompute", -0.2), ("sink_window_ms", "sink-window", 0.2))
+    for field, policy, shift in fields:
+        label, colour, _ = POLICY_STYLES[policy]
+        axis.bar([place + shift for place in places], [record[field] for record in records],
+                 width=0.38, color=colour, label=label)
+    for place, record in zip(places, records):
+        top = max(record["recompute_ms"], record["sink_window_ms"])
+        ratio = record["recompute_ms"] / record["sink_window_ms"]
+        axis.annotate(f"{ratio:.3g} x", (place, top), xytext=(0, 4), textcoords="offset points",
+                      ha="center", fontsize=9)
+    values = [record[field] for record in records for field, _, _ in fields]
+    log_axis(axis, values)
+    axis.set_ylim(min(values) / 2, max(values) * 4)
+    axis.set_xticks(list(places), [f"{record['window']:,}" for record in records])
+    axis.set_xlabel("cache size in tokens")
+    axis.set_ylabel("ms per token (log scale)")
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    tidy(axis)
+    axis.grid(False, axis="x")
+    save(made, folder, "recompute_ratio", records)
+
+
+def draw_ttft(records, folder):
+    """One line per (model, policy); repetitions become a median and a shaded range."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in records:
+        key = ", ".join(record[word] for word in ("model", "policy") if record.get(word))
+        groups[key][record["prompt_tokens"]].append(record["ms"])
+    made, (axis,) = figure()
+    colours = [ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS]
+    for index, (key, by_length) in enumerate(sorted(groups.items())):
+        lengths, colour = sorted(by_length), colours[index % len(colours)]
+        axis.plot(lengths, [statistics.median(by_length[n]) for n in lengths], "o-", color=colour,
+                  label=key or "time to first token", markersize=4, linewidth=1.8)
+        axis.fill_between(lengths, [min(by_length[n]) for n in lengths],
+                          [max(by_length[n]) for n in lengths], color=colour, alpha=0.15, lw=0)
+    log_axis(axis, [record["ms"] for record in records])
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axis.set_xlabel("prompt length in tokens")
+    axis.set_ylabel("time to first token in ms (log scale)")
+    axis.legend(fontsize=8, frameon=False)
+    tidy(axis)
+    save(made, folder, "ttft", records)
+
+
+def sweep(entry):
+    """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
+    first argument with a name is the sweep; None for a run without one."""
+    parts = entry.get("run_name", entry["name"]).split("/")
+    for index, part in enumerate(parts):
+        match = re.fullmatch(r"([A-Za-z_]\w*):(\d+)", part)
+        if match and not re.match(REPETITION, part):
+            fixed = [p for p in parts[index + 1 :] if not re.match(REPETITION, p)]
+            series = "/".join(parts[:index] + fixed)
+            return series, match[1], int(match[2])
+    return None
+
+
+def draw_benchmark(run, folder):
+    """Google Benchmark: one line per benchmark over its first named argument, real time."""
+    micro = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
+    by_axis = collections.defaultdict(lambda: collections.defaultdict(
+        lambda: collections.defaultdict(list)))
+    for entry in run["benchmarks"]:
+        if entry.get("run_type", "iteration") != "iteration" or entry.get("error_occurred"):
+            continue
+        found = sweep(entry)
+        if found:
+            series, argument, value = found
+            scale = micro[entry.get("time_unit", "ns")]
+            by_axis[argument][series][value].append(entry["real_time"] * scale)
+    context = run.get("context", {})
+    machine = f"{context.get('num_cpus', '?')} CPUs at {context.get('mhz_per_cpu', '?')} MHz"
+    meta = {"meta": {"machine": machine, **{k: v for k, v in context.items() if k == "commit"}}}
+    for argument, groups in by_axis.items():
+        made, (axis,) = figure(width=7.2, height=4.4)
+        for index, (series, by_value) in enumerate(groups.items()):
+            values = sorted(by_value)
+            axis.plot(values, [statistics.median(by_value[v]) for v in values], "o-",
+                      markersize=4, linewidth=1.6, label=series, color=f"C{index % 10}")
+        every = [t for groups_of in groups.values() for ts in groups_of.values() for t in ts]
+        log_axis(axis, every)
+        if max(v for by_value in groups.values() for v in by_value) > 8:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+        axis.set_xlabel(argument.replace("_", " "))
+        axis.set_ylabel("real time in µs (log scale)")
+        axis.legend(fontsize=7, frameon=False)
+        tidy(axis)
+        save(made, folder, f"{run['name']}_{argument}", [meta])
+
+
+DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
+        "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    default = pathlib.Path(__file__).resolve().parent / "results"
+    parser.add_argument("files", type=pathlib.Path, nargs="+", metavar="FILE")
+    parser.add_argument("--output", type=pathlib.Path, default=default, metavar="DIR",
+                        help="folder for the pictures, made if missing (default: %(default)s)")
+    options = parser.parse_args()
+    try:
+        records, runs = [], []
+        for path in options.files:
+            found_records, found_runs = read_file(path)
+            records += found_records
+            runs += found_runs
+        if not records and not runs:
+            raise PlotError("the files hold no record")
+        options.output.mkdir(parents=True, exist_ok=True)
+        for kind, draw in DRAW.items():
+            chosen = [record for record in records if record["kind"] == kind]
+            if chosen:
+                draw(chosen, options.output)
+        for run in runs:
+            draw_benchmark(run, options.output)
+    except (PlotError, OSError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT
+/// A whole stream: time to first token by prompt length, and the latency of a step in the steady
+/// state under the four baselines of the StreamingLLM paper, each named by its policy:
+///   full         every token kept (here: a context of `window` tokens, then it would be full)
+///   window       the last `window` keys kept, no sinks
+///   recompute    keys and values of the last `window` tokens rebuilt for every token
+///   sink-window  4 sinks and the last `window` keys
+/// The model is the GGUF file that SLUICE_MODEL names, else random Q8_0 weights in the geometry of
+/// SmolLM2-135M. SLUICE_THREADS sets the team (default 2). A step's clock runs from the call of
+/// step() to its return; the time to first token from accept() with the whole prompt to the return
+/// of the first step().
+#include <benchmark/benchmark.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "sluice/core/random.hpp"
+#include "sluice/model/load_gguf.hpp"
+#include "sluice/stream/latency_histogram.hpp"
+#include "sluice/stream/session.hpp"
+#include "support/random_decoder.hpp"
+
+namespace {
+
+using namespace sluice;
+
+const std::shared_ptr<const Decoder>& model() {
+  static const std::shared_ptr<const Decoder> loaded = [] {
+    if (const char* path = std::getenv("SLUICE_MODEL"))
+      return load_decoder(std::make_shared<const GgufFile>(std::string(path)));
+    return bench::random_decoder(bench::smollm2_135m(), ElementType::kQ8_0);
+  }();
+  return loaded;
+}
+
+int threads() {
+  const char* text = std::getenv("SLUICE_THREADS");
+  return text == nullptr ? 2 : std::max(1, std::atoi(text));
+}
+
+std::vector<Token> random_tokens(std::int64_t count) {
+  Random random(7);
+  std::vector<Token> tokens(static_cast<std::size_t>(count));
+  for (Token& token : tokens)
+    token = static_cast<Token>(
+        random.below(static_cast<std::uint64_t>(model()->config().vocab_size)));
+  return tokens;
+}
+
+Session<f16> make_session(CachePolicy policy, std::int64_t window) {
+  SessionOptions options;
+  options.cache.policy = policy;
+  options.cache.window_size = window;
+  options.cache.capacity = 2 * window;
+  options.sampler.temperature = 1;
+  options.num_threads = threads();
+  return Session<f16>(model(), options);
+}
+
+void time_to_first_token(benchmark::State& state) {
+  Session<f16> session = make_session(CachePolicy::kSinkWindow, 1020);
+  const std::vector<Token> prompt = random_tokens(state.range(0));
+  for (auto _ : state) {
+    session.reset();
+    session.accept(prompt);
+    benchmark::DoNotOptimize(session.step());
+  }
+  state.counters["prompt_tokens_per_s"] =
+      benchmark::Counter(static_cast<double>(state.range(0)),
+                         benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void step(benchmark::State& state, CachePolicy policy) {
+  const std::int64_t window = state.range(0);
+  Session<f16> session = make_session(policy, window);
+  // Streams start with the window full; the full cache starts with as many tokens.
+  session.accept(random_tokens(window + 4));
+  session.step();
+  LatencyHistogram latency;
+  for (auto _ : state) {
+    if (!session.is_ready()) {
+      state.PauseTiming();
+      session.reset();
+      session.accept(random_tokens(window + 4));
+      session.step();
+      state.ResumeTiming();
+    }
+    const std::int64_t begin = monotonic_ns();
+    benchmark::DoNotOptimize(session.step());
+    latency.record(monotonic_ns() - begin);
+  }
+  state.counters["p50_us"] = static_cast<double>(latency.quantile_ns(0.5)) * 1e-3;
+  state.counters["p99_us"] = static_cast<double>(latency.quantile_ns(0.99)) * 1e-3;
+  state.counters["cache_bytes"] = static_cast<double>(session.cache().bytes());
+}
+
+BENCHMARK(time_to_first_token)
+    ->Name("stream/ttft/cpu/f16")
+    ->ArgName("prompt")
+    ->RangeMultiplier(2)
+    ->Range(16, 4096)
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime();
+
+void windows(benchmark::internal::Benchmark* bench) {
+  bench->ArgName("window")->RangeMultiplier(2)->Range(256, 2048)->Unit(benchmark::kMillisecond);
+  bench->UseRealTime();
+}
+BENCHMARK_CAPTURE(step, full, CachePolicy::kFull)->Name("stream/step/full/cpu/f16")->Apply(windows);
+BENCHMARK_CAPTURE(step, window, CachePolicy::kWindow)
+    ->Name("stream/step/window/cpu/f16")
+    ->Apply(windows);
+BENCHMARK_CAPTURE(step, recompute, CachePolicy::kRecompute)
+    ->Name("stream/step/recompute/cpu/f16")
+    ->Apply(windows);
+BENCHMARK_CAPTURE(step, sink_window, CachePolicy::kSinkWindow)
+    ->Name("stream/step/sink-window/cpu/f16")
+    ->Apply(windows);
+
+}  // namespace
+
+BENCHMARK_MAIN();

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+// stream_text: streams text through a language model at constant memory and constant latency.
+#include <exception>
+#include <iostream>
+#include <new>
+#include <variant>
+
+#include "options.hpp"
+#include "report.hpp"
+#include "runner.hpp"
+#include "terminal.hpp"
+
+#include "sluice/core/element.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/model/load_model.hpp"
+
+namespace {
+
+using namespace stream_text;
+
+int fail(const char* message, int status) {
+  std::cerr << "stream_text: " << message << '\n';
+  return status;
+}
+
+template <class Element>
+int run(const sluice::LoadedModel& model, const Options& options) {
+  return Runner<Element>(model, options).run();
+}
+
+int run(const Options& options) {
+  const sluice::LoadedModel model = sluice::load_model(options.model);
+  try {
+    print_setting(model, options);
+    switch (options.kv_type) {
+      case KvType::kF32: return run<float>(model, options);
+      case KvType::kF16: return run<sluice::f16>(model, options);
+      case KvType::kBF16: return run<sluice::bf16>(model, options);
+    }
+  } catch (const sluice::Error& error) {
+    // Option values that make no sense together, or not with this model.
+    if (error.code() == sluice::ErrorCode::kConfig) return fail(error.what(), 2);
+    throw;
+  }
+  return 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::variant<Options, int> parsed = parse_options(argc, argv);
+  if (const int* status = std::get_if<int>(&parsed)) return *status;
+  catch_signals();
+  int status = 0;
+  try {
+    status = run(std::get<Options>(parsed));
+  } catch (const StdoutClosed&) {
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return fail("out of memory", 1);
+  } catch (const std::exception& error) {
+    return fail(error.what(), 1);
+  }
+  return caught_signal() != 0 ? 128 + caught_signal() : status;
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MIT
+#include "report.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdio>
+#include <iostream>
+#include <map>
+#include <span>
+#include <string_view>
+
+#include <unistd.h>
+
+#include "sluice/core/atomic_file.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/model/cache_plan.hpp"
+#include "terminal.hpp"
+
+namespace stream_text {
+
+namespace {
+
+using sluice::CachePolicy;
+using sluice::Json;
+
+template <class... Values>
+std::string format(const char* pattern, Values... values) {
+  std::array<char, 256> text{};
+  std::snprintf(text.data(), text.size(), pattern, values...);
+  return text.data();
+}
+
+std::string megabytes(std::int64_t bytes) {
+  return bytes < (1 << 20) ? format("%.1f KiB", static_cast<double>(bytes) / (1 << 10))
+                           : format("%.1f MiB", static_cast<double>(bytes) / (1 << 20));
+}
+
+/// Calls visit for every weight matrix once, a tied output not again.
+template <class Visit>
+void each_matrix(const sluice::DecoderWeights& weights, Visit&& visit) {
+  visit(weights.embedding);
+  if (weights.output.data != weights.embedding.data) visit(weights.output);
+  for (const sluice::DecoderLayerWeights& layer : weights.layers)
+    for (const sluice::WeightMatrix* matrix : {&layer.query, &layer.key, &layer.value,
+                                               &layer.output, &layer.gate, &layer.up, &layer.down})
+      visit(*matrix);
+}
+
+struct ModelFacts {
+  std::int64_t parameters = 0;  // of the matrices
+  std::int64_t bytes = 0;
+  std::string types;  // by falling share
+};
+
+ModelFacts facts_of(const sluice::Decoder& model) {
+  ModelFacts facts;
+  std::map<sluice::ElementType, std::int64_t> by_type;
+  each_matrix(model.weights(), [&](const sluice::WeightMatrix& matrix) {
+    facts.parameters += matrix.rows * matrix.cols;
+    facts.bytes += matrix.bytes();
+    by_type[matrix.type] += matrix.bytes();
+  });
+  std::vector<std::pair<std::int64_t, sluice::ElementType>> order;
+  for (const auto& [type, bytes] : by_type) order.emplace_back(bytes, type);
+  std::sort(order.rbegin(), order.rend());
+  for (const auto& [bytes, type] : order)
+    facts.types += (facts.types.empty() ? "" : ", ") + std::string(to_string(type));
+  return facts;
+}
+
+std::string cache_text(const Options& options) {
+  const sluice::CacheOptions& cache = options.cache;
+  const std::string policy(to_string(cache.policy));
+  switch (cache.policy) {
+    case CachePolicy::kSinkWindow:
+      return policy + ", " + std::to_string(cache.num_sink_tokens) + " sinks + " +
+             std::to_string(cache.window_size) + " keys";
+    case CachePolicy::kWindow:
+      return policy + ", " + std::to_string(cache.window_size) + " keys, no sinks";
+    case CachePolicy::kFull:
+      return policy + ", up to " + std::to_string(cache.capacity) + " tokens";
+    case CachePolicy::kRecompute:
+      return policy + ", " + std::to_string(cache.window_size) + " tokens, rebuilt every time";
+  }
+  return policy;
+}
+
+std::string_view key_form(const Options& options) {
+  return options.cache.key_form == sluice::KeyForm::kRaw ? "raw" : "rotated";
+}
+
+std::string latency_text(const sluice::LatencySummary& s) {
+  return format("p50 %.2f  p95 %.2f  p99 %.2f  p99.9 %.2f  max %.2f ms", s.p50_ms, s.p95_ms,
+                s.p99_ms, s.p99_9_ms, s.max_ms);
+}
+
+Json latency_json(const sluice::LatencySummary& s) {
+  return {{"count", s.count}, {"min", s.min_ms}, {"mean", s.mean_ms},   {"p50", s.p50_ms},
+          {"p95", s.p95_ms},  {"p99", s.p99_ms}, {"p99_9", s.p99_9_ms}, {"max", s.max_ms}};
+}
+
+/// What a number belongs to: written with every number.
+Json setting_json(const sluice::LoadedModel& model, const Options& options) {
+  const ModelFacts facts = facts_of(*model.decoder);
+  const sluice::CacheOptions& cache = options.cache;
+  return {{"model", model.path},
+          {"family", model.decoder->config().family},
+          {"parameters", facts.parameters},
+          {"weight_bytes", facts.bytes},
+          {"weight_types", facts.types},
+          {"policy", to_string(cache.policy)},
+          {"sinks", cache.policy == CachePolicy::kSinkWindow ? cache.num_sink_tokens : 0},
+          {"window", cache.policy == CachePolicy::kFull ? Json() : Json(cache.window_size)},
+          {"capacity", cache.policy == CachePolicy::kFull ? Json(cache.capacity) : Json()},
+          {"position", to_string(cache.position_rule)},
+          {"keys", key_form(options)},
+          {"kv_type", to_string(options.kv_type)},
+          {"chunk", cache.chunk()},
+          {"threads", options.threads},
+          {"temperature", options.sampler.temperature},
+          {"top_k", options.sampler.top_k},
+          {"top_p", options.sampler.top_p},
+          {"min_p", options.sampler.min_p},
+          {"repeat_penalty", options.sampler.repetition_penalty},
+          {"repeat_last_n", options.sampler.repetition_window},
+          {"seed", options.sampler.seed},
+          {"command", options.command}};
+}
+
+}  // namespace
+
+std::string_view to_string(Ending ending) {
+  switch (ending) {
+    case Ending::kLimit: return "limit";
+    case Ending::kEndToken: return "end token";
+    case Ending::kInputEnd: return "end of input";
+    case Ending::kQuit: return "quit";
+    case Ending::kCacheFull: return "cache full";
+    case Ending::kSignal: return "signal";
+  }
+  return "unknown";
+}
+
+std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
+  const sluice::CachePlan plan = plan_cache(model.config(), options.cache);
+  const sluice::KvShape shape = model.kv_shape();
+  const std::int64_t element = options.kv_type == KvType::kF32 ? 4 : 2;
+  // Layers begin at whole cache lines' worth of elements, as KvCache lays them out.
+  const auto line = static_cast<std::int64_t>(sluice::kAlignment);
+  std::int64_t elements = 0;
+  for (const int retention : plan.retention_of_layer) {
+    const std::int64_t rows =
+        shape.num_kv_heads * plan.retentions[static_cast<std::size_t>(retention)].capacity;
+    for (const std::int64_t dim : {shape.head_dim, shape.value_dim})
+      elements += (rows * dim + line - 1) / line * line;
+  }
+  return elements * element;
+}
+
+void print_setting(const sluice::LoadedModel& model, const Options& options) {
+  const sluice::CacheOptions& cache = options.cache;
+  const sluice::DecoderConfig& config = model.decoder->config();
+  const ModelFacts facts = facts_of(*model.decoder);
+  const std::int64_t bytes = cache_bytes(*model.decoder, options);
+  std::cerr << "model    " << model.path << ": " << config.family << ", "
+            << format("%.1f M parameters, ", static_cast<double>(facts.parameters) * 1e-6)
+            << megabytes(facts.bytes) << " (" << facts.types << "), trained on "
+            << config.context_length << " tokens\n"
+            << "cache    " << cache_text(options) << "; positions "
+            << to_string(cache.position_rule) << ", keys " << key_form(options) << ", "
+            << to_string(options.kv_type) << "; " << megabytes(bytes) << ", fixed\n"
+            << "running  " << options.threads << (options.threads == 1 ? " thread" : " threads")
+            << ", reads " << cache.chunk() << " tokens at once";
+  const sluice::SamplerOptions& s = options.sampler;
+  if (options.mode != Mode::kPerplexity) {
+    if (s.temperature == 0)
+      std::cerr << "; greedy";
+    else
+      std::cerr << "; temperature " << s.temperature << ", top-k " << s.top_k << ", top-p "
+                << s.top_p << ", min-p " << s.min_p << ", seed " << s.seed;
+    if (s.repetition_penalty != 1)
+      std::cerr << "; repeat penalty " << s.repetition_penalty << " over " << s.repetition_window;
+  }
+  std::cerr << '\n';
+  for (const std::string& note : options.notes) std::cerr << "note     " << note << '\n';
+  if (cache.policy == CachePolicy::kSinkWindow && cache.num_sink_tokens == 0)
+    std::cerr << "warning  no sinks: text falls apart once the first tokens have left the window\n";
+  if (cache.position_rule == sluice::PositionRule::kInText && cache.policy != CachePolicy::kFull)
+    std::cerr << "note     positions in the text grow without end; the model was trained up to "
+              << config.context_length << '\n';
+  // Systems that promise more memory than they have would end the program later, without a word.
+  const std::int64_t memory = std::int64_t{::sysconf(_SC_PHYS_PAGES)} * ::sysconf(_SC_PAGESIZE);
+  if (memory > 0 && bytes > memory)
+    throw sluice::Error(sluice::ErrorCode::kCapacity,
+                        {"the cache does not fit into this machine's memory", cache_text(options),
+                         "", "at most " + megabytes(memory), megabytes(bytes)});
+}
+
+void print_report(const Options& options, const Outcome& outcome) {
+  const sluice::StreamMetrics::Report& m = outcome.metrics;
+  std::cerr << "ended    " << to_string(outcome.ending) << "; " << cache_text(options)
+            << "; positions " << to_string(options.cache.position_rule) << '\n'
+            << "read     " << m.tokens_read << " tokens"
+            << format(", %.1f tokens/s\n", m.prefill_tokens_per_s);
+  if (outcome.read_latency.count > 0)
+    std::cerr << "a token  " << latency_text(outcome.read_latency) << '\n';
+  if (m.tokens_written > 0) {
+    std::cerr << "wrote    " << m.tokens_written << " tokens"
+              << format(", %.1f tokens/s\n", m.decode_tokens_per_s);
+    if (m.ttft_from_last_input.count > 0)
+      std::cerr << format("first    %.2f ms after the last input, %.2f ms after the first",
+                          m.ttft_from_last_input.p50_ms, m.ttft_from_first_input.p50_ms)
+                << (m.turns > 1 ? " (median of the rounds)\n" : "\n");
+    if (m.inter_token.count > 0) std::cerr << "between  " << latency_text(m.inter_token) << '\n';
+  }
+  std::cerr << "memory   cache " << megabytes(m.cache_bytes) << ", resident "
+            << megabytes(resident_bytes()) << ", at most " << megabytes(peak_resident_bytes())
+            << '\n';
+}
+
+Json report_json(const sluice::LoadedModel& model, const Options& options, const Outcome& outcome) {
+  const sluice::StreamMetrics::Report& m = outcome.metrics;
+  Json report{{"kind", "report"},
+              {"ended", to_string(outcome.ending)},
+              {"tokens_read", m.tokens_read},
+              {"tokens_written", m.tokens_written},
+              {"turns", m.turns},
+              {"ttft_from_last_input_ms", latency_json(m.ttft_from_last_input)},
+              {"ttft_from_first_input_ms", latency_json(m.ttft_from_first_input)},
+              {"inter_token_ms", latency_json(m.inter_token)},
+              {"prefill_tokens_per_s", m.prefill_tokens_per_s},
+              {"decode_tokens_per_s", m.decode_tokens_per_s},
+              {"cache_bytes", m.cache_bytes},
+              {"resident_bytes", resident_bytes()},
+              {"peak_resident_bytes", peak_resident_bytes()},
+              {"setting", setting_json(model, options)}};
+  if (outcome.read_latency.count > 0) report["read_token_ms"] = latency_json(outcome.read_latency);
+  return report;
+}
+
+Json perplexity_json(const sluice::LoadedModel& model, const Options& options,
+                     const Outcome& outcome, const Scores& scores) {
+  Json meta = report_json(model, options, outcome);
+  meta.erase("kind");
+  const sluice::CacheOptions& cache = options.cache;
+  return {{"kind", "perplexity"},
+          {"policy", to_string(cache.policy)},
+          {"sinks", cache.policy == CachePolicy::kSinkWindow ? cache.num_sink_tokens : 0},
+          {"window", cache.policy == CachePolicy::kFull ? Json() : Json(cache.window_size)},
+          {"tokens", scores.tokens},
+          {"ppl", scores.perplexity},
+          {"nll_mean", scores.nll_mean()},
+          {"scored", scores.scored},
+          {"score_every", options.score_every},
+          {"meta", std::move(meta)}};
+}
+
+void write_latency_log(const sluice::LoadedModel& model, const Options& options,
+                       const std::vector<StepBin>& bins) {
+  Json parts = Json::array();
+  for (const StepBin& bin : bins) {
+    const auto us = [&](double q) {
+      return static_cast<double>(bin.latency.quantile_ns(q)) * 1e-3;
+    };
+    parts.push_back({{"from", bin.from},
+                     {"to", bin.to},
+                     {"median_us", us(0.5)},
+                     {"p99_us", us(0.99)},
+                     {"p999_us", us(0.999)},
+                     {"max_us", us(1)},
+                     {"rss_bytes", bin.resident_bytes}});
+  }
+  const Json setting = setting_json(model, options);
+  const Json log{{"kind", "endless"},
+                 {"model", model.path},
+                 {"policy", setting["policy"]},
+                 {"sinks", setting["sinks"]},
+                 {"window", setting["window"]},
+                 {"bins", std::move(parts)},
+                 {"meta", setting}};
+  const std::string line = log.dump(-1, ' ', false, sluice::Json::error_handler_t::replace) + "\n";
+  sluice::write_file_atomically(*options.latency_log, std::as_bytes(std::span<const char>(line)));
+}
+
+}  // namespace stream_text

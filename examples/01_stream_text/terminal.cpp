@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: MIT
+#include "terminal.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <csignal>
+#include <cstdio>
+#include <system_error>
+#include <utility>
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "sluice/core/error.hpp"
+#include "sluice/stream/clock.hpp"
+
+namespace stream_text {
+
+namespace {
+
+volatile std::sig_atomic_t caught = 0;
+
+extern "C" void remember_signal(int signal) {
+  caught = signal;
+}
+
+}  // namespace
+
+void catch_signals() {
+  struct sigaction action {};
+  action.sa_handler = remember_signal;
+  // No SA_RESTART: a read that waits for input must return.
+  action.sa_flags = static_cast<int>(SA_RESETHAND);
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+}
+
+int caught_signal() {
+  return caught;
+}
+
+void write_stdout(std::string_view text) {
+  while (!text.empty()) {
+    const ssize_t written = ::write(STDOUT_FILENO, text.data(), text.size());
+    if (written >= 0) {
+      text.remove_prefix(static_cast<std::size_t>(written));
+    } else if (errno == EPIPE) {
+      throw StdoutClosed{};
+    } else if (errno != EINTR) {
+      throw sluice::Error(sluice::ErrorCode::kIo, {"write failed", "stdout", "", "success",
+                                                   std::generic_category().message(errno)});
+    }
+  }
+}
+
+std::int64_t resident_bytes() {
+  const int file = ::open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return 0;
+  std::array<char, 128> text{};
+  const ssize_t count = ::read(file, text.data(), text.size());
+  ::close(file);
+  if (count <= 0) return 0;
+  // "size resident ...", in pages.
+  const char* const end = text.data() + count;
+  const char* const resident = std::find(static_cast<const char*>(text.data()), end, ' ') + 1;
+  std::int64_t pages = 0;
+  if (resident >= end || std::from_chars(resident, end, pages).ec != std::errc()) return 0;
+  return pages * ::sysconf(_SC_PAGESIZE);
+}
+
+std::int64_t peak_resident_bytes() {
+  rusage usage{};
+  if (getrusage(RUSAGE_SELF, &usage) != 0) return 0;
+  // The two are counted at different moments.
+  return std::max(std::int64_t{usage.ru_maxrss} * 1024, resident_bytes());
+}
+
+bool stdin_is_terminal() {
+  return ::isatty(STDIN_FILENO) == 1;
+}
+bool stdout_is_terminal() {
+  return ::isatty(STDOUT_FILENO) == 1;
+}
+bool stderr_is_terminal() {
+  return ::isatty(STDERR_FILENO) == 1;
+}
+
+Progress::Progress(std::string what)
+    : what_(std::move(what)),
+      on_terminal_(stderr_is_terminal()),
+      start_ns_(sluice::monotonic_ns()),
+      next_ns_(start_ns_) {}
+
+void Progress::show(std::int64_t tokens, double fraction, std::string_view more) {
+  if (!on_terminal_) return;
+  const std::int64_t now = sluice::monotonic_ns();
+  if (now < next_ns_) return;
+  next_ns_ = now + 100'000'000;
+  const double seconds = std::max(static_cast<double>(now - start_ns_) * 1e-9, 1e-9);
+  std::array<char, 64> text{};
+  std::snprintf(text.data(), text.size(), " %lld tokens, %.1f tokens/s",
+                static_cast<long long>(tokens), static_cast<double>(tokens) / seconds);
+  std::string line = "\r" + what_;
+  if (fraction >= 0) {
+    constexpr int kWidth = 24;
+    const int full = static_cast<int>(std::min(fraction, 1.0) * kWidth);
+    line += " [" + std::string(static_cast<std::size_t>(full), '#') +
+            std::string(static_cast<std::size_t>(kWidth - full), '.') + "]";
+  }
+  line += text.data();
+  line += more;
+  line += "\x1b[K";
+  std::fwrite(line.data(), 1, line.size(), stderr);
+  std::fflush(stderr);
+  shown_ = true;
+}
+
+void Progress::clear() {
+  if (shown_) std::fputs("\r\x1b[K", stderr);
+  shown_ = false;
+}
+
+}  // namespace stream_text
