@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <variant>
+#include <vector>
 
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/stream/sampler.hpp"

@@ -62,11 +62,11 @@ TEST_P(AttendAllocations, AreNone) {
                                    .visibility = {.window_size = 300, .num_sink_tokens = 4}};
   const std::int64_t before = sluice::test::allocation_count();
   for (std::int64_t call = 0; call < 20; ++call)
-    attend(AttentionQuery{{queries.data(), tokens, 6, 64},
-                          900 + call,
-                          static_cast<double>(900 + call)},
-           std::span<const Segment<f16>>(segments), variant,
-           HeadsView<float>(out.data(), tokens, 6, 64), lse.data(), workspace, team, cpu{});
+    attend(
+        AttentionQuery{
+            {queries.data(), tokens, 6, 64}, 900 + call, static_cast<double>(900 + call)},
+        std::span<const Segment<f16>>(segments), variant,
+        HeadsView<float>(out.data(), tokens, 6, 64), lse.data(), workspace, team, cpu{});
   EXPECT_EQ(sluice::test::allocation_count(), before);
   EXPECT_NEAR(out.back(), 0.125F, 1e-6);
 }

@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -16,7 +15,6 @@
 #include <string>
 #include <vector>
 
-#include "sluice/attention/reference.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
@@ -58,16 +56,16 @@ using sluice::TokenKind;
 using sluice::test::add_sinks_and_ring;
 using sluice::test::causal;
 using sluice::test::Extents;
+using sluice::test::naive_attention;
+using sluice::test::NaiveKey;
+using sluice::test::NaiveResult;
+using sluice::test::NaiveRotation;
 using sluice::test::NaiveVariant;
 using sluice::test::Outcome;
 using sluice::test::rotary_for;
 using sluice::test::run_at;
 using sluice::test::scale_for;
 using sluice::test::Scene;
-using sluice::test::naive_attention;
-using sluice::test::NaiveKey;
-using sluice::test::NaiveResult;
-using sluice::test::NaiveRotation;
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -152,9 +150,8 @@ TEST_P(AttendTypedIn, MergeableParts) {
     EXPECT_NEAR(sink.out[0], 0.268941, 1e-6);  // counted twice: 0.210768
     EXPECT_NEAR(sink.out[1], 0.556591, 1e-6);
     EXPECT_NEAR(sink.lse[0], 2.464369, 1e-6);  // without the sink
-    const Outcome off_by_one =
-        way->run({{1}}, 1, 2,
-                 AttentionVariant<CausalWindow, PlainScores, SoftmaxOffByOne>{.sm_scale = 1});
+    const Outcome off_by_one = way->run(
+        {{1}}, 1, 2, AttentionVariant<CausalWindow, PlainScores, SoftmaxOffByOne>{.sm_scale = 1});
     EXPECT_NEAR(off_by_one.out[0], 0.342347, 1e-6);
     EXPECT_NEAR(off_by_one.out[1], 0.708509, 1e-6);
   }
@@ -211,7 +208,7 @@ TEST_P(AttendTypedIn, PositionsInTheCacheAndInTheText) {
     rotary.rotate(row.data(), key.data(), key.data());
     return key;
   };
-  const auto scene_for = [&](const double (&positions)[4], double sink_shift, double sink_ceiling) {
+  const auto scene_for = [&](const double(&positions)[4], double sink_shift, double sink_ceiling) {
     auto scene = std::make_unique<TypedIn>(TypedIn{dim(), dim(), {}, {}, {}});
     for (std::size_t i = 0; i < 4; ++i) {
       scene->add(tokens[i], {rotated(i, positions[i])}, {values[i]});
@@ -308,15 +305,17 @@ TEST(AttendSegments, AnyListIsReadUnderItsRules) {
                     AttentionVariant<>{.sm_scale = scale_for(dim)}, causal());
         scene.check(rows, first, static_cast<Position>(first),
                     AttentionVariant<AllVisible>{.sm_scale = scale_for(dim)},
-                    {.visible = [](const QueryInfo&, const KeyInfo&) { return true; }});
+                    {.visible = [](const QueryInfo&, const KeyInfo&) {
+                      return true;
+                    }});
       }
     }
   }
 }
 
 TEST(AttendSegments, EveryLengthAroundTilesAndSplits) {
-  for (const std::int64_t count : {1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 383, 385, 511,
-                                   512, 513, 770}) {
+  for (const std::int64_t count :
+       {1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 383, 385, 511, 512, 513, 770}) {
     for (const std::int64_t tokens : {1, 3}) {
       SCOPED_TRACE(testing::Message() << count << " keys, " << tokens << " rows");
       Scene<float, float> scene({.kv_heads = 1, .group = 3, .dim = 32, .value_dim = 32},
@@ -415,7 +414,8 @@ TEST(AttendSegments, NoSegmentsAtAll) {
   }
 }
 
-/// A functor of a user: vision is seen from even positions, group 1 by everybody, and text is causal.
+/// A functor of a user: vision is seen from even positions, group 1 by everybody, and text is
+/// causal.
 struct ByKind {
   bool visible(QueryInfo query, KeyInfo key) const {
     if (key.group == 1) return true;
@@ -468,13 +468,14 @@ void check_variant(const Variant& variant, const NaiveVariant& naive, std::int64
 
 TEST(AttendVariants, SoftCapBoundsScores) {
   NaiveVariant naive = causal(700, 4);
-  naive.transform = [](std::int64_t, double score, double) { return 3 * std::tanh(score / 3); };
-  check_variant(
-      AttentionVariant<CausalWindow, SoftCap>{.sm_scale = 0.6F,
-                                              .visibility = {.window_size = 700,
-                                                             .num_sink_tokens = 4},
-                                              .transform = {.cap = 3}},
-      naive, 700, 4, true);
+  naive.transform = [](std::int64_t, double score, double) {
+    return 3 * std::tanh(score / 3);
+  };
+  check_variant(AttentionVariant<CausalWindow, SoftCap>{.sm_scale = 0.6F,
+                                                        .visibility = {.window_size = 700,
+                                                                       .num_sink_tokens = 4},
+                                                        .transform = {.cap = 3}},
+                naive, 700, 4, true);
 }
 
 TEST(AttendVariants, AlibiIsLinearInTheDistance) {
@@ -483,12 +484,11 @@ TEST(AttendVariants, AlibiIsLinearInTheDistance) {
   naive.transform = [&](std::int64_t head, double score, double distance) {
     return score - static_cast<double>(slopes[static_cast<std::size_t>(head)]) * distance;
   };
-  check_variant(
-      AttentionVariant<CausalWindow, AlibiBias>{.sm_scale = 0.2F,
-                                                .visibility = {.window_size = 700,
-                                                               .num_sink_tokens = 4},
-                                                .transform = {slopes}},
-      naive, 700, 4, false);
+  check_variant(AttentionVariant<CausalWindow, AlibiBias>{.sm_scale = 0.2F,
+                                                          .visibility = {.window_size = 700,
+                                                                         .num_sink_tokens = 4},
+                                                          .transform = {slopes}},
+                naive, 700, 4, false);
 }
 
 TEST(AttendVariants, SinkLogitsCountOnceHoweverKeysAreSplit) {
@@ -498,34 +498,40 @@ TEST(AttendVariants, SinkLogitsCountOnceHoweverKeysAreSplit) {
   naive.sink = [&](std::int64_t head) {
     return static_cast<double>(logits[static_cast<std::size_t>(head)]);
   };
-  check_variant(AttentionVariant<CausalWindow, PlainScores, SinkLogits>{
-                    .sm_scale = 0.3F,
-                    .visibility = {.window_size = 700, .num_sink_tokens = 4},
-                    .sink = {logits}},
-                naive, 700, 4, true);
+  check_variant(
+      AttentionVariant<CausalWindow, PlainScores, SinkLogits>{
+          .sm_scale = 0.3F,
+          .visibility = {.window_size = 700, .num_sink_tokens = 4},
+          .sink = {logits}},
+      naive, 700, 4, true);
 }
 
 TEST(AttendVariants, SoftmaxOffByOneIsASinkOfZero) {
   NaiveVariant naive = causal(700, 4);
-  naive.sink = [](std::int64_t) { return 0.0; };
-  check_variant(AttentionVariant<CausalWindow, PlainScores, SoftmaxOffByOne>{
-                    .sm_scale = 0.3F, .visibility = {.window_size = 700, .num_sink_tokens = 4}},
-                naive, 700, 4, true);
+  naive.sink = [](std::int64_t) {
+    return 0.0;
+  };
+  check_variant(
+      AttentionVariant<CausalWindow, PlainScores, SoftmaxOffByOne>{
+          .sm_scale = 0.3F, .visibility = {.window_size = 700, .num_sink_tokens = 4}},
+      naive, 700, 4, true);
 }
 
 TEST(AttendVariants, TransformAndSinkTogether) {
   const std::vector<float> logits{2, 1, 0, -1, -2, kMinusInfinity};
   NaiveVariant naive = causal(130);
-  naive.transform = [](std::int64_t, double score, double) { return 5 * std::tanh(score / 5); };
+  naive.transform = [](std::int64_t, double score, double) {
+    return 5 * std::tanh(score / 5);
+  };
   naive.sink = [&](std::int64_t head) {
     return static_cast<double>(logits[static_cast<std::size_t>(head)]);
   };
-  check_variant(AttentionVariant<CausalWindow, SoftCap, SinkLogits>{
-                    .sm_scale = 0.5F,
-                    .visibility = {.window_size = 130},
-                    .transform = {.cap = 5},
-                    .sink = {logits}},
-                naive, 130, 0, true);
+  check_variant(
+      AttentionVariant<CausalWindow, SoftCap, SinkLogits>{.sm_scale = 0.5F,
+                                                          .visibility = {.window_size = 130},
+                                                          .transform = {.cap = 5},
+                                                          .sink = {logits}},
+      naive, 130, 0, true);
 }
 
 TEST(AttendVariants, ASinkFarAboveOrBelowTheScores) {
@@ -640,8 +646,8 @@ TEST(AttendNumbers, AHundredMillionTokensInScoresAreTheSame) {
         }
         scene.add(window, raw);
         const std::vector<float> rows = scene.queries(tokens);
-        const AttentionVariant<> variant{
-            .sm_scale = scale_for(64), .visibility = {.window_size = 200, .num_sink_tokens = 4}};
+        const AttentionVariant<> variant{.sm_scale = scale_for(64),
+                                         .visibility = {.window_size = 200, .num_sink_tokens = 4}};
         const Position first = bases[place] + static_cast<Position>(300 - tokens);
         outcomes[place] = scene.run(rows, base + 300 - tokens, first, variant);
         for (std::int64_t t = 0; t < tokens && place == 0; ++t)
@@ -673,8 +679,8 @@ TEST(AttendCalls, TheTeamsSizeChangesNoBit) {
       Scene<bf16, bf16> scene(extents, rotary_for(dim), 2);
       add_sinks_and_ring(scene, 4, 2000 - tokens - 599, 2000, 250, 600);
       const std::vector<float> rows = scene.queries(tokens);
-      const AttentionVariant<> variant{
-          .sm_scale = scale_for(dim), .visibility = {.window_size = 600, .num_sink_tokens = 4}};
+      const AttentionVariant<> variant{.sm_scale = scale_for(dim),
+                                       .visibility = {.window_size = 600, .num_sink_tokens = 4}};
       const Outcome one =
           scene.run(rows, 2000 - tokens, static_cast<Position>(2000 - tokens), variant, 1);
       for (const int threads : {2, 3, 4}) {
@@ -706,8 +712,8 @@ TEST(AttendCalls, AWorkspaceMayBeUsedAgainAndAgain) {
     const auto tokens = static_cast<std::int64_t>(1 + random.below(20));
     const auto first = static_cast<std::int64_t>(random.below(3) * 400);
     for (std::uint64_t s = 0; s <= random.below(6); ++s) {
-      SegmentRule rule = run_at(static_cast<std::int64_t>(s) * 60,
-                                static_cast<std::int64_t>(random.below(60)));
+      SegmentRule rule =
+          run_at(static_cast<std::int64_t>(s) * 60, static_cast<std::int64_t>(random.below(60)));
       rule.shift = -static_cast<Position>(random.below(3));
       if (random.below(2) == 0) rule.ceiling = static_cast<Position>(395 + random.below(20));
       scene.add(rule);
@@ -770,9 +776,9 @@ TEST(AttendCalls, StridesAreRespectedAndLseIsOptional) {
                                        .max_keys = 40},
                                       1);
     ThreadTeam team(1);
-    attend(AttentionQuery{{wide.data() + 10, tokens, 4, 16, 100}, 40 - tokens, 3},
-           scene.segments(), variant, HeadsView<float>(out.data() + 2, tokens, 4, 16, 70), nullptr,
-           workspace, team, cpu{});
+    attend(AttentionQuery{{wide.data() + 10, tokens, 4, 16, 100}, 40 - tokens, 3}, scene.segments(),
+           variant, HeadsView<float>(out.data() + 2, tokens, 4, 16, 70), nullptr, workspace, team,
+           cpu{});
     for (std::int64_t t = 0; t < tokens; ++t)
       for (std::int64_t i = 0; i < 70; ++i) {
         const float found = out[static_cast<std::size_t>(t * 70 + i)];

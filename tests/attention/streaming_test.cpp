@@ -111,15 +111,14 @@ std::vector<NaiveResult> naive_outputs(const Stream& stream, const NaiveRotation
     for (std::int64_t head = 0; head < kHeads; ++head) {
       std::vector<NaiveKey> keys;
       for (const SeenKey& key : seen) {
-        const auto at =
-            static_cast<std::size_t>((key.index * kKvHeads + head / kGroup) * kDim);
+        const auto at = static_cast<std::size_t>((key.index * kKvHeads + head / kGroup) * kDim);
         keys.push_back({std::span(stream.k_exact).subspan(at, kDim),
                         std::span(stream.v_exact).subspan(at, kDim), key.distance});
       }
       const float* row = stream.q.data() + (t * kHeads + head) * kDim;
       const std::vector<double> q(row, row + kDim);
-      results.push_back(naive_attention(q, keys, kDim, rotation,
-                                        {.sm_scale = static_cast<double>(kScale)}));
+      results.push_back(
+          naive_attention(q, keys, kDim, rotation, {.sm_scale = static_cast<double>(kScale)}));
     }
   }
   return results;
@@ -192,8 +191,7 @@ class Layer {
   std::vector<float> read_all(const std::function<std::int64_t()>& next_chunk) {
     std::vector<float> out;
     while (cache_.total() < stream_.tokens) {
-      const std::vector<float> some =
-          read(std::min(next_chunk(), stream_.tokens - cache_.total()));
+      const std::vector<float> some = read(std::min(next_chunk(), stream_.tokens - cache_.total()));
       out.insert(out.end(), some.begin(), some.end());
       cache_.commit();
     }
@@ -227,15 +225,15 @@ std::vector<std::pair<std::string, std::function<std::int64_t()>>> chunkings(
     if (size <= max_chunk)
       result.emplace_back("chunks of " + std::to_string(size), [size] { return size; });
   for (const std::uint64_t seed : {1, 2})
-    result.emplace_back("random chunks " + std::to_string(seed),
-                        [random = Random(seed), max_chunk]() mutable {
-                          return static_cast<std::int64_t>(
-                              1 + random.below(static_cast<std::uint64_t>(max_chunk)));
-                        });
+    result.emplace_back(
+        "random chunks " + std::to_string(seed), [random = Random(seed), max_chunk]() mutable {
+          return static_cast<std::int64_t>(1 + random.below(static_cast<std::uint64_t>(max_chunk)));
+        });
   return result;
 }
 
-// ---- Token-wise policies: any chunking equals the definition -------------------------------------
+// ---- Token-wise policies: any chunking equals the definition
+// -------------------------------------
 
 struct Policy {
   std::int64_t sinks;
@@ -243,8 +241,8 @@ struct Policy {
   std::int64_t max_chunk;
 };
 
-class StreamingPolicies
-    : public testing::TestWithParam<std::tuple<Policy, PositionRule, KeyForm>> {};
+class StreamingPolicies : public testing::TestWithParam<std::tuple<Policy, PositionRule, KeyForm>> {
+};
 
 TEST_P(StreamingPolicies, AnyChunkingEqualsTheDefinition) {
   const auto& [policy, rule, form] = GetParam();
@@ -254,8 +252,8 @@ TEST_P(StreamingPolicies, AnyChunkingEqualsTheDefinition) {
       RetentionConfig::sink_window(policy.sinks, policy.window, policy.max_chunk);
   config.position_rule = rule;
   config.key_form = form;
-  const std::vector<NaiveResult> expected = naive_outputs(
-      stream, rotation.naive, windowed(policy.sinks, policy.window, rule));
+  const std::vector<NaiveResult> expected =
+      naive_outputs(stream, rotation.naive, windowed(policy.sinks, policy.window, rule));
   std::vector<float> one_by_one;
   for (const auto& [name, next_chunk] : chunkings(policy.max_chunk)) {
     SCOPED_TRACE(name);
@@ -303,7 +301,9 @@ TEST(Streaming, ShorterThanTheWindowIsDenseAttentionBitForBit) {
   const Stream stream(60, 3);
   const Rotation rotation(false);
   for (const std::int64_t chunk : {1, 8}) {
-    const auto next_chunk = [&] { return chunk; };
+    const auto next_chunk = [&] {
+      return chunk;
+    };
     std::vector<float> dense =
         Layer<>(stream, &rotation.rotary, RetentionConfig::full(60, 8)).read_all(next_chunk);
     std::vector<float> window =
@@ -325,13 +325,15 @@ TEST(Streaming, SixteenBitCachesStayWithinTheirRounding) {
         naive_outputs(stream, rotation.naive, windowed(4, 20, PositionRule::kInCache));
     // Rounding a key by r changes a score by at most r scale |q| |k| and so a weight by twice that;
     // values change by r themselves. Norms below 8, values below 5 here.
-    const auto extra = [](double r) { return 5 * (2 * r * 0.25 * 8 * 8) + 5 * r; };
+    const auto extra = [](double r) {
+      return 5 * (2 * r * 0.25 * 8 * 8) + 5 * r;
+    };
     for (const auto& [name, next_chunk] : chunkings(11)) {
       SCOPED_TRACE(name);
       expect_outputs((Layer<f16>(stream, &rotation.rotary, config).read_all(next_chunk)), expected,
                      extra(0x1p-11));
-      expect_outputs((Layer<bf16>(stream, &rotation.rotary, config).read_all(next_chunk)),
-                     expected, extra(0x1p-8));
+      expect_outputs((Layer<bf16>(stream, &rotation.rotary, config).read_all(next_chunk)), expected,
+                     extra(0x1p-8));
       expect_outputs((Layer<float, f16>(stream, &rotation.rotary, config).read_all(next_chunk)),
                      expected, 5 * 0x1p-11);
     }
@@ -421,8 +423,8 @@ TEST(StreamingLlm, EvaluationLoopInEveryRealisation) {
     for (const std::int64_t chunk : {1, 9}) {
       RetentionConfig token_wise = RetentionConfig::streaming_llm(4, 8, chunk);
       token_wise.key_form = form;
-      expect_outputs(
-          Layer<>(stream, &rotation.rotary, token_wise).read_all([&] { return chunk; }), expected);
+      expect_outputs(Layer<>(stream, &rotation.rotary, token_wise).read_all([&] { return chunk; }),
+                     expected);
     }
   }
 }
@@ -455,8 +457,7 @@ TEST(StreamingLlm, BatchedEvictionsEqualTheOriginal) {
         while (original.next < stream.tokens) {
           const std::int64_t prompt = std::min(1 + below(15), stream.tokens - original.next);
           const std::int64_t answer = std::min(below(10), stream.tokens - original.next - prompt);
-          if (below(2) == 0 ||
-              layer.cache().retention(0).size() + prompt + answer > capacity) {
+          if (below(2) == 0 || layer.cache().retention(0).size() + prompt + answer > capacity) {
             layer.cache().evict_for_space(prompt + answer);
             original.evict_for_space(prompt + answer);
           }
@@ -512,8 +513,8 @@ void typed_in(const RetentionConfig& config, bool evict, Read&& read) {
     if (t < 4) cache.commit();
   }
   AttentionWorkspace<cpu> workspace(
-      &rotary,
-      {.num_qo_heads = 1, .num_kv_heads = 1, .head_dim = 2, .value_dim = 2, .max_keys = 8}, 1);
+      &rotary, {.num_qo_heads = 1, .num_kv_heads = 1, .head_dim = 2, .value_dim = 2, .max_keys = 8},
+      1);
   ThreadTeam team(1);
   std::array<Segment<float>, KvCache<float>::kMaxSegments> segments;
   const auto count = static_cast<std::size_t>(cache.segments(0, 1, segments));
@@ -582,7 +583,8 @@ TEST(StreamingLlm, AlibiIsContiguousInTheCache) {
   }
 }
 
-// ---- Transactions and snapshots in mid-stream ----------------------------------------------------
+// ---- Transactions and snapshots in mid-stream
+// ----------------------------------------------------
 
 TEST(Streaming, RolledBackReadsLeaveNoTrace) {
   const Stream stream(160, 14);

@@ -46,8 +46,8 @@ TEST(CausalWindow, CountsTheQuerysOwnKey) {
       EXPECT_TRUE(window.visible(query_at(query), key_at(query)));
       EXPECT_FALSE(window.visible(query_at(query), key_at(query + 1)));
     }
-    EXPECT_TRUE(window.visible(query_at(size - 1), key_at(0)));   // the W-th key
-    EXPECT_FALSE(window.visible(query_at(size), key_at(0)));      // one more
+    EXPECT_TRUE(window.visible(query_at(size - 1), key_at(0)));  // the W-th key
+    EXPECT_FALSE(window.visible(query_at(size), key_at(0)));     // one more
     EXPECT_TRUE(window.visible(query_at(1000), key_at(1001 - size)));
     EXPECT_FALSE(window.visible(query_at(1000), key_at(1000 - size)));
   }
@@ -141,8 +141,8 @@ TEST(AlibiBias, AddsSlopeTimesDistance) {
     bias.apply({head, 9.5, 5}, scores);
     for (std::size_t i = 0; i < 4; ++i)
       EXPECT_FLOAT_EQ(scores[i],
-                      static_cast<float>(i + 1) +
-                          slopes[static_cast<std::size_t>(head)] * (5 + static_cast<float>(i) - 9.5F));
+                      static_cast<float>(i + 1) + slopes[static_cast<std::size_t>(head)] *
+                                                      (5 + static_cast<float>(i) - 9.5F));
   }
 }
 

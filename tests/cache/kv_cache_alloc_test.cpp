@@ -66,8 +66,7 @@ TEST_P(KvCacheSteps, AllocateNothing) {
   EXPECT_GT(seen, 3 * 500);
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, KvCacheSteps,
-                         testing::Values(KeyForm::kRotated, KeyForm::kRaw),
+INSTANTIATE_TEST_SUITE_P(Forms, KvCacheSteps, testing::Values(KeyForm::kRotated, KeyForm::kRaw),
                          [](const auto& form) { return std::string(to_string(form.param)); });
 
 TEST(KvCacheAllocations, RequestedEvictionsAllocateNothing) {

@@ -80,8 +80,8 @@ bool same_bits(const T* a, const T* b, std::int64_t count) {
   return std::memcmp(a, b, static_cast<std::size_t>(count) * sizeof(T)) == 0;
 }
 
-/// A cache of three layers: global with rotation, local window with another rotation, global without
-/// rotation, beside the list of tokens that it should hold.
+/// A cache of three layers: global with rotation, local window with another rotation, global
+/// without rotation, beside the list of tokens that it should hold.
 template <class Key, class Value>
 struct Fixture {
   Rotary global_rotary{{.head_dim = kKeyDim, .rotary_dim = kKeyDim, .theta = 10000}};
@@ -197,9 +197,9 @@ struct ElementPair {
   using Key = Key_;
   using Value = Value_;
 };
-using ElementPairs = testing::Types<ElementPair<float, float>, ElementPair<f16, f16>,
-                                    ElementPair<bf16, bf16>, ElementPair<bf16, float>,
-                                    ElementPair<float, f16>>;
+using ElementPairs =
+    testing::Types<ElementPair<float, float>, ElementPair<f16, f16>, ElementPair<bf16, bf16>,
+                   ElementPair<bf16, float>, ElementPair<float, f16>>;
 TYPED_TEST_SUITE(KvCacheElements, ElementPairs);
 
 TYPED_TEST(KvCacheElements, LayersOfDifferentRetentionsReturnWhatWasStored) {
@@ -522,8 +522,7 @@ TEST(KvCacheMemory, LayersDoNotOverlap) {
   // All layers, read after all were written.
   for (std::int64_t layer = 0; layer < 3; ++layer) f.expect_rows(layer, 6);
   for (std::int64_t layer = 0; layer < 3; ++layer)
-    for (const auto& segment : f.segments(layer, 6))
-      EXPECT_EQ(segment.rule.kind, TokenKind::kText);
+    for (const auto& segment : f.segments(layer, 6)) EXPECT_EQ(segment.rule.kind, TokenKind::kText);
 }
 
 TEST(KvCacheConfiguration, ErrorsNameFieldExpectedAndFound) {
@@ -546,19 +545,49 @@ TEST(KvCacheConfiguration, ErrorsNameFieldExpectedAndFound) {
       {{2, 1, 8, 0}, {retention}, two, ErrorCode::kShape, "value_dim", "at least 1", "0"},
       {{3, 1, 8, 8}, {retention}, two, ErrorCode::kShape, "layers", "3 entries", "2"},
       {{2, 1, 8, 8}, {}, two, ErrorCode::kShape, "retentions", "at least one", "0"},
-      {{2, 1, 8, 8}, {retention}, {{0, nullptr}, {1, nullptr}}, ErrorCode::kShape,
-       "layer retention", "below 1", "1"},
-      {{2, 1, 8, 8}, {retention}, {{0, nullptr}, {-1, nullptr}}, ErrorCode::kShape,
-       "layer retention", "below 1", "-1"},
-      {{2, 1, 16, 8}, {retention}, {{0, nullptr}, {0, &rotary}}, ErrorCode::kShape,
-       "rotary head_dim", "16", "8"},
-      {{2, 1, 8, 8}, {RetentionConfig::window(0, 1)}, two, ErrorCode::kConfig, "capacity",
-       "1 to 2^40", "0"},
+      {{2, 1, 8, 8},
+       {retention},
+       {{0, nullptr}, {1, nullptr}},
+       ErrorCode::kShape,
+       "layer retention",
+       "below 1",
+       "1"},
+      {{2, 1, 8, 8},
+       {retention},
+       {{0, nullptr}, {-1, nullptr}},
+       ErrorCode::kShape,
+       "layer retention",
+       "below 1",
+       "-1"},
+      {{2, 1, 16, 8},
+       {retention},
+       {{0, nullptr}, {0, &rotary}},
+       ErrorCode::kShape,
+       "rotary head_dim",
+       "16",
+       "8"},
+      {{2, 1, 8, 8},
+       {RetentionConfig::window(0, 1)},
+       two,
+       ErrorCode::kConfig,
+       "capacity",
+       "1 to 2^40",
+       "0"},
       // A product that wraps round 2^64 must not become a small buffer.
-      {{2, std::int64_t{1} << 40, std::int64_t{1} << 20, 8}, {retention}, two, ErrorCode::kShape,
-       "head_dim", "at most 2^50 elements in a layer", "1048576"},
-      {{2, 1, 8, std::int64_t{1} << 60}, {retention}, two, ErrorCode::kShape, "value_dim",
-       "at most 2^50 elements in a layer", std::to_string(std::int64_t{1} << 60)},
+      {{2, std::int64_t{1} << 40, std::int64_t{1} << 20, 8},
+       {retention},
+       two,
+       ErrorCode::kShape,
+       "head_dim",
+       "at most 2^50 elements in a layer",
+       "1048576"},
+      {{2, 1, 8, std::int64_t{1} << 60},
+       {retention},
+       two,
+       ErrorCode::kShape,
+       "value_dim",
+       "at most 2^50 elements in a layer",
+       std::to_string(std::int64_t{1} << 60)},
   };
   for (const Case& c : cases) {
     const auto error = error_of([&] { KvCache<float>(c.shape, c.retentions, c.layers); });

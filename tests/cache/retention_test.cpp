@@ -83,7 +83,8 @@ std::vector<std::byte> saved(const Retention& retention) {
   return writer.take();
 }
 
-// ---- core-algorithms 1.1: the table of evictions -------------------------------------------------
+// ---- core-algorithms 1.1: the table of evictions
+// -------------------------------------------------
 
 Retention eight_or(std::int64_t tokens) {
   Retention retention(RetentionConfig::on_request(2, 6, 20));
@@ -98,9 +99,15 @@ TEST(RetentionEvictions, TypedInTable) {
     std::int64_t coming;
     Indices expected;
   } rows[] = {
-      {8, 0, {0, 1, 2, 3, 4, 5, 6, 7}}, {8, 1, {0, 1, 3, 4, 5, 6, 7}}, {8, 4, {0, 1, 6, 7}},
-      {8, 6, {0, 1}},                   {8, 7, {0, 1}},                {8, 8, {0, 1}},
-      {8, 9, {0, 1}},                   {5, 3, {0, 1, 2, 3, 4}},       {5, 4, {0, 1, 3, 4}},
+      {8, 0, {0, 1, 2, 3, 4, 5, 6, 7}},
+      {8, 1, {0, 1, 3, 4, 5, 6, 7}},
+      {8, 4, {0, 1, 6, 7}},
+      {8, 6, {0, 1}},
+      {8, 7, {0, 1}},
+      {8, 8, {0, 1}},
+      {8, 9, {0, 1}},
+      {5, 3, {0, 1, 2, 3, 4}},
+      {5, 4, {0, 1, 3, 4}},
       {5, 6, {0, 1}},
   };
   for (const auto& row : rows) {
@@ -167,7 +174,9 @@ TEST(RetentionEvictions, RangeMovesTheSmallerSideAndLosesNoRow) {
 }
 
 TEST(RetentionEvictions, RefusedCallsChangeNothing) {
-  const auto nothing = [](std::int64_t, std::int64_t) { FAIL() << "a row was moved"; };
+  const auto nothing = [](std::int64_t, std::int64_t) {
+    FAIL() << "a row was moved";
+  };
   Retention retention = eight_or(8);
   const std::vector<std::byte> before = saved(retention);
   const struct {
@@ -210,7 +219,8 @@ TEST(RetentionEvictions, GapsAreBounded) {
   // Every second token leaves until the runs are used up; shrink() may still cut once more, and
   // nothing can be cut after that, but what needs no new run goes on.
   Retention retention(RetentionConfig::on_request(1, 30, 64));
-  const auto move = [](std::int64_t, std::int64_t) {};
+  const auto move = [](std::int64_t, std::int64_t) {
+  };
   retention.append(60);
   retention.commit();
   for (int gap = 0; gap < Retention::kMaxRuns - 1; ++gap) {
@@ -239,7 +249,8 @@ TEST(RetentionEvictions, GapsAreBounded) {
   EXPECT_EQ(retention.index_of_rank(0), 0);
 }
 
-// ---- core-algorithms 1.3: the order of operations ------------------------------------------------
+// ---- core-algorithms 1.3: the order of operations
+// ------------------------------------------------
 
 struct Seen {
   Indices tokens;
@@ -296,8 +307,8 @@ TEST(RetentionSteps, TypedInStreamingLlmLoop) {
     EXPECT_EQ(steps[13].tokens, (Indices{0, 1, 2, 3, 9, 10, 11, 12, 13}));
     EXPECT_EQ(steps[13].kept_after, (Indices{0, 1, 2, 3, 10, 11, 12, 13}));
     for (std::size_t t = 0; t < steps.size(); ++t) {
-      EXPECT_EQ(steps[t].positions, first_integers(std::min<std::int64_t>(
-                                        static_cast<std::int64_t>(t) + 1, 9)))
+      EXPECT_EQ(steps[t].positions,
+                first_integers(std::min<std::int64_t>(static_cast<std::int64_t>(t) + 1, 9)))
           << "step " << t;
       EXPECT_EQ(steps[t].tokens, ways.front()[t].tokens) << "step " << t;
       EXPECT_EQ(steps[t].kept_after, ways.front()[t].kept_after) << "step " << t;
@@ -373,13 +384,16 @@ TEST(RetentionRing, NamedConfigurationsHaveTheStatedStorage) {
   EXPECT_EQ(original.capacity, 513);     // cache_size cached keys and the token itself
 }
 
-// ---- core-algorithms 10.1: llama.cpp's context shift is an evict_range ---------------------------
+// ---- core-algorithms 10.1: llama.cpp's context shift is an evict_range
+// ---------------------------
 
 TEST(RetentionEvictions, TypedInContextShift) {
   const struct {
     std::int64_t tokens, keep, left, discard, after;
-  } rows[] = {
-      {15, 4, 11, 5, 10}, {4095, 1, 4094, 2047, 2048}, {4095, 4092, 3, 1, 4094}, {63, 0, 63, 31, 32}};
+  } rows[] = {{15, 4, 11, 5, 10},
+              {4095, 1, 4094, 2047, 2048},
+              {4095, 4092, 3, 1, 4094},
+              {63, 0, 63, 31, 32}};
   for (const auto& row : rows) {
     Retention retention(RetentionConfig::on_request(row.keep, row.tokens - row.keep, row.tokens));
     retention.append(row.tokens);
@@ -542,8 +556,7 @@ void expect_rules(const Retention& retention, const Model& model, std::int64_t q
     ASSERT_EQ(rule.visible, rule.count);
     ASSERT_GE(rule.first_slot, 0);
     ASSERT_LE(rule.first_slot + rule.count, config.capacity);
-    ASSERT_EQ(rule.kind == TokenKind::kPinned,
-              std::cmp_less(shown.size(), config.num_sink_tokens));
+    ASSERT_EQ(rule.kind == TokenKind::kPinned, std::cmp_less(shown.size(), config.num_sink_tokens));
     for (std::int64_t i = 0; i < rule.count; ++i) {
       ASSERT_TRUE(model.holds(rule.first_slot + i, rule.first_index + i))
           << "slot " << rule.first_slot + i << " lost token " << rule.first_index + i;
@@ -551,8 +564,8 @@ void expect_rules(const Retention& retention, const Model& model, std::int64_t q
     }
     if (config.key_form == KeyForm::kRaw) {
       // Rows of a table with `capacity` rows.
-      ASSERT_EQ(rule.first_position, static_cast<Position>(
-                                         static_cast<std::int64_t>(rule.first_position)));
+      ASSERT_EQ(rule.first_position,
+                static_cast<Position>(static_cast<std::int64_t>(rule.first_position)));
       ASSERT_GE(rule.first_position, 0);
       ASSERT_LE(rule.first_position + static_cast<Position>(rule.count - 1),
                 static_cast<Position>(config.capacity - 1));
@@ -562,9 +575,9 @@ void expect_rules(const Retention& retention, const Model& model, std::int64_t q
   }
   Indices expected;
   for (std::int64_t i = 0; i < model.total(); ++i) {
-    bool seen = queries == 0 && std::count(model.kept().begin(), model.kept().end(), i) != 0 &&
-                (!model.windowed() || i < config.num_sink_tokens ||
-                 i > model.total() - config.window_size);
+    bool seen =
+        queries == 0 && std::count(model.kept().begin(), model.kept().end(), i) != 0 &&
+        (!model.windowed() || i < config.num_sink_tokens || i > model.total() - config.window_size);
     for (std::int64_t q = std::max(first_query, i); q < model.total() && !seen; ++q)
       seen = model.windowed() ? i < config.num_sink_tokens || i > q - config.window_size
                               : std::count(model.kept().begin(), model.kept().end(), i) != 0;
@@ -815,7 +828,8 @@ TEST(RetentionCapacity, StatusSaysWhenTokensDoNotFit) {
   }
 }
 
-// ---- Configurations that make no sense -----------------------------------------------------------
+// ---- Configurations that make no sense
+// -----------------------------------------------------------
 
 TEST(RetentionConfiguration, ErrorsNameFieldExpectedAndFound) {
   constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
@@ -892,7 +906,8 @@ std::vector<Retention> typical_states() {
   states.emplace_back(RetentionConfig::sink_window(2, 5, 3));
   feed(states.back(), 30);
   states.back().truncate(2);
-  const auto move = [](std::int64_t, std::int64_t) {};
+  const auto move = [](std::int64_t, std::int64_t) {
+  };
   Retention gaps(RetentionConfig::on_request(2, 30, 40));
   feed(gaps, 20);
   states.push_back(gaps);
@@ -931,9 +946,8 @@ void expect_sound(Retention retention) {
       // Sinks are the first tokens of the stream.
       ASSERT_TRUE(rank >= config.num_sink_tokens || last == rank);
     }
-    retention.each_stored_slot([&](std::int64_t slot) {
-      ASSERT_TRUE(slot >= 0 && slot < config.capacity);
-    });
+    retention.each_stored_slot(
+        [&](std::int64_t slot) { ASSERT_TRUE(slot >= 0 && slot < config.capacity); });
     for (const SegmentRule& rule : rules_of(retention, 0)) {
       ASSERT_GE(rule.first_slot, 0);
       ASSERT_LE(rule.first_slot + rule.count, config.capacity);
@@ -943,9 +957,8 @@ void expect_sound(Retention retention) {
       retention.evict_for_space(config.window_size / 2);
       // Ends in an error or not, but in no disorder.
       const std::int64_t middle = (config.num_sink_tokens + retention.size()) / 2;
-      error_of([&] {
-        retention.evict_range(middle, middle + 1, [](std::int64_t, std::int64_t) {});
-      });
+      error_of(
+          [&] { retention.evict_range(middle, middle + 1, [](std::int64_t, std::int64_t) {}); });
     }
     if (retention.status(1) == CacheStatus::kOk) {
       retention.append(1);
@@ -1030,7 +1043,10 @@ TEST(RetentionSnapshots, NoRandomDamageBreaksAnInvariant) {
     const std::size_t words = bytes.size() / 8;
     for (std::uint64_t change = 0; change <= random.below(3); ++change) {
       const std::size_t word = 8 + random.below(words - 8);
-      const std::int64_t values[] = {0, 1, -1, static_cast<std::int64_t>(random.below(50)),
+      const std::int64_t values[] = {0,
+                                     1,
+                                     -1,
+                                     static_cast<std::int64_t>(random.below(50)),
                                      std::numeric_limits<std::int64_t>::max(),
                                      std::numeric_limits<std::int64_t>::min(),
                                      std::int64_t{1} << random.below(63)};
@@ -1047,6 +1063,42 @@ TEST(RetentionSnapshots, NoRandomDamageBreaksAnInvariant) {
       continue;
     expect_sound(target);
     if (HasFatalFailure()) FAIL() << describe(state.config()) << ", trial " << trial;
+  }
+}
+
+TEST(RetentionSnapshots, MoreRunsThanEvictionsMakeAreRefused) {
+  // kMaxRuns + 1 runs are possible only when the first is the sinks alone: with a longer one the
+  // next eviction would need one run more than there is room for.
+  const RetentionConfig config = RetentionConfig::on_request(1, 30, 64);
+  for (const std::int64_t first_count : {1, 5}) {
+    ByteWriter writer;
+    Retention(config).save(writer);
+    std::vector<std::byte> bytes = writer.take();
+    bytes.resize(8 * 8);  // the configuration
+    constexpr std::int64_t kRuns = Retention::kMaxRuns + 1;
+    const std::int64_t total = 20 + 10 * (kRuns - 2) + 1;
+    ByteWriter state;
+    for (const std::int64_t value : {total, total, total, std::int64_t{0}, kRuns})
+      state.write(value);
+    state.write(std::int64_t{0});
+    state.write(first_count);
+    for (std::int64_t run = 1; run < kRuns; ++run) {
+      state.write(10 + 10 * run);
+      state.write(std::int64_t{1});
+    }
+    bytes.insert(bytes.end(), state.bytes().begin(), state.bytes().end());
+    Retention retention(config);
+    const auto error = error_of([&] {
+      ByteReader reader(bytes);
+      retention.restore(reader);
+    });
+    if (first_count == 1) {
+      ASSERT_FALSE(error) << error->what();
+      expect_sound(retention);
+    } else {
+      ASSERT_TRUE(error);
+      EXPECT_EQ(error->detail().field, "runs");
+    }
   }
 }
 
@@ -1072,8 +1124,8 @@ TEST(RetentionSnapshots, AnotherConfigurationIsRefusedByName) {
   EXPECT_TRUE(starts(field_of([](auto& c) { c.window_size = 4; }), "window_size"));
   EXPECT_TRUE(starts(field_of([](auto& c) { c.capacity = 20; }), "capacity"));
   EXPECT_TRUE(starts(field_of([](auto& c) { c.max_chunk = 2; }), "max_chunk"));
-  EXPECT_TRUE(starts(field_of([](auto& c) { c.position_rule = PositionRule::kInText; }),
-                     "position_rule"));
+  EXPECT_TRUE(
+      starts(field_of([](auto& c) { c.position_rule = PositionRule::kInText; }), "position_rule"));
   EXPECT_TRUE(starts(field_of([](auto& c) { c.key_form = KeyForm::kRaw; }), "key_form"));
   EXPECT_TRUE(starts(field_of([](auto& c) { c.eviction = Eviction::kOnRequest; }), "eviction"));
   EXPECT_TRUE(starts(field_of([](auto& c) { c.origin = 0.5; }), "origin"));
@@ -1081,7 +1133,8 @@ TEST(RetentionSnapshots, AnotherConfigurationIsRefusedByName) {
 
 // ---- Endless streams ----------------------------------------------------------------------------
 
-/// A stream that is `total` tokens old, which no test can wait for: its snapshot is written by hand.
+/// A stream that is `total` tokens old, which no test can wait for: its snapshot is written by
+/// hand.
 Retention aged(const RetentionConfig& config, std::int64_t total) {
   const std::int64_t oldest = total - (config.window_size - 1);
   ByteWriter writer;

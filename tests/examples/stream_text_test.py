@@ -4,8 +4,8 @@
 
     stream_text_test.py --stream-text PROGRAM --make-tiny-model PROGRAM [unittest arguments]
 
-The model is the seeded tiny one. Environment: SLUICE_MODEL, a real model for the one test that needs
-one; without it, it is looked for in the user's cache folder, and else skipped.
+The model is the seeded tiny one. The one test that needs a real model takes it from the environment
+variable SLUICE_MODEL or from the user's cache folder, and is skipped where there is none.
 """
 
 import argparse
@@ -24,7 +24,8 @@ TIMEOUT = 120
 PROGRAM = MAKE_MODEL = MODEL = FOLDER = None
 GREEDY = ("--temp", "0", "--ignore-eos")
 TEXT = ("It was a bright cold day in April, and the clocks were striking thirteen.\n"
-        "She said: \u201cna\u00efve caf\u00e9s?\u201d \u2014 \u4f60\u597d\n\n  indented, 3.14159\t!\n")
+        "She said: \u201cna\u00efve caf\u00e9s?\u201d \u2014 \u4f60\u597d\n\n"
+        "  indented, 3.14159\t!\n")
 
 
 def run(*arguments, model=True, stdin=b"", threads=1):
@@ -71,7 +72,8 @@ class StreamTextTest(unittest.TestCase):
         text = result.stdout.decode()
         self.assertEqual(result.stderr, b"")
         for expected in ("--sinks INT=4", "--window INT=1024", "=sink-window", "=in-cache",
-                         "--temp FLOAT=0.8", "--top-k INT=40", "--predict", "INT=256", "Exit status"):
+                         "--temp FLOAT=0.8", "--top-k INT=40", "--predict", "INT=256",
+                         "Exit status"):
             self.assertIn(expected, text)
 
     def test_version(self):

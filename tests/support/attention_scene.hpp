@@ -55,9 +55,8 @@ class Scene {
   Scene(const Extents& extents, std::optional<Rotary> rotary, std::uint64_t seed)
       : extents_(extents), rotary_(std::move(rotary)), random_(seed) {
     if (rotary_)
-      naive_rotation_ = NaiveRotation(
-          rotary_->config().rotary_dim, rotary_->config().theta,
-          rotary_->config().pairing == RotaryPairing::kInterleaved);
+      naive_rotation_ = NaiveRotation(rotary_->config().rotary_dim, rotary_->config().theta,
+                                      rotary_->config().pairing == RotaryPairing::kInterleaved);
   }
 
   /// Adds a run of random keys and values; `raw`: rotated while they are read.
@@ -138,12 +137,12 @@ class Scene {
     outcome.out.assign(static_cast<std::size_t>(tokens * extents_.qo_heads() * extents_.value_dim),
                        -77.0F);
     outcome.lse.assign(static_cast<std::size_t>(tokens * extents_.qo_heads()), -77.0F);
-    attend(AttentionQuery{{rows.data(), tokens, extents_.qo_heads(), extents_.dim},
-                          first_index,
-                          first_position},
-           segments(), variant,
-           HeadsView<float>(outcome.out.data(), tokens, extents_.qo_heads(), extents_.value_dim),
-           outcome.lse.data(), workspace, team, cpu{});
+    attend(
+        AttentionQuery{
+            {rows.data(), tokens, extents_.qo_heads(), extents_.dim}, first_index, first_position},
+        segments(), variant,
+        HeadsView<float>(outcome.out.data(), tokens, extents_.qo_heads(), extents_.value_dim),
+        outcome.lse.data(), workspace, team, cpu{});
     return outcome;
   }
 
@@ -186,10 +185,10 @@ class Scene {
     std::vector<double> reference_lse(outcome.lse.size());
     if (!many)
       attend_reference(HeadsView<const float>(rows.data(), tokens, heads, extents_.dim),
-                             first_index, first_position, segments(), variant, rotary(),
-                             extents_.kv_heads,
-                             HeadsView<double>(reference.data(), tokens, heads, extents_.value_dim),
-                             reference_lse.data());
+                       first_index, first_position, segments(), variant, rotary(),
+                       extents_.kv_heads,
+                       HeadsView<double>(reference.data(), tokens, heads, extents_.value_dim),
+                       reference_lse.data());
     for (std::int64_t t = 0; t < tokens; ++t) {
       if (many && t % 7 != 0 && t != tokens - 1) continue;
       for (std::int64_t head = 0; head < heads; ++head) {
@@ -243,8 +242,8 @@ class Scene {
     for (std::int64_t d = 0; d < extents_.dim; ++d)
       cached.first.push_back(static_cast<double>(static_cast<float>(segment.key(head, j)[d])));
     if (segment.key_rotation == nullptr)
-      cached.first = naive_rotation_.rotate(
-          -(segment.rule.first_position + static_cast<double>(j)), cached.first);
+      cached.first = naive_rotation_.rotate(-(segment.rule.first_position + static_cast<double>(j)),
+                                            cached.first);
     for (std::int64_t d = 0; d < extents_.value_dim; ++d)
       cached.second.push_back(static_cast<double>(static_cast<float>(segment.value(head, j)[d])));
     return cached;

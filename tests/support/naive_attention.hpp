@@ -135,12 +135,10 @@ inline NaiveResult naive_attention(std::span<const double> q, const std::vector<
   constexpr double kUnit = 0x1p-24;
   const auto dim = static_cast<double>(q.size());
   const auto count = static_cast<double>(keys.size());
-  const double score_error =
-      ((dim + 12) * largest_product + 6 * largest_score + 4) * kUnit;
+  const double score_error = ((dim + 12) * largest_product + 6 * largest_score + 4) * kUnit;
   const double weight_error = 2 * score_error + 2 * (count + 16) * kUnit;
   result.out_bound = 1.01 * weight_error * largest_value + 1e-30;
-  result.lse_bound =
-      1.01 * (score_error + (count + 16) * kUnit + 2 * kUnit * std::abs(result.lse));
+  result.lse_bound = 1.01 * (score_error + (count + 16) * kUnit + 2 * kUnit * std::abs(result.lse));
   return result;
 }
 

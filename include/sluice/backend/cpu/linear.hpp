@@ -28,16 +28,17 @@ namespace sluice {
 
 /// One product of linear_many: y = x weight^T + bias, or y += that if `accumulate` is set.
 struct LinearTask {
-  WeightMatrix weight;          // [rows, cols]
-  const float* bias = nullptr;  // [rows], or null for none
-  MatrixView<float> y;          // [tokens, rows]
-  bool accumulate = false;
+  WeightMatrix weight;          ///< [rows, cols]
+  const float* bias = nullptr;  ///< [rows], or null for none
+  MatrixView<float> y;          ///< [tokens, rows]
+  bool accumulate = false;      ///< add to what y holds
 };
 
 namespace detail {
 
 // Up to this many tokens weights are converted in registers, once per group of up to four tokens;
-// above it panels pay. Measured with bench/linear_bench on a Zen 4 core; see crossover there.
+// above it panels pay. On a Zen 4 core the two meet at about 10 tokens for four-bit types and later
+// for the others; bench/linear_bench has both sides under `crossover`.
 inline constexpr std::int64_t kStreamTokens = 8;
 // Rows and tokens that one pass over the weights serves.
 inline constexpr int kStreamRows = simd::kNumRegisters >= 32 ? 4 : 2;
@@ -45,7 +46,7 @@ inline constexpr int kStreamGroup = 4;
 // Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
 // in a second-level cache.
 inline constexpr std::int64_t kStretchBytes = 256 * 1024;
-// Shares of rows are cut at multiples of this, so that groups of rows are the same for every team.
+// Shares of rows are cut at multiples of this, so that few passes have rows left over.
 inline constexpr std::int64_t kStreamGrain = 4;
 // A panel holds kPanelRows weight rows with the columns outermost: [cols, kPanelRows].
 inline constexpr int kPanelRows = 2 * simd::kWidth;
@@ -878,9 +879,9 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
 /// weights and rearranged tokens. One workspace serves one call at a time.
 class LinearWorkspace {
  public:
-  /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates
-  /// about max(400 KiB, 4 kPanelRows max_cols) and 13 max_cols floats a member.
-  /// \throws Error(kConfig) unless both are positive.
+  /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates for
+  /// each member 384 KiB, or a panel of 2 kWidth rows where that is more, and 12 tokens of
+  /// max_cols. \throws Error(kConfig) unless both are positive.
   LinearWorkspace(std::int64_t max_cols, int team_size)
       : max_cols_(checked(max_cols, "max_cols")),
         team_size_(static_cast<int>(checked(team_size, "team_size"))),
