@@ -15,8 +15,9 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   # What GCC guesses from optimised code it also guesses inside inlined standard containers: shown,
   # but no error. GCC 12's -Wrestrict is wrong about every second std::string (its bug 105329).
   target_compile_options(sluice_own_flags INTERFACE
-    -Wno-restrict -Wno-error=array-bounds -Wno-error=stringop-overflow
-    -Wno-error=stringop-overread -Wno-error=maybe-uninitialized -Wno-error=free-nonheap-object)
+    -Wno-restrict -Wno-error=aggressive-loop-optimizations -Wno-error=array-bounds
+    -Wno-error=free-nonheap-object -Wno-error=maybe-uninitialized -Wno-error=stringop-overflow
+    -Wno-error=stringop-overread)
 endif()
 
 if(SLUICE_NATIVE)

@@ -44,19 +44,20 @@ struct SessionOptions {
 
 /// -ln softmax(logits)[target]: what perplexity averages, in nats. logits: [vocab_size].
 inline double negative_log_likelihood(std::span<const float> logits, Token target) {
-  simd::VecF max = simd::broadcast(logits[0]);
-  std::size_t i = 0;
-  for (; i + simd::kWidth <= logits.size(); i += simd::kWidth)
-    max = simd::max(max, simd::load(logits.data() + i));
+  const float* data = logits.data();
+  const auto count = static_cast<std::int64_t>(logits.size());
+  const std::int64_t whole = count - count % simd::kWidth;
+  simd::VecF max = simd::broadcast(data[0]);
+  for (std::int64_t i = 0; i < whole; i += simd::kWidth) max = simd::max(max, simd::load(data + i));
   float top = simd::reduce_max(max);
-  for (; i < logits.size(); ++i) top = std::max(top, logits[i]);
+  for (std::int64_t i = whole; i < count; ++i) top = std::max(top, data[i]);
   double sum = 0;
   const simd::VecF shift = simd::broadcast(top);
-  for (i = 0; i + simd::kWidth <= logits.size(); i += simd::kWidth)
-    sum += static_cast<double>(simd::reduce_add(simd::exp(simd::load(logits.data() + i) - shift)));
-  for (; i < logits.size(); ++i) sum += std::exp(static_cast<double>(logits[i] - top));
-  return std::log(sum) -
-         static_cast<double>(logits[static_cast<std::size_t>(target)] - top);
+  for (std::int64_t i = 0; i < whole; i += simd::kWidth)
+    sum += static_cast<double>(simd::reduce_add(simd::exp(simd::load(data + i) - shift)));
+  for (std::int64_t i = whole; i < count; ++i)
+    sum += std::exp(static_cast<double>(data[i] - top));
+  return std::log(sum) - static_cast<double>(data[target] - top);
 }
 
 /// A stream over a shared model. Key and Value are the cache's element types.
@@ -91,7 +92,7 @@ class Session {
   std::int64_t position() const { return position_; }
 
   /// Reads tokens, any number: longer than a chunk they are fed in chunks, which changes nothing in
-  /// the result.
+  /// the result. Logits are formed when they are asked for (a recomputed window is rebuilt then).
   /// \throws Error(kShape) for a token outside the vocabulary, Error(kCapacity) when a full cache
   /// cannot hold them all. Nothing was read then.
   void accept(std::span<const Token> tokens) {
@@ -136,7 +137,6 @@ class Session {
     }
     for (const Token token : tokens) sampler_.accept(token);
     position_ += static_cast<std::int64_t>(tokens.size());
-    current_logits();
     metrics_.on_input_done(monotonic_ns() - begin, static_cast<std::int64_t>(tokens.size()));
   }
 

@@ -21,17 +21,18 @@
 
 // 512-bit code uses byte and word instructions too; all processors with AVX-512 since Skylake-X
 // have the four subsets.
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#if SLUICE_HAS_VECTOR_EXTENSIONS && defined(__AVX512F__) && defined(__AVX512BW__) && \
+    defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define SLUICE_SIMD_AVX512 1
 #else
 #define SLUICE_SIMD_AVX512 0
 #endif
-#if defined(__AVX__) && !SLUICE_SIMD_AVX512
+#if SLUICE_HAS_VECTOR_EXTENSIONS && defined(__AVX__) && !SLUICE_SIMD_AVX512
 #define SLUICE_SIMD_AVX 1
 #else
 #define SLUICE_SIMD_AVX 0
 #endif
-#if defined(__SSE2__) && !SLUICE_SIMD_AVX && !SLUICE_SIMD_AVX512
+#if SLUICE_HAS_VECTOR_EXTENSIONS && defined(__SSE2__) && !SLUICE_SIMD_AVX && !SLUICE_SIMD_AVX512
 #define SLUICE_SIMD_SSE 1
 #else
 #define SLUICE_SIMD_SSE 0
