@@ -7,7 +7,9 @@
 /// the CPU backend at the same shape: its kStreamTokens comes from there.
 ///
 /// The counters are those of the fastest single call, which a busy neighbour disturbs least; the
-/// times are Google Benchmark's means over all calls.
+/// times are Google Benchmark's means over all calls. A small matrix may find one of its copies
+/// still in the last-level cache: for bandwidth read the rows with 49152 rows, larger than any such
+/// cache.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

@@ -17,6 +17,7 @@ int main(int argc, char** argv) try {
   options.cache.num_sink_tokens = 4;
   options.cache.window_size = 252;
   options.sampler.temperature = 0.8;
+  options.sampler.top_k = 40;
   options.num_threads = 2;
   sluice::Session<> session(model.decoder, options);
 

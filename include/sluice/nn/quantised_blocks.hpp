@@ -228,18 +228,12 @@ void quantise_blocks(const float* source, std::int64_t count, void* target,
 inline void dequantise(ElementType type, const void* source, std::int64_t count, float* target) {
   SLUICE_ASSERT(count % block_shape(type).values == 0);
   switch (type) {
-    case ElementType::kF32:
-      return detail::widen<float>(source, count, target);
-    case ElementType::kF16:
-      return detail::widen<f16>(source, count, target);
-    case ElementType::kBF16:
-      return detail::widen<bf16>(source, count, target);
-    case ElementType::kQ8_0:
-      return detail::dequantise_blocks<BlockQ8_0, 32>(source, count, target);
-    case ElementType::kQ4_0:
-      return detail::dequantise_blocks<BlockQ4_0, 32>(source, count, target);
-    case ElementType::kQ4_1:
-      return detail::dequantise_blocks<BlockQ4_1, 32>(source, count, target);
+    case ElementType::kF32: return detail::widen<float>(source, count, target);
+    case ElementType::kF16: return detail::widen<f16>(source, count, target);
+    case ElementType::kBF16: return detail::widen<bf16>(source, count, target);
+    case ElementType::kQ8_0: return detail::dequantise_blocks<BlockQ8_0, 32>(source, count, target);
+    case ElementType::kQ4_0: return detail::dequantise_blocks<BlockQ4_0, 32>(source, count, target);
+    case ElementType::kQ4_1: return detail::dequantise_blocks<BlockQ4_1, 32>(source, count, target);
     case ElementType::kQ4_K:
       return detail::dequantise_blocks<BlockQ4_K, 256>(source, count, target);
     case ElementType::kQ6_K:
@@ -275,8 +269,7 @@ inline void quantise(ElementType type, const float* source, std::int64_t count, 
     case ElementType::kQ4_1:
       return detail::quantise_blocks<32>(source, count, target, detail::quantise_block_q4_1);
     case ElementType::kQ4_K:
-    case ElementType::kQ6_K:
-      break;
+    case ElementType::kQ6_K: break;
   }
   throw Error(ErrorCode::kUnsupported,
               {"no quantiser for this type", "quantise", "type",
