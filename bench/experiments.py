@@ -12,8 +12,8 @@ tables from files that exist):
   perplexity       full, window and sinks + window over --tokens tokens of prose at each of --sizes
                    (cache entries a token sees, itself included: 4 sinks + the rest, or all window),
                    f16 keys and values, positions in the cache
-  recompute        the recomputed window and sinks + window over the same prose, scoring every
-                   --score-every-th token only: the same tokens for both
+  recompute        the recomputed window and sinks + window over --recompute-tokens of the prose,
+                   scoring every --score-every-th token only: the same tokens for both
   recompute_ratio  milliseconds a token of both, from single steps in the steady state
   endless          --tiny-tokens tokens written by the tiny model and --model-tokens by the real one:
                    step latency and resident memory by tenths
@@ -101,16 +101,17 @@ def sink_window(size):
 def perplexity(runner, options):
     """Every policy at every size over the whole prose."""
     base = ["--perplexity", options.prose, "-n", options.tokens, "--ppl-stride", 1024]
-    runs = [["--policy", "full", "--capacity", options.tokens]]
+    runs = []
     for size in options.sizes:
         runs += [sink_window(size), ["--policy", "window", "--window", size]]
+    runs.append(["--policy", "full", "--capacity", options.tokens])
     for run in runs:
         yield runner.run(options.model, *base, *run)
 
 
 def recompute(runner, options):
     """The recomputed window against sinks + window on the same scored tokens."""
-    base = ["--perplexity", options.prose, "-n", options.tokens,
+    base = ["--perplexity", options.prose, "-n", options.recompute_tokens,
             "--score-every", options.score_every]
     for size in options.sizes:
         yield runner.run(options.model, *base, *sink_window(size))
@@ -236,6 +237,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=40960)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--recompute-tokens", type=int, default=12288)
     parser.add_argument("--score-every", type=int, default=128)
     parser.add_argument("--tiny-tokens", type=int, default=1_000_000)
     parser.add_argument("--model-tokens", type=int, default=50_000)

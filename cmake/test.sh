@@ -59,7 +59,7 @@ fi
 
 # The model's tests compare numbers that a sanitizer does not change, and would take minutes under it.
 without_model() {
-  env -u SLUICE_MODEL XDG_CACHE_HOME="$sluice_root/build/no-cache" "$@"
+  with_fixed_addresses env -u SLUICE_MODEL XDG_CACHE_HOME="$sluice_root/build/no-cache" "$@"
 }
 
 # ThreadSanitizer of GCC 12 cannot start where the kernel spreads addresses widely.
@@ -97,7 +97,7 @@ sanitizers() {
 threads() {
   configure tsan -D SLUICE_IO=ON -D SLUICE_TESTS=ON &&
     build tsan &&
-    without_model with_fixed_addresses ctest --preset tsan
+    without_model ctest --preset tsan
 }
 
 summary=''

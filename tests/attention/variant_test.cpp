@@ -76,6 +76,7 @@ TEST(CausalWindow, ConvertsALeftBound) {
   EXPECT_EQ(CausalWindow::from_left_bound(127).window_size, 128);
   EXPECT_EQ(visible_keys(CausalWindow::from_left_bound(128), 500, 600), 129);
   EXPECT_EQ(visible_keys(CausalWindow::from_left_bound(0), 500, 600), 1);
+  EXPECT_EQ(visible_keys(CausalWindow::from_left_bound(-1), 500, 600), 501);  // no bound
 }
 
 TEST(CausalWindow, ClassifyAgreesWithVisibleOnEveryTile) {

@@ -47,8 +47,11 @@ struct CausalWindow {
   std::int64_t window_size = std::numeric_limits<std::int64_t>::max() / 4;
   std::int64_t num_sink_tokens = 0;
 
-  /// flash-attention's and Hugging Face masks' left bound: keys i - left .. i, that is left + 1.
-  static constexpr CausalWindow from_left_bound(std::int64_t left) { return {left + 1, 0}; }
+  /// flash-attention's left bound: keys i - left .. i, that is left + 1 of them; a negative bound
+  /// means none. (Hugging Face's sliding_window counts keys as this library does.)
+  static constexpr CausalWindow from_left_bound(std::int64_t left) {
+    return left < 0 ? CausalWindow{} : CausalWindow{left + 1, 0};
+  }
 
   constexpr bool visible(QueryInfo query, KeyInfo key) const {
     return key.index <= query.index &&

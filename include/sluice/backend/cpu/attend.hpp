@@ -153,6 +153,8 @@ class CpuAttention {
     SLUICE_ASSERT(query.rows.num_heads == workspace.shape_.num_qo_heads);
     SLUICE_ASSERT(query.rows.tokens <= workspace.shape_.max_queries);
     SLUICE_ASSERT(out.head_dim == workspace.shape_.value_dim);
+    for ([[maybe_unused]] const SegmentType& segment : segments)
+      SLUICE_ASSERT(segment.key_rotation == nullptr || workspace.rotary() != nullptr);
     SLUICE_ASSERT(segments.size() <= Workspace::kMaxSegments);
     place_readers();
   }
