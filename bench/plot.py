@@ -31,7 +31,7 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
 
   {"kind": "ttft", "prompt_tokens": 512, "ms": 900.0, "model": "...", "policy": "...",
    "meta": {...}}
-      ms        from the prompt's last token handed over to the first output; several records with
+      ms        from the start of reading the prompt to the first output; several records with
                 equal prompt_tokens are repetitions: the median is drawn, the range shaded
 
 `meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
