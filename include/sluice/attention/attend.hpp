@@ -15,16 +15,25 @@
 #include "sluice/core/memory.hpp"
 #include "sluice/core/threads.hpp"
 #include "sluice/core/view.hpp"
+#include "sluice/position/position.hpp"
 #include "sluice/position/rotary.hpp"
 
 namespace sluice {
 
 /// Query rows of one call. query: [T, num_qo_heads, head_dim], not rotated. Row t belongs to the
-/// token with stream index first_index + t at position first_position + t.
+/// token with stream index first_index + t, which stands at positions[t], or at first_position + t
+/// where positions is null. Segments shift and clamp all three axes alike; ALiBi and visibility
+/// functors are given the time axis.
 struct AttentionQuery {
   HeadsView<const float> rows;
   std::int64_t first_index = 0;
   Position first_position = 0;
+  const Position3* positions = nullptr;  ///< [T] or null
+
+  /// Where row t stands, on the time axis.
+  Position position(std::int64_t t) const {
+    return positions == nullptr ? first_position + static_cast<Position>(t) : positions[t].t;
+  }
 };
 
 /// Extents that a workspace is made for.
@@ -35,6 +44,7 @@ struct AttentionShape {
   std::int64_t value_dim = 0;   ///< channels of values and outputs
   std::int64_t max_queries = 1; ///< rows of one call, T
   std::int64_t max_keys = 1;    ///< entries of all segments of one call together
+  int max_segments = 16;        ///< segments of one call; each costs max_queries rotations
 };
 
 /// Scratch of attend() and the rotations of its queries, allocated at construction. Layers that

@@ -70,6 +70,27 @@ struct CausalWindow {
   }
 };
 
+/// What a reader in one of several groups sees (cache/group.hpp): of its own group, the keys that
+/// `own` shows it; of every other, the whole visible prefix of the segment. `bidirectional` shows the
+/// new tokens of a chunk to each other, later ones too (the first WRITE of group position encoding's
+/// released inference, core-algorithms 2.4).
+struct GroupCausalWindow {
+  CausalWindow own{};
+  std::int32_t own_group = 0;
+  bool bidirectional = false;
+
+  constexpr bool visible(QueryInfo query, KeyInfo key) const {
+    if (key.group != own_group) return true;
+    return own.visible(query, key) || (bidirectional && key.index > query.index);
+  }
+  constexpr TileVisibility classify(std::int64_t query_first, std::int64_t query_last,
+                                    KeyInfo key_first, std::int64_t key_last) const {
+    if (key_first.group != own_group) return TileVisibility::kAll;
+    if (bidirectional) return TileVisibility::kSome;
+    return own.classify(query_first, query_last, key_first, key_last);
+  }
+};
+
 /// Everything in the segments' visible prefixes: readers of another group, encoders.
 struct AllVisible {
   constexpr bool visible(QueryInfo, KeyInfo) const { return true; }

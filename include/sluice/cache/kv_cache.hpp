@@ -84,6 +84,26 @@ class KvCache {
   const Rotary* rotary(std::int64_t layer) const { return at(layer).rotary; }
   /// Stream index of the next token.
   std::int64_t total() const { return retentions_.front().total(); }
+  /// Position of the stream's token `index`, the same in all layers.
+  Position write_position(std::int64_t index) const {
+    return retentions_.front().write_position(index);
+  }
+  /// Whether tokens may be stored at positions of the caller's choice: keys are rotated and read where
+  /// they stand, not at ranks that are counted from their indices.
+  bool takes_positions() const {
+    return std::all_of(retentions_.begin(), retentions_.end(), [](const Retention& retention) {
+      return retention.config().key_form == KeyForm::kRotated &&
+             (retention.config().position_rule == PositionRule::kInText ||
+              retention.window() >= kUnlimitedWindow);
+    });
+  }
+  /// Tokens that may follow a snapshot before a row of it is overwritten, in any layer.
+  std::int64_t max_lead() const {
+    std::int64_t result = retentions_.front().max_lead();
+    for (const Retention& retention : retentions_)
+      result = std::min(result, retention.max_lead());
+    return result;
+  }
   /// Bytes of keys and values.
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
   /// The most tokens that append() takes at once.
@@ -173,28 +193,28 @@ class KvCache {
     const Retention& retention = retentions_[static_cast<std::size_t>(from.retention)];
     std::array<SegmentRule, kMaxSegments> rules;
     const int count = retention.rules(queries, rules);
-    const std::int64_t capacity = retention.config().capacity;
-    for (int i = 0; i < count; ++i) {
-      SegmentType& segment = out[static_cast<std::size_t>(i)];
-      const SegmentRule& rule = rules[static_cast<std::size_t>(i)];
-      segment.rule = rule;
-      segment.keys = key_row(from, retention, 0, rule.first_slot);
-      segment.values = value_row(from, retention, 0, rule.first_slot);
-      segment.key_token_stride = shape_.head_dim;
-      segment.key_head_stride = capacity * shape_.head_dim;
-      segment.value_token_stride = shape_.value_dim;
-      segment.value_head_stride = capacity * shape_.value_dim;
-      segment.key_rotation = nullptr;
-      segment.key_rotation_stride = 0;
-      if (from.key_rotation != nullptr) {
-        // Raw keys are numbered by small integers (Retention::rules), whose rows are tabled.
-        segment.key_rotation =
-            from.key_rotation->row(static_cast<std::int64_t>(rule.first_position));
-        segment.key_rotation_stride = from.rotary->row_size();
-      }
-    }
+    for (int i = 0; i < count; ++i)
+      out[static_cast<std::size_t>(i)] = stored(from, retention, rules[static_cast<std::size_t>(i)]);
     return count;
   }
+
+  /// The segments that a reader of another group sees of this cache's first `snapshot` tokens;
+  /// returns how many were written. May be called while another thread appends
+  /// (Retention::snapshot_rules), if the snapshot was published to this one.
+  int snapshot_segments(std::int64_t layer, std::int64_t snapshot, const ReaderPlace& place,
+                        std::span<SegmentType, kMaxSegments> out) const {
+    const Layer& from = at(layer);
+    const Retention& retention = retentions_[static_cast<std::size_t>(from.retention)];
+    std::array<SegmentRule, kMaxSegments> rules;
+    const int count = retention.snapshot_rules(snapshot, place, rules);
+    for (int i = 0; i < count; ++i)
+      out[static_cast<std::size_t>(i)] = stored(from, retention, rules[static_cast<std::size_t>(i)]);
+    return count;
+  }
+
+  /// Bytes of keys and values that were ever moved or copied inside the cache after they had been
+  /// stored: only evict_range() moves any.
+  std::int64_t bytes_moved() const { return bytes_moved_; }
 
   /// Appends retentions and the kept rows. Allocates in the writer.
   /// \throws Error(kOrder) with uncommitted tokens.
@@ -250,6 +270,25 @@ class KvCache {
     std::int64_t value_offset;  // elements
     std::shared_ptr<const RotaryTable> key_rotation;  // rows 0 .. capacity-1, for raw keys
   };
+
+  /// A rule with this layer's storage.
+  SegmentType stored(const Layer& from, const Retention& retention,
+                     const SegmentRule& rule) const {
+    SegmentType segment;
+    segment.rule = rule;
+    segment.keys = key_row(from, retention, 0, rule.first_slot);
+    segment.values = value_row(from, retention, 0, rule.first_slot);
+    segment.key_token_stride = shape_.head_dim;
+    segment.key_head_stride = retention.config().capacity * shape_.head_dim;
+    segment.value_token_stride = shape_.value_dim;
+    segment.value_head_stride = retention.config().capacity * shape_.value_dim;
+    if (from.key_rotation != nullptr) {
+      // Raw keys are numbered by small integers (Retention::rules), whose rows are tabled.
+      segment.key_rotation = from.key_rotation->row(static_cast<std::int64_t>(rule.first_position));
+      segment.key_rotation_stride = from.rotary->row_size();
+    }
+    return segment;
+  }
 
   /// Elements of a layer's keys or values, in whole cache lines.
   std::int64_t elements(const char* field, std::int64_t capacity, std::int64_t dim) const {
@@ -335,6 +374,8 @@ class KvCache {
                     key_row(layer, retention, head, to));
         std::copy_n(value_row(layer, retention, head, from), shape_.value_dim,
                     value_row(layer, retention, head, to));
+        bytes_moved_ += shape_.head_dim * static_cast<std::int64_t>(sizeof(Key)) +
+                        shape_.value_dim * static_cast<std::int64_t>(sizeof(Value));
       }
     }
   }
@@ -372,6 +413,11 @@ class KvCache {
       fail("layers", std::to_string(shape_.num_layers) + " entries",
            static_cast<std::int64_t>(layers.size()));
     if (retentions.empty()) fail("retentions", "at least one", 0);
+    for (const RetentionConfig& retention : retentions)
+      if (retention.origin != retentions.front().origin)
+        throw Error(ErrorCode::kConfig,
+                    {"layers count from different positions", "KvCache", "origin",
+                     std::to_string(retentions.front().origin), std::to_string(retention.origin)});
     for (const LayerCacheConfig& layer : layers) {
       if (layer.retention < 0 || layer.retention >= static_cast<int>(retentions.size()))
         fail("layer retention", "below " + std::to_string(retentions.size()), layer.retention);
@@ -383,6 +429,7 @@ class KvCache {
   KvShape shape_;
   std::vector<Retention> retentions_;
   std::vector<Layer> layers_;
+  std::int64_t bytes_moved_ = 0;
   Buffer<Key, Tag> keys_;      // per layer [num_kv_heads, capacity, head_dim]
   Buffer<Value, Tag> values_;  // per layer [num_kv_heads, capacity, value_dim]
 };

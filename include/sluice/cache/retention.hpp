@@ -88,6 +88,13 @@ struct RetentionConfig {
   }
 };
 
+/// Where a reader of another group stands, in that group's ranks: at min(p + shift, ceiling), p being
+/// the reader's position in its own group. {0, kNoCeiling}: every group counts for itself.
+struct ReaderPlace {
+  Position shift = 0;
+  Position ceiling = kNoCeiling;
+};
+
 /// Says whether tokens fit.
 enum class CacheStatus : std::uint8_t { kOk, kFull };
 
@@ -304,6 +311,76 @@ class Retention {
       }
     }
     return written;
+  }
+
+  /// The runs that a reader of another group sees of the first `snapshot` tokens; returns how many of
+  /// `rules` were written. What token snapshot - 1 saw: the sinks and the last window_size tokens,
+  /// its own included, at the ranks that they had then (kInCache) or at their places in the text.
+  ///
+  /// The answer follows from the configuration and the snapshot alone, so a reader may ask while
+  /// another thread appends: nothing that append() or commit() changes is read. Rows of a snapshot
+  /// stay in their slots while total() <= snapshot + max_lead().
+  /// Precondition: supports_snapshots(), 0 <= snapshot.
+  int snapshot_rules(std::int64_t snapshot, const ReaderPlace& place,
+                     std::span<SegmentRule, kMaxSegments> rules) const {
+    SLUICE_ASSERT(supports_snapshots() && snapshot >= 0);
+    const std::int64_t sinks = config_.num_sink_tokens;
+    const bool in_cache = config_.position_rule == PositionRule::kInCache;
+    const bool raw = config_.key_form == KeyForm::kRaw;
+    const std::int64_t pinned = snapshot < sinks ? snapshot : sinks;
+    const std::int64_t windowed = unlimited() ? 0 : snapshot - config_.window_size;
+    const std::int64_t oldest = windowed > sinks ? windowed : sinks;
+    const auto gone = static_cast<Position>(oldest - sinks);  // evicted before the snapshot
+    int written = 0;
+    const auto add = [&](std::int64_t index, std::int64_t count, std::int64_t slot, bool sink) {
+      SegmentRule& rule = rules[static_cast<std::size_t>(written++)];
+      rule = {.first_index = index, .count = count, .visible = count, .first_slot = slot};
+      if (sink) rule.kind = TokenKind::kPinned;
+      // From the reader's rank to the run's own numbering: raw keys are numbered by rank from 0,
+      // rotated ones by the text.
+      Position shift = 0;
+      if (raw) {
+        rule.first_position = static_cast<Position>(index) - (sink ? 0 : gone);
+        shift = -config_.origin - (sink || in_cache ? 0 : gone);
+      } else {
+        rule.first_position = write_position(index);
+        shift = !sink && in_cache ? gone : 0;
+      }
+      rule.shift = place.shift + shift;
+      rule.ceiling = place.ceiling + shift;
+    };
+    if (pinned > 0) add(0, pinned, 0, true);
+    for (std::int64_t index = oldest; index < snapshot;) {
+      const std::int64_t slot = sinks + (index - sinks) % ring_slots();
+      const std::int64_t to_ring_end = config_.capacity - slot;
+      const std::int64_t left = snapshot - index;
+      const std::int64_t count = left < to_ring_end ? left : to_ring_end;
+      add(index, count, slot, false);
+      index += count;
+    }
+    return written;
+  }
+
+  /// Whether snapshot_rules() may be asked: eviction on request depends on what was requested.
+  bool supports_snapshots() const { return config_.eviction == Eviction::kPerQuery; }
+  /// Tokens that may follow a snapshot before one of its rows is overwritten. Constant.
+  std::int64_t max_lead() const {
+    return unlimited() ? config_.capacity : ring_slots() - config_.window_size;
+  }
+  /// Positions that `snapshot` tokens take up: the ranks of those that a reader sees, or in the text
+  /// (kInText) all of them, gaps included.
+  std::int64_t ranks(std::int64_t snapshot) const {
+    const bool in_text = config_.position_rule == PositionRule::kInText;
+    const std::int64_t most = config_.num_sink_tokens + config_.window_size;
+    return in_text || unlimited() || snapshot < most ? snapshot : most;
+  }
+  /// Where queries of this stream stand as readers of other groups: their own rank (kInCache), which
+  /// stops growing when the window is full, or their place in the text.
+  ReaderPlace reader_place() const {
+    if (config_.position_rule == PositionRule::kInText || unlimited() || !supports_snapshots())
+      return {};
+    return {0, config_.origin + static_cast<Position>(config_.num_sink_tokens +
+                                                      config_.window_size - 1)};
   }
 
   /// The window for visibility functors: unlimited for full caches and for kOnRequest.
@@ -559,6 +636,8 @@ class Retention {
     if (c.num_sink_tokens < 0 || c.num_sink_tokens >= c.capacity)
       fail("num_sink_tokens", "0 to capacity - 1 = " + std::to_string(c.capacity - 1),
            c.num_sink_tokens);
+    if (c.eviction == Eviction::kPerQuery && c.window_size < 1)
+      fail("window_size", "at least 1", c.window_size);
     if (c.max_chunk < 1) fail("max_chunk", "at least 1", c.max_chunk);
     if (!std::isfinite(c.origin))
       throw Error(ErrorCode::kConfig, {"cache configuration does not fit", "RetentionConfig",
@@ -572,7 +651,6 @@ class Retention {
              c.capacity);
       return;
     }
-    if (c.window_size < 1) fail("window_size", "at least 1", c.window_size);
     if (c.max_chunk > c.window_size)
       fail("max_chunk", "at most the window, " + std::to_string(c.window_size), c.max_chunk);
     if (c.window_size >= kUnlimitedWindow) return;

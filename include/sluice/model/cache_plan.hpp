@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -46,6 +47,11 @@ struct CacheOptions {
   std::int64_t chunk_size = 0;
   PositionRule position_rule = PositionRule::kInCache;
   KeyForm key_form = KeyForm::kRotated;
+  /// Position of the stream's token 0: the target offset (phi) of group position encoding.
+  Position origin = 0;
+  /// Tokens that the stream may be ahead of what a reader of another group sees (cache/group.hpp);
+  /// a window's storage grows by what exceeds chunk - 1. Not used by kFull and kRecompute.
+  std::int64_t lead = 0;
 
   /// Tokens of one prefill step, the default resolved.
   std::int64_t chunk() const {
@@ -60,6 +66,9 @@ struct CacheOptions {
     return policy == CachePolicy::kRecompute ? window_size : capacity;
   }
 };
+
+/// The largest CacheOptions::lead: sums with it do not overflow.
+inline constexpr std::int64_t kMaxLead = std::int64_t{1} << 32;
 
 /// Retentions, and which of them each layer uses.
 struct CachePlan {
@@ -83,8 +92,18 @@ inline CachePlan plan_cache(const DecoderConfig& model, const CacheOptions& opti
       base = RetentionConfig::full(options.capacity_needed(), chunk);
       break;
   }
-  base.position_rule = options.position_rule;
-  base.key_form = options.key_form;
+  const auto complete = [&](RetentionConfig& config) {
+    config.position_rule = options.position_rule;
+    config.key_form = options.key_form;
+    config.origin = options.origin;
+    if (config.window_size < kUnlimitedWindow && options.lead > config.max_chunk - 1)
+      config.capacity = config.num_sink_tokens + config.window_size + options.lead;
+  };
+  if (options.lead < 0 || options.lead > kMaxLead)
+    throw Error(ErrorCode::kConfig, {"cache configuration does not fit", "CacheOptions", "lead",
+                                     "0 to " + std::to_string(kMaxLead),
+                                     std::to_string(options.lead)});
+  complete(base);
   static_cast<void>(Retention(base));  // the user's own numbers fail before any derived ones
 
   CachePlan plan;
@@ -94,8 +113,7 @@ inline CachePlan plan_cache(const DecoderConfig& model, const CacheOptions& opti
     if (layer.window_size < base.window_size) {
       RetentionConfig local = RetentionConfig::window(
           layer.window_size, chunk < layer.window_size ? chunk : layer.window_size);
-      local.position_rule = options.position_rule;
-      local.key_form = options.key_form;
+      complete(local);
       // A full cache cannot outgrow its capacity, whatever a layer's window is.
       index = 1;
       while (index < static_cast<int>(plan.retentions.size()) &&

@@ -4,16 +4,20 @@
 /// workspaces belong to streams.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "sluice/attention/attend.hpp"
+#include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/variant.hpp"
+#include "sluice/cache/group.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
@@ -27,6 +31,7 @@
 #include "sluice/nn/embedding.hpp"
 #include "sluice/nn/linear.hpp"
 #include "sluice/nn/norm.hpp"
+#include "sluice/position/position.hpp"
 #include "sluice/position/rotary.hpp"
 
 namespace sluice {
@@ -62,6 +67,38 @@ struct DecoderWeights {
   std::shared_ptr<const void> storage;  ///< keeps the matrices' bytes alive
 };
 
+/// What forward() is given: one chunk of a stream.
+struct DecoderInput {
+  std::span<const Token> tokens;  ///< [T], in [0, vocab_size); not read where embeddings has rows
+  /// [T, hidden_size]: inputs that are no tokens (frames of an encoder), already scaled.
+  MatrixView<const float> embeddings{};
+  /// [T] or empty: one position after the other, from the cache's KvCache::write_position().
+  std::span<const Position3> positions{};
+
+  std::int64_t count() const {
+    return embeddings.rows > 0 ? embeddings.rows : static_cast<std::int64_t>(tokens.size());
+  }
+};
+
+/// How much of each query head's attention falls on the newest tokens of another group: what
+/// policies in the manner of EDAtt (arXiv 2212.07850) ask for. A pass of its own beside attention,
+/// formed for chunks of one token.
+struct MassProbe {
+  std::int64_t layer = 0;
+  std::int32_t group = 0;    ///< the group whose newest tokens are meant
+  std::int64_t newest = 0;   ///< how many tokens; 0: off
+};
+
+/// A reader: who it is, and what it sees beside its own cache. Views must outlive the call.
+template <class Key, class Value>
+struct GroupReader {
+  std::int32_t own_group = 0;
+  std::span<const GroupView<Key, Value>> sees{};
+  /// New tokens of the chunk see each other, later ones too (GroupCausalWindow).
+  bool bidirectional = false;
+  MassProbe probe{};
+};
+
 /// Scratch of forward() for one stream, sized for a chunk and a cache; allocated at construction.
 class DecoderWorkspace;
 
@@ -79,6 +116,9 @@ class Decoder {
   // Caches keep pointers to the rotations.
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
+
+  /// Segments that one call of forward() can see, all groups together.
+  static constexpr int kMaxSegments = 40;
 
   const DecoderConfig& config() const { return config_; }
   const DecoderWeights& weights() const { return weights_; }
@@ -101,6 +141,15 @@ class Decoder {
     return KvCache<Key, Value>(kv_shape(), plan.retentions, layers);
   }
 
+  /// A group of tokens of this model, for streams that read while they write. The model must outlive
+  /// it. \throws Error(kConfig) as Group does.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  std::unique_ptr<Group<Key, Value>> make_group(std::string name, std::int32_t id,
+                                                const CachePlan& plan) const {
+    return std::make_unique<Group<Key, Value>>(std::move(name), id,
+                                               make_cache<Key, Value>(plan));
+  }
+
   /// Feeds tokens and leaves the hidden states, final norm applied, in the workspace: row t belongs
   /// to tokens[t]. The cache gets the tokens' keys and values, uncommitted: the caller commits or
   /// rolls back. Allocates nothing.
@@ -108,13 +157,50 @@ class Decoder {
   /// workspace's chunk.
   template <class Key, class Value>
   void forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
-               DecoderWorkspace& workspace, ThreadTeam& team) const;
+               DecoderWorkspace& workspace, ThreadTeam& team) const {
+    forward(DecoderInput{tokens}, cache, GroupReader<Key, Value>{}, workspace, team);
+  }
+
+  /// The same for a reader among groups: the chunk is written to `cache` alone and sees, beside it,
+  /// the first tokens of other groups' caches, in place. Writers of those may go on meanwhile.
+  /// Preconditions: all caches are of this model; the workspace has room for their keys and segments;
+  /// positions given explicitly need rotated keys in text positions (PositionRule::kInText, or a full
+  /// cache): ranks are counted, not given.
+  template <class Key, class Value>
+  void forward(const DecoderInput& input, KvCache<Key, Value>& cache,
+               const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
+               ThreadTeam& team) const {
+    run(input, cache, reader, workspace, team, [&](const CausalWindow& own) {
+      return GroupCausalWindow{own, reader.own_group, reader.bidirectional};
+    });
+  }
+
+  /// The same with a visibility of the caller's for whole sequences of several groups in one cache
+  /// (group_mask.hpp). It takes the place of the causal window, trained windows of layers included.
+  template <class Key, class Value, Visibility Mask>
+  void forward(const DecoderInput& input, KvCache<Key, Value>& cache, const Mask& mask,
+               DecoderWorkspace& workspace, ThreadTeam& team) const {
+    run(input, cache, GroupReader<Key, Value>{}, workspace, team,
+        [&](const CausalWindow&) { return mask; });
+  }
 
   /// Logits of rows [first, first + logits.rows) of the last forward(). logits: [rows, vocab_size].
   void logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& workspace,
               ThreadTeam& team) const;
 
  private:
+  /// make_mask(CausalWindow of a layer) gives the layer's visibility.
+  template <class Key, class Value, class MakeMask>
+  void run(const DecoderInput& input, KvCache<Key, Value>& cache,
+           const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace, ThreadTeam& team,
+           MakeMask&& make_mask) const;
+
+  /// The segments that the newest `count` tokens see in a layer, other groups' first.
+  template <class Key, class Value>
+  static int gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
+                    const GroupReader<Key, Value>& reader,
+                    std::span<Segment<Key, Value>> segments);
+
   void check_weights(const std::string& where) const;
 
   DecoderConfig config_;
@@ -124,9 +210,10 @@ class Decoder {
 
 class DecoderWorkspace {
  public:
-  /// For chunks of up to `max_tokens` tokens and caches of up to `max_keys` entries.
+  /// For chunks of up to `max_tokens` tokens that see up to `max_keys` entries in `max_segments`
+  /// segments, those of other groups included (a group with sinks and a window has up to four).
   DecoderWorkspace(const Decoder& model, std::int64_t max_tokens, std::int64_t max_keys,
-                   int team_size)
+                   int team_size, int max_segments = 16)
       : max_tokens_(max_tokens),
         hidden_(buffer(max_tokens, model.config().hidden_size)),
         normed_(buffer(max_tokens, model.config().hidden_size)),
@@ -136,14 +223,17 @@ class DecoderWorkspace {
         attended_(buffer(max_tokens, model.config().num_qo_heads * model.config().head_dim)),
         gate_(buffer(max_tokens, model.config().intermediate_size)),
         up_(buffer(max_tokens, model.config().intermediate_size)),
-        linear_(widest(model.config()), team_size) {
+        linear_(widest(model.config()), team_size),
+        lse_(static_cast<std::size_t>(model.config().num_qo_heads)),
+        mass_(static_cast<std::size_t>(model.config().num_qo_heads)) {
     const DecoderConfig& config = model.config();
     const AttentionShape shape{.num_qo_heads = config.num_qo_heads,
                                .num_kv_heads = config.num_kv_heads,
                                .head_dim = config.head_dim,
                                .value_dim = config.head_dim,
                                .max_queries = max_tokens,
-                               .max_keys = max_keys};
+                               .max_keys = max_keys,
+                               .max_segments = max_segments};
     for (std::size_t r = 0; r < config.rotaries.size(); ++r) {
       const Rotary rotary(config.rotaries[r]);
       attention_.push_back(
@@ -158,6 +248,8 @@ class DecoderWorkspace {
     const auto width = static_cast<std::int64_t>(normed_.size()) / max_tokens_;
     return {normed_.data(), tokens_, width};
   }
+  /// What the last forward() with a MassProbe measured: the share of each query head. [num_qo_heads]
+  std::span<const float> attention_mass() const { return mass_.span(); }
 
  private:
   friend class Decoder;
@@ -181,22 +273,33 @@ class DecoderWorkspace {
   Buffer<float> gate_;       // [max_tokens, intermediate_size]
   Buffer<float> up_;         // [max_tokens, intermediate_size]
   LinearWorkspace linear_;
+  Buffer<float> lse_;   // [num_qo_heads], of a probed layer
+  Buffer<float> mass_;  // [num_qo_heads]
   std::vector<std::unique_ptr<AttentionWorkspace<cpu>>> attention_;  // one per rotary
   std::vector<RotaryTable> write_rotation_;                          // one per rotary
 };
 
-template <class Key, class Value>
-void Decoder::forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
-                      DecoderWorkspace& w, ThreadTeam& team) const {
-  const auto count = static_cast<std::int64_t>(tokens.size());
+template <class Key, class Value, class MakeMask>
+void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
+                  const GroupReader<Key, Value>& reader, DecoderWorkspace& w, ThreadTeam& team,
+                  MakeMask&& make_mask) const {
+  const std::int64_t count = input.count();
   SLUICE_ASSERT(count >= 1 && count <= w.max_tokens_);
+  SLUICE_ASSERT(input.positions.empty() ||
+                (static_cast<std::int64_t>(input.positions.size()) == count &&
+                 cache.takes_positions()));
   const DecoderConfig& c = config_;
   const auto eps = static_cast<float>(c.norm_eps);
   const std::int64_t first_index = cache.total();
+  const Position first_position = cache.write_position(first_index);
   cache.append(count);
   w.tokens_ = count;
-  for (std::size_t r = 0; r < w.write_rotation_.size(); ++r)
-    w.write_rotation_[r].fill_run(static_cast<Position>(first_index), count);
+  for (RotaryTable& rotation : w.write_rotation_) {
+    if (input.positions.empty())
+      rotation.fill_run(first_position, count);
+    else
+      rotation.fill(input.positions);
+  }
 
   const MatrixView<float> hidden(w.hidden_.data(), count, c.hidden_size);
   const MatrixView<float> normed(w.normed_.data(), count, c.hidden_size);
@@ -225,7 +328,10 @@ void Decoder::forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
     for (std::int64_t i = 0; i < count * c.hidden_size; ++i) hidden.data[i] += normed.data[i];
   };
 
-  embed(weights_.embedding, tokens, static_cast<float>(c.embedding_scale), hidden);
+  if (input.embeddings.rows > 0)
+    std::copy_n(input.embeddings.data, count * c.hidden_size, hidden.data);
+  else
+    embed(weights_.embedding, input.tokens, static_cast<float>(c.embedding_scale), hidden);
   for (std::int64_t l = 0; l < c.num_layers(); ++l) {
     const DecoderLayerWeights& layer = weights_.layers[static_cast<std::size_t>(l)];
     const DecoderLayerConfig& layer_config = c.layers[static_cast<std::size_t>(l)];
@@ -254,20 +360,26 @@ void Decoder::forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
         cache.store(l, keys, values, rotation, share.begin, share.end);
       });
 
-    std::array<Segment<Key, Value>, KvCache<Key, Value>::kMaxSegments> segments;
-    const int num_segments = cache.segments(l, count, segments);
+    std::array<Segment<Key, Value>, kMaxSegments> segments;
+    const std::span<const Segment<Key, Value>> seen(
+        segments.data(), static_cast<std::size_t>(gather<Key, Value>(l, count, cache, reader, segments)));
     const Retention& retention = cache.retention(l);
-    const AttentionVariant<> variant{
-        static_cast<float>(c.sm_scale),
-        {std::min(retention.window(), layer_config.window_size),
-         retention.config().num_sink_tokens}};
-    attend(AttentionQuery{{query.data, count, c.num_qo_heads, c.head_dim},
-                          first_index,
-                          static_cast<Position>(first_index)},
-           std::span<const Segment<Key, Value>>(segments.data(),
-                                                static_cast<std::size_t>(num_segments)),
-           variant, HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim), nullptr,
-           *w.attention_[rotary_index], team, cpu{});
+    const auto mask =
+        make_mask(CausalWindow{std::min(retention.window(), layer_config.window_size),
+                               retention.config().num_sink_tokens});
+    const AttentionVariant<std::remove_const_t<decltype(mask)>> variant{
+        static_cast<float>(c.sm_scale), mask};
+    const AttentionQuery rows{{query.data, count, c.num_qo_heads, c.head_dim},
+                              first_index,
+                              first_position,
+                              input.positions.empty() ? nullptr : input.positions.data()};
+    const bool probed = reader.probe.newest > 0 && reader.probe.layer == l && count == 1;
+    attend(rows, seen, variant,
+           HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
+           probed ? w.lse_.data() : nullptr, *w.attention_[rotary_index], team, cpu{});
+    if (probed)
+      attention_mass(rows, seen, variant.sm_scale, &rotary(l), c.num_kv_heads, w.lse_.span(),
+                     reader.probe.group, reader.probe.newest, w.mass_.span());
     add_branch(layer.output, attended, bias(layer.output_bias), layer.post_attention_norm);
 
     norm(hidden, layer.feed_forward_norm, normed);
@@ -286,6 +398,30 @@ void Decoder::forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
     add_branch(layer.down, gate, nullptr, layer.post_feed_forward_norm);
   }
   norm(hidden, weights_.output_norm, normed);
+}
+
+template <class Key, class Value>
+int Decoder::gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
+                    const GroupReader<Key, Value>& reader,
+                    std::span<Segment<Key, Value>> segments) {
+  constexpr int kMost = KvCache<Key, Value>::kMaxSegments;
+  std::array<Segment<Key, Value>, kMost> found;
+  int written = 0;
+  const auto take = [&](int more, std::int32_t group) {
+    for (int i = 0; i < more; ++i) {
+      SLUICE_ASSERT(written < static_cast<int>(segments.size()));
+      Segment<Key, Value>& segment = segments[static_cast<std::size_t>(written++)];
+      segment = found[static_cast<std::size_t>(i)];
+      segment.rule.group = group;
+    }
+  };
+  const ReaderPlace own = cache.retention(layer).reader_place();
+  for (const GroupView<Key, Value>& view : reader.sees)
+    take(view.cache->snapshot_segments(layer, view.visible,
+                                       {own.shift + view.shift, own.ceiling + view.shift}, found),
+         view.group);
+  take(cache.segments(layer, count, found), reader.own_group);
+  return written;
 }
 
 inline void Decoder::logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& w,

@@ -464,6 +464,16 @@ class RotaryTable {
     resize(static_cast<std::int64_t>(positions.size()));
     for (std::int64_t i = 0; i < size_; ++i) set(i, positions[static_cast<std::size_t>(i)]);
   }
+  /// Row i for min(positions[i] + shift, ceiling), on every axis: queries of a reader that stands
+  /// elsewhere in a segment's numbering.
+  void fill_placed(std::span<const Position3> positions, Position shift, Position ceiling) {
+    resize(static_cast<std::int64_t>(positions.size()));
+    const auto place = [&](Position position) { return std::min(position + shift, ceiling); };
+    for (std::int64_t i = 0; i < size_; ++i) {
+      const Position3& from = positions[static_cast<std::size_t>(i)];
+      set(i, {place(from.t), place(from.h), place(from.w)});
+    }
+  }
   /// Row i for first + i, i < count.
   void fill_run(Position first, std::int64_t count) {
     fill_clamped_run(first, count, std::numeric_limits<Position>::infinity());

@@ -39,8 +39,8 @@ class CpuAttention;
 template <>
 class AttentionWorkspace<cpu> {
  public:
-  /// Segments of one call.
-  static constexpr int kMaxSegments = 16;
+  /// The largest AttentionShape::max_segments.
+  static constexpr int kMaxSegments = 128;
 
   /// `rotary` is copied; null: queries are not rotated. Allocates bytes(). Teams of at most
   /// `team_size` members may use it.
@@ -52,13 +52,13 @@ class AttentionWorkspace<cpu> {
         value_cols_(padded(shape.value_dim)),
         tile_tokens_(std::max<std::int64_t>(1, kTileRows / group_)),
         tile_rows_(std::min(tile_tokens_, shape.max_queries) * group_),
-        max_splits_(shape.max_keys / kSplitKeys + 1 + kMaxSegments),
+        max_splits_(shape.max_keys / kSplitKeys + 1 + shape.max_segments),
         partial_out_(static_cast<std::size_t>(max_splits_ * shape.num_qo_heads * shape.value_dim)),
         partial_state_(static_cast<std::size_t>(max_splits_ * shape.num_qo_heads)),
         splits_(static_cast<std::size_t>(max_splits_)) {
     if (rotary != nullptr) {
-      tables_.reserve(kMaxSegments);
-      for (int i = 0; i < kMaxSegments; ++i) tables_.emplace_back(*rotary, shape.max_queries);
+      tables_.reserve(static_cast<std::size_t>(shape.max_segments));
+      for (int i = 0; i < shape.max_segments; ++i) tables_.emplace_back(*rotary, shape.max_queries);
     }
     if (team_size < 1)
       throw Error(ErrorCode::kConfig, {"no team to work for", "AttentionWorkspace", "team_size",
@@ -113,6 +113,8 @@ class AttentionWorkspace<cpu> {
     if (shape.value_dim < 1) fail("value_dim", "at least 1", shape.value_dim);
     if (shape.max_queries < 1) fail("max_queries", "at least 1", shape.max_queries);
     if (shape.max_keys < 1) fail("max_keys", "at least 1", shape.max_keys);
+    if (shape.max_segments < 1 || shape.max_segments > kMaxSegments)
+      fail("max_segments", "1 to " + std::to_string(kMaxSegments), shape.max_segments);
     if (rotary != nullptr && rotary->head_dim() != shape.head_dim)
       fail("head_dim", "the rotation's, " + std::to_string(rotary->head_dim()), shape.head_dim);
     return shape;
@@ -155,7 +157,7 @@ class CpuAttention {
     SLUICE_ASSERT(out.head_dim == workspace.shape_.value_dim);
     for ([[maybe_unused]] const SegmentType& segment : segments)
       SLUICE_ASSERT(segment.key_rotation == nullptr || workspace.rotary() != nullptr);
-    SLUICE_ASSERT(segments.size() <= Workspace::kMaxSegments);
+    SLUICE_ASSERT(static_cast<int>(segments.size()) <= workspace.shape_.max_segments);
     place_readers();
   }
 
@@ -172,18 +174,22 @@ class CpuAttention {
   void place_readers() {
     if (workspace_.tables_.empty()) return;
     int used = 0;
-    Position firsts[Workspace::kMaxSegments];
+    Position shifts[Workspace::kMaxSegments];
     Position ceilings[Workspace::kMaxSegments];
     for (std::size_t s = 0; s < segments_.size(); ++s) {
-      const Position first = query_.first_position + segments_[s].rule.shift;
+      const Position shift = segments_[s].rule.shift;
       const Position ceiling = segments_[s].rule.ceiling;
       int table = 0;
-      while (table < used && !(firsts[table] == first && ceilings[table] == ceiling)) ++table;
+      while (table < used && !(shifts[table] == shift && ceilings[table] == ceiling)) ++table;
       if (table == used) {
-        firsts[used] = first;
+        shifts[used] = shift;
         ceilings[used] = ceiling;
-        workspace_.tables_[static_cast<std::size_t>(used++)].fill_clamped_run(
-            first, query_.rows.tokens, ceiling);
+        RotaryTable& rotations = workspace_.tables_[static_cast<std::size_t>(used++)];
+        if (query_.positions == nullptr)
+          rotations.fill_clamped_run(query_.first_position + shift, query_.rows.tokens, ceiling);
+        else
+          rotations.fill_placed(
+              {query_.positions, static_cast<std::size_t>(query_.rows.tokens)}, shift, ceiling);
       }
       table_of_[s] = table;
     }
@@ -205,12 +211,12 @@ class CpuAttention {
   ScoreRow score_row(const SegmentType& segment, std::int64_t token, std::int64_t head,
                      std::int64_t key) const {
     return {head,
-            segment.rule.reader_position(query_.first_position + static_cast<Position>(token)),
+            segment.rule.reader_position(query_.position(token)),
             segment.rule.first_position + static_cast<Position>(key)};
   }
 
   QueryInfo query_info(std::int64_t token) const {
-    return {query_.first_index + token, query_.first_position + static_cast<Position>(token)};
+    return {query_.first_index + token, query_.position(token)};
   }
   static KeyInfo key_info(const SegmentType& segment, std::int64_t key) {
     return {segment.rule.first_index + key, segment.rule.kind, segment.rule.group};

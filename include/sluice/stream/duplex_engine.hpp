@@ -1,0 +1,616 @@
+// SPDX-License-Identifier: MIT
+/// The two sides of a stream that reads while it writes, as steps: the source side reads units into
+/// the source group, the target side asks its policy and writes into the target group. Duplex
+/// (duplex.hpp) runs them on two threads or on one.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "sluice/cache/group.hpp"
+#include "sluice/core/config.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/spsc_ring.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/token.hpp"
+#include "sluice/model/cache_plan.hpp"
+#include "sluice/model/decoder.hpp"
+#include "sluice/position/group_layout.hpp"
+#include "sluice/stream/clock.hpp"
+#include "sluice/stream/duplex_metrics.hpp"
+#include "sluice/stream/policy.hpp"
+#include "sluice/stream/sampler.hpp"
+#include "sluice/stream/unit_queue.hpp"
+
+namespace sluice {
+
+/// What a Duplex is made of.
+struct DuplexOptions {
+  /// What each group retains; origins come from the layout. Either may be endless
+  /// (CachePolicy::kSinkWindow, kWindow); kRecompute is refused.
+  CacheOptions source{.policy = CachePolicy::kFull};
+  CacheOptions target{.policy = CachePolicy::kFull};
+  /// Fed before the first target token is predicted (an assistant turn's opening); at least one.
+  std::vector<Token> target_prefix;
+  /// The prefix tokens see each other in both directions, as in group position encoding's released
+  /// inference (its training is causal).
+  bool bidirectional_prefix = false;
+  SamplerOptions sampler;
+  /// A candidate among these ends the target; it is not written.
+  std::vector<Token> end_tokens;
+  std::int64_t max_target_tokens = std::int64_t{1} << 62;
+  /// The most tokens of one source unit.
+  std::int64_t max_unit_tokens = 256;
+  /// Source that was fed and not yet read: feed() blocks beyond it.
+  std::int64_t queue_units = 1024;
+  std::int64_t queue_tokens = 8192;
+  /// How far the source may be read ahead of what the target has seen. 0: 4 * max_unit_tokens.
+  std::int64_t max_lead_tokens = 0;
+  std::int64_t max_lead_units = 1024;
+  /// Units that one forward of the source may take together when they are waiting. Above 1 a late
+  /// source catches up faster, and results depend on timing to rounding: 1 is bit for bit repeatable.
+  std::int64_t coalesce_units = 1;
+  /// Outputs that wait for their reader: the target pauses beyond it. At least 4.
+  std::int64_t output_capacity = 1024;
+  /// Target tokens whose delay is kept for AL and LAAL.
+  std::int64_t delay_capacity = 65536;
+  int source_threads = 1;
+  int target_threads = 1;
+  /// Two threads, or everything on the caller's (the sequential loop of the published systems).
+  bool concurrent = true;
+};
+
+/// What the target side hands to its reader.
+struct DuplexOutput {
+  enum class Kind : std::uint8_t {
+    kFinal,        ///< a token, for good
+    kProvisional,  ///< a token that may be taken back
+    kConfirmed,    ///< the oldest `count` provisional tokens became final
+    kRetracted,    ///< the newest `count` provisional tokens were taken back
+  };
+  Kind kind = Kind::kFinal;
+  Token token = 0;               ///< kFinal, kProvisional
+  std::int64_t count = 1;        ///< tokens
+  std::int64_t units_read = 0;   ///< source units visible when it was predicted
+  std::int64_t tokens_read = 0;  ///< source tokens visible then
+  std::int64_t time_ns = 0;      ///< monotonic_ns()
+};
+
+/// Why a target ended.
+enum class DuplexEnd : std::uint8_t {
+  kRunning,      ///< it has not
+  kEndToken,     ///< the model predicted an end token
+  kPolicyStop,   ///< the policy answered kStop
+  kTokenLimit,   ///< max_target_tokens were written
+  kNothingLeft,  ///< the policy wanted to read or wait, and the source had ended
+  kTargetFull,   ///< a full target cache has no room for another token
+  kStopped,      ///< stop() was called
+  kError,        ///< something threw; the caller gets it
+};
+
+constexpr std::string_view to_string(DuplexEnd end) {
+  switch (end) {
+    case DuplexEnd::kRunning: return "running";
+    case DuplexEnd::kEndToken: return "end-token";
+    case DuplexEnd::kPolicyStop: return "policy-stop";
+    case DuplexEnd::kTokenLimit: return "token-limit";
+    case DuplexEnd::kNothingLeft: return "nothing-left";
+    case DuplexEnd::kTargetFull: return "target-full";
+    case DuplexEnd::kStopped: return "stopped";
+    case DuplexEnd::kError: return "error";
+  }
+  return "unknown";
+}
+
+/// State and steps. One thread at a time calls the source's functions, one those of the target; they
+/// may be the same. No step allocates, locks, or makes a virtual call; it throws only what the policy
+/// throws.
+///
+/// The target sees a source snapshot: the units that its READs have shown it, whole units only, fixed
+/// until the next READ. Keys and values of a unit depend on the source alone, so the same answers of
+/// the policy give the same bits whenever the source side ran.
+template <ReadWritePolicy Policy, RotaryElement Key, RotaryElement Value, GroupLayout Layout>
+class DuplexEngine {
+ public:
+  /// How far a step got.
+  enum class Progress : std::uint8_t {
+    kStepped,      ///< something was done: call again
+    kNeedsSource,  ///< waits for a unit, or the source's end
+    kNeedsRoom,    ///< source: the target is too far behind; target: the output is full
+    kEnded,        ///< nothing more will be done
+  };
+
+  DuplexEngine(std::shared_ptr<const Decoder> model, const DuplexOptions& options, Policy policy,
+               Layout layout)
+      : model_(std::move(model)),
+        options_(checked(options, *model_)),
+        policy_(std::move(policy)),
+        layout_(std::move(layout)),
+        source_(model_->make_group<Key, Value>("source", kSourceGroup, source_plan())),
+        target_(model_->make_group<Key, Value>("target", kTargetGroup, target_plan())),
+        reader_(source_->open_reader()),
+        source_team_(options.source_threads),
+        target_team_(options.target_threads),
+        source_workspace_(*model_, source_->cache().max_chunk(), entries(source_->cache()),
+                          options.source_threads),
+        target_workspace_(*model_, target_->cache().max_chunk(),
+                          entries(source_->cache()) + entries(target_->cache()),
+                          options.target_threads),
+        sampler_(options.sampler, model_->config().vocab_size),
+        queue_(options.queue_units, options.queue_tokens),
+        units_(static_cast<std::size_t>(options.max_lead_units)),
+        unit_tokens_(static_cast<std::size_t>(options.max_unit_tokens * options.coalesce_units)),
+        positions_(explicit_positions()
+                       ? static_cast<std::size_t>(std::max(source_->cache().max_chunk(),
+                                                           target_->cache().max_chunk()))
+                       : 0),
+        outputs_(options.output_capacity),
+        provisional_(static_cast<std::size_t>(max_provisional() + 1)),
+        logits_(static_cast<std::size_t>(model_->config().vocab_size)),
+        metrics_(options.delay_capacity),
+        last_kept_(options.target_prefix.back()) {
+    check_caches();
+  }
+
+  const Decoder& model() const { return *model_; }
+  const DuplexOptions& options() const { return options_; }
+  const Group<Key, Value>& source() const { return *source_; }
+  const Group<Key, Value>& target() const { return *target_; }
+  Policy& policy() { return policy_; }
+  DuplexMetrics& metrics() { return metrics_; }
+  const DuplexMetrics& metrics() const { return metrics_; }
+  UnitQueue& queue() { return queue_; }
+  SpscRing<DuplexOutput>& outputs() { return outputs_; }
+
+  /// Any thread: nothing will be fed any more. The queue may still hold units.
+  void end_input() { input_ended_.store(true, std::memory_order_release); }
+
+  /// The source side: reads the next unit, or units, from the queue and publishes them.
+  Progress step_source() {
+    // Asked before the queue: a unit fed before the end is then seen.
+    const bool ended = input_ended_.load(std::memory_order_acquire);
+    const QueuedUnit* unit = queue_.front();
+    if (unit == nullptr) {
+      if (!ended) return Progress::kNeedsSource;
+      source_done_.store(true, std::memory_order_release);
+      return Progress::kEnded;
+    }
+    const std::int64_t published = units_published_.load(std::memory_order_relaxed);
+    const std::int64_t unit_room = options_.max_lead_units -
+                                   (published - units_seen_.load(std::memory_order_acquire));
+    const std::int64_t token_room = source_->room();
+    std::int64_t units = 0;
+    std::int64_t tokens = 0;
+    std::array<UnitEnd, kMostCoalesced> ends;
+    while (unit != nullptr && units < options_.coalesce_units && units < unit_room &&
+           tokens + unit->tokens <= token_room) {
+      queue_.copy_front(unit_tokens_.span().subspan(static_cast<std::size_t>(tokens)));
+      tokens += unit->tokens;
+      ends[static_cast<std::size_t>(units++)] = {source_->cache().total() + tokens,
+                                                 unit->arrival_ns, unit->last};
+      queue_.pop();
+      unit = queue_.front();
+    }
+    if (units == 0) return Progress::kNeedsRoom;
+    const std::int64_t begin = monotonic_ns();
+    feed_group(*source_, unit_tokens_.span().first(static_cast<std::size_t>(tokens)),
+               GroupReader<Key, Value>{.own_group = kSourceGroup}, source_workspace_, source_team_);
+    const std::int64_t end = monotonic_ns();
+    metrics_.on_source_work(end - begin, end, tokens);
+    for (std::int64_t u = 0; u < units; ++u)
+      units_[static_cast<std::size_t>((published + u) % options_.max_lead_units)] =
+          ends[static_cast<std::size_t>(u)];
+    units_published_.store(published + units, std::memory_order_release);
+    return Progress::kStepped;
+  }
+
+  /// The target side: completes a READ, feeds a token, or asks the policy and does what it says.
+  Progress step_target() {
+    if (end_ != DuplexEnd::kRunning) return Progress::kEnded;
+    if (reading_ && !see_next_unit()) return Progress::kNeedsSource;
+    if (outputs_.room() < kMostOutputs) return Progress::kNeedsRoom;
+    if (!to_feed_.empty()) return feed_target();
+    if (candidate_ && is_end_token(*candidate_)) return finish(DuplexEnd::kEndToken);
+    const PolicyState asked = state();
+    const Decision decision = policy_.decide(asked);
+    switch (decision.action) {
+      case Action::kWrite: return write(decision);
+      case Action::kRead: return read(decision);
+      case Action::kWait:
+        return asked.source_ended || asked.all_arrived ? finish(DuplexEnd::kNothingLeft)
+                                                       : Progress::kNeedsSource;
+      case Action::kStop: break;
+    }
+    settle(decision.confirm);
+    return finish(DuplexEnd::kPolicyStop);
+  }
+
+  /// The target side: source units in its snapshot, and outputs ever written.
+  std::int64_t units_read() const { return units_read_; }
+  std::int64_t outputs_put() const { return outputs_put_; }
+
+  /// The target side. What is provisional stays as it is.
+  DuplexEnd end() const { return end_; }
+  Progress finish(DuplexEnd end) {
+    if (end_ == DuplexEnd::kRunning) end_ = end;
+    source_->close_reader(reader_);
+    return Progress::kEnded;
+  }
+
+  /// What the policy is asked with.
+  PolicyState state() const {
+    PolicyState state;
+    state.units_read = units_read_;
+    state.tokens_read = tokens_read_;
+    state.all_arrived = source_done_.load(std::memory_order_acquire);
+    state.units_arrived = units_published_.load(std::memory_order_acquire);
+    state.source_ended = source_ended_;
+    state.tokens_written = tokens_final_;
+    state.provisional = provisional_.span().first(static_cast<std::size_t>(num_provisional_));
+    state.tokens_since_read = since_read_;
+    state.candidate = candidate_;
+    if (candidate_) state.logits = logits_.span();
+    state.newest_source_mass = newest_source_mass_;
+    return state;
+  }
+
+ private:
+  static constexpr std::int64_t kMostCoalesced = 64;
+  static constexpr std::int64_t kMostOutputs = 3;  // of one decision
+
+  /// Where a published unit ends.
+  struct UnitEnd {
+    std::int64_t tokens = 0;  // source tokens up to here
+    std::int64_t arrival_ns = 0;
+    bool last = false;
+  };
+
+  /// GroupedLayout counts each group from its origin, as caches do by themselves. Any other layout's
+  /// answers are stored token by token, and depend on the order of arrival.
+  static constexpr bool explicit_positions() { return !std::is_same_v<Layout, GroupedLayout>; }
+
+  static const DuplexOptions& checked(const DuplexOptions& options, const Decoder& model) {
+    const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
+      throw Error(ErrorCode::kConfig, {"option out of range", "DuplexOptions", field, expected,
+                                       std::to_string(found)});
+    };
+    if (options.target_prefix.empty()) fail("target_prefix", "at least one token", 0);
+    for (const auto* tokens : {&options.target_prefix, &options.end_tokens})
+      for (const Token token : *tokens)
+        if (token < 0 || token >= model.config().vocab_size)
+          fail(tokens == &options.target_prefix ? "target_prefix" : "end_tokens",
+               "tokens from 0 to " + std::to_string(model.config().vocab_size - 1), token);
+    for (const auto& [field, value] :
+         {std::pair{"max_target_tokens", options.max_target_tokens},
+          std::pair{"max_unit_tokens", options.max_unit_tokens},
+          std::pair{"max_lead_units", options.max_lead_units},
+          std::pair{"coalesce_units", options.coalesce_units}})
+      if (value < 1) fail(field, "at least 1", value);
+    if (options.max_unit_tokens > kMaxLead / 4)
+      fail("max_unit_tokens", "at most " + std::to_string(kMaxLead / 4), options.max_unit_tokens);
+    if (options.max_lead_units > kMaxLead)
+      fail("max_lead_units", "at most " + std::to_string(kMaxLead), options.max_lead_units);
+    if (options.coalesce_units > kMostCoalesced)
+      fail("coalesce_units", "at most " + std::to_string(kMostCoalesced), options.coalesce_units);
+    if (options.output_capacity < kMostOutputs + 1)
+      fail("output_capacity", "at least " + std::to_string(kMostOutputs + 1),
+           options.output_capacity);
+    if (options.queue_tokens < options.max_unit_tokens)
+      fail("queue_tokens",
+           "at least max_unit_tokens = " + std::to_string(options.max_unit_tokens),
+           options.queue_tokens);
+    if (options.max_lead_tokens != 0 && options.max_lead_tokens < options.max_unit_tokens)
+      fail("max_lead_tokens",
+           "0 or at least max_unit_tokens = " + std::to_string(options.max_unit_tokens),
+           options.max_lead_tokens);
+    for (const CacheOptions* cache : {&options.source, &options.target})
+      if (cache->lead < 0)
+        fail(cache == &options.source ? "source.lead" : "target.lead", "at least 0", cache->lead);
+    for (const CacheOptions* cache : {&options.source, &options.target})
+      if (cache->policy == CachePolicy::kRecompute)
+        throw Error(ErrorCode::kConfig,
+                    {"a recomputed window is no group of its own", "DuplexOptions",
+                     cache == &options.source ? "source.policy" : "target.policy",
+                     "sink-window, window or full", "recompute"});
+    if (explicit_positions() && options.concurrent)
+      throw Error(ErrorCode::kConfig,
+                  {"positions of this layout depend on the order of arrival", "DuplexOptions",
+                   "concurrent", "false", "true"});
+    return options;
+  }
+
+  std::int64_t max_provisional() const {
+    if constexpr (requires { policy_.max_provisional(); }) return policy_.max_provisional();
+    else return 0;
+  }
+
+  CachePlan source_plan() const {
+    CacheOptions cache = options_.source;
+    cache.lead = std::max(cache.lead, options_.max_lead_tokens != 0 ? options_.max_lead_tokens
+                                                                    : 4 * options_.max_unit_tokens);
+    if (cache.chunk_size == 0)
+      cache.chunk_size =
+          std::min(cache.chunk(), options_.max_unit_tokens * options_.coalesce_units);
+    return plan(cache, kSourceGroup);
+  }
+  CachePlan target_plan() const {
+    CacheOptions cache = options_.target;
+    // A hypothesis and the token before it must be recoverable from a window.
+    cache.lead = std::max(cache.lead, max_provisional() + 1);
+    if (cache.chunk_size == 0)
+      cache.chunk_size = static_cast<std::int64_t>(options_.target_prefix.size());
+    return plan(cache, kTargetGroup);
+  }
+  CachePlan plan(CacheOptions cache, int group) const {
+    if constexpr (!explicit_positions()) {
+      if (layout_.num_groups() <= kTargetGroup)
+        throw Error(ErrorCode::kConfig, {"a source and a target", "GroupedLayout", "origins",
+                                         "2 groups", std::to_string(layout_.num_groups())});
+      cache.origin = layout_.origin(group);
+    }
+    return plan_cache(model_->config(), cache);
+  }
+
+  void check_caches() const {
+    if (static_cast<std::int64_t>(options_.target_prefix.size()) > target_->cache().max_chunk())
+      throw Error(ErrorCode::kConfig, {"the prefix is fed in one step", "DuplexOptions",
+                                       "target_prefix",
+                                       "at most the target's chunk, " +
+                                           std::to_string(target_->cache().max_chunk()),
+                                       std::to_string(options_.target_prefix.size())});
+    if (!explicit_positions()) return;
+    for (const Group<Key, Value>* group : {source_.get(), target_.get()})
+      if (!group->cache().takes_positions())
+        throw Error(ErrorCode::kConfig,
+                    {"this layout needs rotated keys in text positions", "DuplexOptions",
+                     group->name() + ".position_rule", "in-text", "in-cache or raw keys"});
+  }
+
+  static std::int64_t entries(const KvCache<Key, Value>& cache) {
+    std::int64_t most = 0;
+    for (const Retention& retention : cache.retentions())
+      most = std::max(most, retention.config().capacity);
+    return most;
+  }
+
+  bool is_end_token(Token token) const {
+    return std::find(options_.end_tokens.begin(), options_.end_tokens.end(), token) !=
+           options_.end_tokens.end();
+  }
+
+  /// Appends tokens to a group in chunks and publishes them.
+  void feed_group(Group<Key, Value>& group, std::span<const Token> tokens,
+                  const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
+                  ThreadTeam& team) {
+    for (std::size_t done = 0; done < tokens.size();) {
+      const std::size_t count = std::min(
+          tokens.size() - done, static_cast<std::size_t>(group.cache().max_chunk()));
+      DecoderInput input{tokens.subspan(done, count)};
+      if constexpr (explicit_positions()) {
+        for (std::size_t t = 0; t < count; ++t)
+          positions_[t] = on_all_axes(layout_.place(group.id(), 1));
+        input.positions = std::span<const Position3>(positions_.data(), count);
+      }
+      model_->forward(input, group.cache(), reader, workspace, team);
+      group.cache().commit();
+      done += count;
+    }
+    group.publish();
+  }
+
+  /// Takes the next unit into the snapshot. False: it is not there, and may yet come.
+  bool see_next_unit() {
+    const bool done = source_done_.load(std::memory_order_acquire);
+    if (units_published_.load(std::memory_order_acquire) == units_read_) {
+      if (!done) return false;
+      source_ended_ = true;
+      reading_ = false;
+      return true;
+    }
+    const UnitEnd unit =
+        units_[static_cast<std::size_t>(units_read_ % options_.max_lead_units)];
+    tokens_read_ = unit.tokens;
+    source_ended_ = unit.last;
+    ++units_read_;
+    since_read_ = 0;
+    reading_ = false;
+    source_->hold(reader_, tokens_read_);
+    units_seen_.store(units_read_, std::memory_order_release);
+    metrics_.on_read(unit.arrival_ns);
+    return true;
+  }
+
+  /// Feeds what is due (the prefix, a written token, one to be fed again) and predicts the next.
+  Progress feed_target() {
+    const auto count = static_cast<std::int64_t>(to_feed_.size());
+    if (target_->cache().status(count) != CacheStatus::kOk)
+      return finish(DuplexEnd::kTargetFull);
+    const std::array<GroupView<Key, Value>, 1> sees{source_->view(tokens_read_)};
+    GroupReader<Key, Value> reader{.own_group = kTargetGroup, .sees = sees};
+    reader.bidirectional = options_.bidirectional_prefix && count > 1;
+    reader.probe = probe();
+    const std::int64_t begin = monotonic_ns();
+    feed_group(*target_, to_feed_, reader, target_workspace_, target_team_);
+    to_feed_ = {};
+    model_->logits(target_workspace_.hidden_states().rows - 1,
+                   {logits_.data(), 1, static_cast<std::int64_t>(logits_.size())},
+                   target_workspace_, target_team_);
+    if (reader.probe.newest > 0 && count == 1) {
+      float sum = 0;
+      for (const float share : target_workspace_.attention_mass()) sum += share;
+      newest_source_mass_ = sum / static_cast<float>(model_->config().num_qo_heads);
+    }
+    candidate_ = sampler_.sample(logits_.span());
+    const std::int64_t end = monotonic_ns();
+    metrics_.on_target_work(end - begin, end);
+    return Progress::kStepped;
+  }
+
+  MassProbe probe() const {
+    MassProbe probe;
+    if constexpr (requires { policy_.newest_source_tokens(); }) {
+      probe.newest = policy_.newest_source_tokens();
+      probe.group = kSourceGroup;
+      std::int64_t layer = -1;
+      if constexpr (requires { policy_.probe_layer(); }) layer = policy_.probe_layer();
+      const std::int64_t layers = model_->config().num_layers();
+      probe.layer = std::clamp<std::int64_t>(layer < 0 ? layers + layer : layer, 0, layers - 1);
+    }
+    return probe;
+  }
+
+  Progress write(const Decision& decision) {
+    if (!candidate_) {
+      to_feed_ = options_.target_prefix;
+      return Progress::kStepped;
+    }
+    // Without room to take it back a token cannot be provisional.
+    if (decision.provisional && num_provisional_ < max_provisional()) {
+      put({.kind = DuplexOutput::Kind::kProvisional, .token = *candidate_});
+      metrics_.on_written(last_output_ns_, units_read_, tokens_read_);
+      feed_next(*candidate_, true);
+    } else {
+      settle(num_provisional_);
+      write_final(*candidate_);
+    }
+    return tokens_final_ + num_provisional_ >= options_.max_target_tokens ? end_at_limit()
+                                                                          : Progress::kStepped;
+  }
+
+  Progress end_at_limit() {
+    settle(num_provisional_);
+    return finish(DuplexEnd::kTokenLimit);
+  }
+
+  Progress read(const Decision& decision) {
+    if (source_ended_) {
+      settle(decision.confirm);
+      return finish(DuplexEnd::kNothingLeft);
+    }
+    reading_ = true;
+    if (!candidate_) return Progress::kStepped;
+    if (decision.last_token == LastToken::kKeep) {
+      settle(num_provisional_);
+      write_final(*candidate_);
+      if (tokens_final_ >= options_.max_target_tokens) return finish(DuplexEnd::kTokenLimit);
+      return Progress::kStepped;
+    }
+    // The candidate and what is not confirmed go; the last token that stays is fed again.
+    const std::int64_t dropped = settle(decision.confirm);
+    take_back(dropped + 1);
+    refed_[0] = last_kept_;
+    to_feed_ = refed_;
+    candidate_.reset();
+    return Progress::kStepped;
+  }
+
+  /// A token for good: output, history, and next in line to be fed.
+  void write_final(Token token) {
+    put({.kind = DuplexOutput::Kind::kFinal, .token = token});
+    metrics_.on_written(last_output_ns_, units_read_, tokens_read_);
+    make_final(token);
+    feed_next(token, false);
+  }
+
+  void make_final(Token token) {
+    sampler_.accept(token);
+    metrics_.on_final(units_read_);
+    last_kept_ = token;
+    ++tokens_final_;
+  }
+
+  void feed_next(Token token, bool provisional) {
+    if (provisional) provisional_[static_cast<std::size_t>(num_provisional_++)] = token;
+    refed_[0] = token;
+    to_feed_ = refed_;
+    candidate_.reset();
+    ++since_read_;
+  }
+
+  /// Makes the oldest `confirmed` provisional tokens final and takes the others out of the list;
+  /// returns how many those were. Their keys and values are the caller's to remove.
+  std::int64_t settle(std::int64_t confirmed) {
+    confirmed = std::clamp<std::int64_t>(confirmed, 0, num_provisional_);
+    for (std::int64_t i = 0; i < confirmed; ++i) make_final(provisional_[static_cast<std::size_t>(i)]);
+    const std::int64_t dropped = num_provisional_ - confirmed;
+    if (confirmed > 0) put({.kind = DuplexOutput::Kind::kConfirmed, .count = confirmed});
+    if (dropped > 0) {
+      put({.kind = DuplexOutput::Kind::kRetracted, .count = dropped});
+      metrics_.on_retracted(dropped);
+    }
+    num_provisional_ = 0;
+    return dropped;
+  }
+
+  /// Removes keys and values of the newest target tokens.
+  void take_back(std::int64_t tokens) {
+    target_->cache().truncate(tokens);
+    target_->publish();
+    if constexpr (explicit_positions()) layout_.retract(kTargetGroup, static_cast<Position>(tokens));
+  }
+
+  void put(DuplexOutput output) {
+    output.units_read = units_read_;
+    output.tokens_read = tokens_read_;
+    output.time_ns = last_output_ns_ = monotonic_ns();
+    [[maybe_unused]] const bool put = outputs_.try_push(output);
+    SLUICE_ASSERT(put);  // step_target() made sure
+    ++outputs_put_;
+  }
+
+  std::shared_ptr<const Decoder> model_;
+  DuplexOptions options_;
+  Policy policy_;
+  Layout layout_;
+  std::unique_ptr<Group<Key, Value>> source_;
+  std::unique_ptr<Group<Key, Value>> target_;
+  int reader_;
+  ThreadTeam source_team_;
+  ThreadTeam target_team_;
+  DecoderWorkspace source_workspace_;
+  DecoderWorkspace target_workspace_;
+  Sampler sampler_;
+  UnitQueue queue_;
+  Buffer<UnitEnd> units_;       // [max_lead_units], unit u at u % max_lead_units
+  Buffer<Token> unit_tokens_;   // the source side's
+  Buffer<Position3> positions_; // of a chunk, for layouts that depend on the order
+  SpscRing<DuplexOutput> outputs_;
+  Buffer<Token> provisional_;
+  Buffer<float> logits_;  // [vocab_size]
+  DuplexMetrics metrics_;
+
+  alignas(64) std::atomic<bool> input_ended_{false};
+  alignas(64) std::atomic<std::int64_t> units_published_{0};
+  std::atomic<bool> source_done_{false};
+  alignas(64) std::atomic<std::int64_t> units_seen_{0};
+
+  // The target side's alone.
+  alignas(64) std::int64_t units_read_ = 0;
+  std::int64_t tokens_read_ = 0;  // the snapshot
+  std::int64_t tokens_final_ = 0;
+  std::int64_t num_provisional_ = 0;
+  std::int64_t since_read_ = 0;
+  std::int64_t last_output_ns_ = 0;
+  std::int64_t outputs_put_ = 0;
+  std::optional<Token> candidate_;
+  Token last_kept_;                       // of the prefix and the final tokens
+  std::array<Token, 1> refed_{};
+  std::span<const Token> to_feed_;        // due to be fed
+  float newest_source_mass_ = 0;
+  bool reading_ = false;                  // a READ waits for its unit
+  bool source_ended_ = false;             // a READ found the end
+  DuplexEnd end_ = DuplexEnd::kRunning;
+};
+
+}  // namespace sluice

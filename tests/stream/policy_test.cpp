@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: MIT
+#include "sluice/stream/policy.hpp"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/core/error.hpp"
+
+namespace sluice {
+namespace {
+
+/// A state with a candidate.
+PolicyState state(Token candidate, std::int64_t units_read = 1, bool source_ended = false) {
+  PolicyState result;
+  result.candidate = candidate;
+  result.units_read = units_read;
+  result.source_ended = source_ended;
+  return result;
+}
+
+PolicyState before_the_first_write(std::int64_t units_read, bool source_ended = false) {
+  PolicyState result;
+  result.units_read = units_read;
+  result.source_ended = source_ended;
+  return result;
+}
+
+/// The answers as letters: w(rite), p(rovisional), r(ead and feed again), k(eep and read), .(wait), s
+template <class Policy>
+char ask(Policy& policy, const PolicyState& asked) {
+  const Decision decision = policy.decide(asked);
+  switch (decision.action) {
+    case Action::kWrite: return decision.provisional ? 'p' : 'w';
+    case Action::kRead: return decision.last_token == LastToken::kKeep ? 'k' : 'r';
+    case Action::kWait: return '.';
+    case Action::kStop: return 's';
+  }
+  return '?';
+}
+
+TEST(WaitK, ReadsThePromptAndKUnitsFirst) {
+  WaitK policy(3, FixedUnits{2});
+  for (std::int64_t units = 0; units < 4; ++units)
+    EXPECT_EQ(ask(policy, before_the_first_write(units)), 'r') << units;
+  EXPECT_EQ(ask(policy, before_the_first_write(4)), 'w');
+  EXPECT_EQ(ask(policy, before_the_first_write(2, true)), 'w');  // all there is
+  WaitK no_prompt(3, FixedUnits{2}, 0);
+  EXPECT_EQ(ask(no_prompt, before_the_first_write(3)), 'w');
+}
+
+TEST(WaitK, FixedUnitsKeepTheirLastToken) {
+  WaitK policy(1, FixedUnits{3});
+  std::string answers;
+  for (int i = 0; i < 7; ++i) answers += ask(policy, state(5));
+  EXPECT_EQ(answers, "wwkwwkw");
+  EXPECT_EQ(ask(policy, state(5, 1, true)), 'w');
+  WaitK every(1, FixedUnits{1});
+  EXPECT_EQ(ask(every, state(5)), 'k');
+}
+
+TEST(WaitK, WordsAreSeenFromTheNextWord) {
+  WordUnits words;
+  words.classes = {0, WordUnits::kStartsWord, WordUnits::kEndsWord};
+  WaitK policy(1, words);
+  // [1] first word; [0] goes on; [1] begins the next: dropped; asked again; then a full stop ends it.
+  std::string answers;
+  for (const Token token : {1, 0, 1, 1, 0, 2, 1, 2}) answers += ask(policy, state(token));
+  EXPECT_EQ(answers, "wwrwwkwk");
+  // Tokens beyond the table are inside words, but no word is longer than `longest`.
+  words.longest = 3;
+  WaitK bounded(1, words);
+  answers.clear();
+  for (int i = 0; i < 6; ++i) answers += ask(bounded, state(99));
+  EXPECT_EQ(answers, "wwkwwk");
+  // The released loop reads at punctuation and again at the space behind it.
+  words.punctuation_ends_word = false;
+  WaitK released(1, words);
+  answers.clear();
+  for (const Token token : {1, 2, 1, 1}) answers += ask(released, state(token));
+  EXPECT_EQ(answers, "wkrw");
+}
+
+TEST(WaitK, ResetBeginsANewUnit) {
+  WaitK policy(1, FixedUnits{2});
+  EXPECT_EQ(ask(policy, state(1)), 'w');
+  policy.reset();
+  EXPECT_EQ(ask(policy, state(1)), 'w');
+  EXPECT_EQ(ask(policy, state(1)), 'k');
+}
+
+TEST(WordUnits, ClassesOfTokenTexts) {
+  EXPECT_EQ(WordUnits::classify(" the"), WordUnits::kStartsWord);
+  EXPECT_EQ(WordUnits::classify("ing"), 0);
+  EXPECT_EQ(WordUnits::classify(""), 0);
+  EXPECT_EQ(WordUnits::classify("."), WordUnits::kEndsWord);
+  EXPECT_EQ(WordUnits::classify("\n"), WordUnits::kStartsWord);
+  EXPECT_EQ(WordUnits::classify(" why?"), WordUnits::kStartsWord | WordUnits::kEndsWord);
+  for (const char* mark : {".", ",", ":", ";", "?", "!"})
+    EXPECT_EQ(WordUnits::classify(mark), WordUnits::kEndsWord) << mark;
+}
+
+TEST(ReadUntilSeparator, ReadsAfterEachSeparator) {
+  ReadUntilSeparator policy({7, 9}, 2);
+  EXPECT_EQ(ask(policy, before_the_first_write(1)), 'r');
+  EXPECT_EQ(ask(policy, before_the_first_write(2)), 'w');
+  std::string answers;
+  for (const Token token : {1, 7, 2, 3, 9, 9}) answers += ask(policy, state(token));
+  EXPECT_EQ(answers, "wkwwkk");
+  EXPECT_EQ(ask(policy, state(7, 5, true)), 'w');  // generation goes on as ordinary decoding
+}
+
+/// Offers `hypothesis`, then the end token; returns how many were confirmed at the READ.
+template <class Policy>
+std::int64_t offer(Policy& policy, const std::vector<Token>& hypothesis, Token end) {
+  for (std::size_t i = 0; i < hypothesis.size(); ++i) {
+    PolicyState asked = state(hypothesis[i]);
+    asked.provisional = std::span(hypothesis).first(i);
+    EXPECT_EQ(ask(policy, asked), 'p');
+  }
+  PolicyState asked = state(end);
+  asked.provisional = hypothesis;
+  const Decision decision = policy.decide(asked);
+  EXPECT_EQ(decision.action, Action::kRead);
+  EXPECT_EQ(decision.last_token, LastToken::kFeedAgain);
+  return decision.confirm;
+}
+
+TEST(LocalAgreement, ConfirmsWhatTwoHypothesesBeginWith) {
+  LocalAgreement policy(5, 0);
+  EXPECT_EQ(policy.max_provisional(), 5);
+  EXPECT_EQ(offer(policy, {1, 2, 3}, 0), 0);     // nothing to agree with
+  EXPECT_EQ(offer(policy, {1, 2, 4, 5}, 0), 2);  // 1 2
+  // The next hypothesis continues behind what is final: 4 5 was left.
+  EXPECT_EQ(offer(policy, {4, 5, 6}, 0), 2);
+  EXPECT_EQ(offer(policy, {7}, 0), 0);  // 6 was left
+  EXPECT_EQ(offer(policy, {}, 0), 0);
+  EXPECT_EQ(offer(policy, {1, 2, 3, 4, 5}, 9), 0);  // complete by its length
+  policy.reset();
+  EXPECT_EQ(offer(policy, {1, 2, 3, 4, 5}, 9), 0);
+  EXPECT_EQ(ask(policy, state(3, 4, true)), 'w');  // all of the source is there: final
+}
+
+TEST(HoldN, WithholdsTheLastTokens) {
+  HoldN policy(2, 4, 0);
+  EXPECT_EQ(offer(policy, {1, 2, 3}, 0), 1);
+  EXPECT_EQ(offer(policy, {1}, 0), 0);
+  EXPECT_EQ(offer(policy, {1, 2, 3, 4}, 7), 2);
+  HoldN none(0, 4, 0);
+  EXPECT_EQ(offer(none, {1, 2}, 0), 2);
+}
+
+TEST(AttentionGuided, WritesWhileTheNewestSourceMattersLittle) {
+  AttentionGuided policy(0.3F, 2);
+  EXPECT_EQ(policy.newest_source_tokens(), 2);
+  PolicyState asked = state(4);
+  asked.newest_source_mass = 0.29F;
+  EXPECT_EQ(ask(policy, asked), 'w');
+  asked.newest_source_mass = 0.3F;
+  EXPECT_EQ(ask(policy, asked), 'r');
+  asked.source_ended = true;
+  EXPECT_EQ(ask(policy, asked), 'w');
+}
+
+TEST(SpeakOrSilence, SpeaksWhenSilenceIsUnlikely) {
+  SpeakOrSilence policy(2, 0.5F, 3);
+  // softmax(0, 0, ln 2) = 1/4, 1/4, 1/2; raise the silence token above or below the threshold.
+  const std::array<float, 3> quiet{0, 0, std::log(2.1F)};
+  const std::array<float, 3> loud{0, 0, std::log(1.9F)};
+  EXPECT_NEAR(SpeakOrSilence::probability(quiet, 2), 2.1F / 4.1F, 1e-6F);
+  PolicyState asked = state(2);
+  asked.logits = quiet;
+  EXPECT_EQ(ask(policy, asked), 'r');
+  asked = state(0);
+  asked.logits = loud;
+  EXPECT_EQ(ask(policy, asked), 'w');
+  asked.logits = quiet;  // within a turn only the token itself ends it
+  EXPECT_EQ(ask(policy, asked), 'w');
+  asked.candidate = 2;
+  EXPECT_EQ(ask(policy, asked), 'r');
+  // A turn has at most three tokens.
+  asked = state(1);
+  asked.logits = loud;
+  EXPECT_EQ(ask(policy, asked), 'w');
+  EXPECT_EQ(ask(policy, asked), 'w');
+  EXPECT_EQ(ask(policy, asked), 'w');
+  EXPECT_EQ(ask(policy, asked), 'r');
+  asked.logits = quiet;
+  asked.source_ended = true;
+  EXPECT_EQ(ask(policy, asked), 's');
+}
+
+template <class Make>
+void expect_refused(const char* where, Make&& make) {
+  try {
+    make();
+    ADD_FAILURE() << where;
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kConfig);
+    EXPECT_EQ(error.detail().where, where);
+    EXPECT_FALSE(error.detail().field.empty());
+    EXPECT_FALSE(error.detail().found.empty());
+  }
+}
+
+TEST(Policies, RefuseOptionsThatMakeNoSense) {
+  expect_refused("WaitK", [] { WaitK(0, FixedUnits{1}); });
+  expect_refused("WaitK", [] { WaitK(1, FixedUnits{1}, -1); });
+  expect_refused("WaitK", [] { ReadUntilSeparator({1}, 0); });
+  expect_refused("LocalAgreement", [] { LocalAgreement(0); });
+  expect_refused("LocalAgreement", [] { LocalAgreement(5000); });
+  expect_refused("HoldN", [] { HoldN(-1, 4); });
+  expect_refused("HoldN", [] { HoldN(1, 4, 0, 0); });
+  expect_refused("AttentionGuided", [] { AttentionGuided(0.0F, 1); });
+  expect_refused("AttentionGuided", [] { AttentionGuided(1.1F, 1); });
+  expect_refused("AttentionGuided", [] { AttentionGuided(std::nanf(""), 1); });
+  expect_refused("AttentionGuided", [] { AttentionGuided(0.5F, 0); });
+  expect_refused("SpeakOrSilence", [] { SpeakOrSilence(1, 1.5F, 3); });
+  expect_refused("SpeakOrSilence", [] { SpeakOrSilence(1, 0.5F, 0); });
+  expect_refused("SpeakOrSilence", [] { SpeakOrSilence(-1, 0.5F, 3); });
+}
+
+}  // namespace
+}  // namespace sluice

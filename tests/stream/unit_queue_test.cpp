@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MIT
+#include "sluice/stream/unit_queue.hpp"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+#include <vector>
+
+#include "sluice/core/error.hpp"
+#include "sluice/core/random.hpp"
+
+namespace sluice {
+namespace {
+
+TEST(UnitQueue, KeepsUnitsWholeAndInOrder) {
+  UnitQueue queue(2, 5);
+  EXPECT_EQ(queue.front(), nullptr);
+  EXPECT_TRUE(queue.try_push(std::vector<Token>{1, 2, 3}, 10, false));
+  EXPECT_FALSE(queue.try_push(std::vector<Token>{4, 5, 6}, 11, false));  // tokens
+  EXPECT_TRUE(queue.try_push(std::vector<Token>{4}, 12, false));
+  EXPECT_FALSE(queue.try_push(std::vector<Token>{5}, 13, true));  // units
+  ASSERT_NE(queue.front(), nullptr);
+  EXPECT_EQ(queue.front()->tokens, 3);
+  EXPECT_EQ(queue.front()->arrival_ns, 10);
+  std::vector<Token> out(3);
+  queue.copy_front(out);
+  EXPECT_EQ(out, (std::vector<Token>{1, 2, 3}));
+  queue.pop();
+  EXPECT_TRUE(queue.try_push(std::vector<Token>{5, 6, 7, 8}, 14, true));  // over the ring's end
+  queue.pop();
+  EXPECT_TRUE(queue.front()->last);
+  out.resize(4);
+  queue.copy_front(out);
+  EXPECT_EQ(out, (std::vector<Token>{5, 6, 7, 8}));
+  queue.pop();
+  EXPECT_EQ(queue.front(), nullptr);
+}
+
+TEST(UnitQueue, RefusesSizesOutOfRange) {
+  EXPECT_THROW(UnitQueue(0, 5), Error);
+  EXPECT_THROW(UnitQueue(5, 0), Error);
+  EXPECT_THROW(UnitQueue(5, std::int64_t{1} << 40), Error);
+}
+
+TEST(UnitQueue, TwoThreads) {
+  UnitQueue queue(3, 7);
+  constexpr int kUnits = 20000;
+  std::jthread producer([&] {
+    Random random(1);
+    for (int u = 0; u < kUnits; ++u) {
+      const std::vector<Token> unit(1 + random.below(4), static_cast<Token>(u));
+      while (!queue.try_push(unit, u, u + 1 == kUnits)) std::this_thread::yield();
+    }
+  });
+  std::vector<Token> out(4);
+  for (int u = 0; u < kUnits; ++u) {
+    while (queue.front() == nullptr) std::this_thread::yield();
+    const QueuedUnit unit = *queue.front();
+    queue.copy_front(out);
+    queue.pop();
+    ASSERT_EQ(unit.arrival_ns, u);
+    ASSERT_EQ(unit.last, u + 1 == kUnits);
+    for (std::int64_t i = 0; i < unit.tokens; ++i)
+      ASSERT_EQ(out[static_cast<std::size_t>(i)], static_cast<Token>(u));
+  }
+}
+
+}  // namespace
+}  // namespace sluice
