@@ -129,7 +129,7 @@ Options parse(std::span<char*> arguments) {
 /// One JSON object, written field by field.
 class Record {
  public:
-  explicit Record(const std::string& experiment) { field("experiment", experiment); }
+  explicit Record(const std::string& kind) { field("kind", kind); }
   ~Record() { std::cout << text_ << "}" << std::endl; }
   Record(const Record&) = delete;
   Record& operator=(const Record&) = delete;
@@ -138,6 +138,7 @@ class Record {
     return raw(name, "\"" + value + "\"");
   }
   Record& field(const char* name, std::int64_t value) { return raw(name, std::to_string(value)); }
+  Record& json(const char* name, const std::string& value) { return raw(name, value); }
   Record& field(const char* name, double value) {
     char buffer[32];
     std::snprintf(buffer, sizeof buffer, "%.6g", value);
@@ -414,12 +415,12 @@ void switches(const Model& model, const Options& options) {
 
 // ---- endless -----------------------------------------------------------------------------------
 
-double resident_mb() {
+std::int64_t resident_bytes() {
   std::ifstream file("/proc/self/statm");
   std::int64_t total = 0;
   std::int64_t resident = 0;
   file >> total >> resident;
-  return static_cast<double>(resident * sysconf(_SC_PAGESIZE)) / 1e6;
+  return resident * sysconf(_SC_PAGESIZE);
 }
 
 void endless(const Model& model, const Options& options) {
@@ -444,31 +445,43 @@ void endless(const Model& model, const Options& options) {
     }
   });
   const std::int64_t total = units * unit;
+  const std::int64_t tenth = std::max<std::int64_t>(total / 10, 1);
   LatencyHistogram latency;
+  std::string bins;
   std::int64_t written = 0;
   std::int64_t last_ns = 0;
   while (const auto output = duplex.next()) {
     if (last_ns != 0) latency.record(output->time_ns - last_ns);
     last_ns = output->time_ns;
-    if (++written % std::max<std::int64_t>(total / 10, 1) != 0) continue;
-    const DuplexReport report = duplex.report();
+    if (++written % tenth != 0) continue;
     std::cerr << "endless " << written << " of " << total << "\n";
-    Record("endless")
-        .field("model", model.name)
-        .field("target_tokens", written)
-        .field("source_tokens", report.source_tokens)
-        .field("p50_us", static_cast<double>(latency.quantile_ns(0.5)) * 1e-3)
-        .field("p99_us", static_cast<double>(latency.quantile_ns(0.99)) * 1e-3)
-        .field("p99_9_us", static_cast<double>(latency.quantile_ns(0.999)) * 1e-3)
-        .field("max_us", static_cast<double>(latency.quantile_ns(1.0)) * 1e-3)
-        .field("cache_bytes", static_cast<std::int64_t>(duplex.engine().source().cache().bytes() +
-                                                        duplex.engine().target().cache().bytes()))
-        .field("bytes_moved", duplex.engine().source().cache().bytes_moved() +
-                                  duplex.engine().target().cache().bytes_moved())
-        .field("resident_mb", resident_mb())
-        .field("end", std::string(to_string(duplex.end_reason())));
+    const auto us = [&](double q) {
+      return std::to_string(static_cast<double>(latency.quantile_ns(q)) * 1e-3);
+    };
+    bins += (bins.empty() ? "[" : ", ") + std::string("{\"from\": ") +
+            std::to_string(written - tenth) + ", \"to\": " + std::to_string(written) +
+            ", \"median_us\": " + us(0.5) + ", \"p99_us\": " + us(0.99) + ", \"p999_us\": " +
+            us(0.999) + ", \"max_us\": " + us(1.0) +
+            ", \"rss_bytes\": " + std::to_string(resident_bytes()) + "}";
     latency.reset();
   }
+  const DuplexReport report = duplex.report();
+  const KvCache<f16>& source = duplex.engine().source().cache();
+  const KvCache<f16>& target = duplex.engine().target().cache();
+  Record("endless")
+      .field("model", model.name + " duplex")
+      .field("policy", std::string("sink-window"))
+      .field("sinks", std::int64_t{4})
+      .field("window", std::int64_t{508})
+      .field("source_tokens", report.source_tokens)
+      .field("target_tokens", report.tokens_written)
+      .field("wall_ms", report.wall_ms)
+      .field("source_ms", report.source_busy_ms)
+      .field("target_ms", report.target_busy_ms)
+      .field("cache_bytes", static_cast<std::int64_t>(source.bytes() + target.bytes()))
+      .field("bytes_moved", source.bytes_moved() + target.bytes_moved())
+      .field("end", std::string(to_string(duplex.end_reason())))
+      .json("bins", bins + "]");
 }
 
 }  // namespace

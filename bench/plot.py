@@ -6,7 +6,7 @@
 
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
-written: perplexity, endless, recompute_ratio, ttft and, per benchmark program, its sweeps.
+written: perplexity, endless, recompute_ratio, ttft, overlap, switch and, per benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
 
@@ -34,6 +34,15 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
       ms        from the start of reading the prompt to the first output; several records with
                 equal prompt_tokens are repetitions: the median is drawn, the range shaded
 
+  {"kind": "overlap", "way": "duplex", "threads_per_side": 1, "r": 0.9, "bound": 1.9,
+   "speedup_over_sequential_x1": 1.6, "speedup_min": 1.5, "speedup_max": 1.7, "wall_ms": 900.0,
+   "model": "...", "meta": {...}}
+      way       sequential | duplex | interleaved | re-encoding; min and max only for duplex
+      r         source work over target work, of the sequential run with one thread
+
+  {"kind": "switch", "source_tokens": 1024, "snapshot_us_median": 0.7, "copying_ms": 2.3,
+   "model": "...", "meta": {...}}
+
 `meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
 under the picture. Exit status: 0, or 1 with the reason (file and line) on stderr.
 """
@@ -58,6 +67,9 @@ REQUIRED = {
     "endless": {"bins": list},
     "recompute_ratio": {"window": int, "recompute_ms": int | float, "sink_window_ms": int | float},
     "ttft": {"prompt_tokens": int, "ms": int | float},
+    "overlap": {"way": str, "threads_per_side": int, "r": int | float, "bound": int | float,
+                "speedup_over_sequential_x1": int | float, "wall_ms": int | float},
+    "switch": {"source_tokens": int, "snapshot_us_median": int | float, "copying_ms": int | float},
 }
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
@@ -100,6 +112,8 @@ def check_record(record, where):
     # What a log scale can show; an average over no tokens or an overflow is a fault of the run.
     drawn = {"perplexity": record.get("ppl"), "ttft": [record.get("ms")],
              "recompute_ratio": [record.get("recompute_ms"), record.get("sink_window_ms")],
+             "overlap": [record.get("r"), record.get("speedup_over_sequential_x1")],
+             "switch": [record.get("snapshot_us_median"), record.get("copying_ms")],
              "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
     if bad or not drawn:
@@ -310,6 +324,64 @@ def draw_ttft(records, folder):
     save(made, folder, "ttft", records)
 
 
+def draw_overlap(records, folder):
+    """Speed-up over the sequential loop by r, under the bound; one panel per model."""
+    models = sorted({record.get("model", "") for record in records})
+    made, axes = figure(len(models), width=5.2)
+    for axis, model in zip(axes, models):
+        chosen = [record for record in records if record.get("model", "") == model]
+        rs = sorted({record["r"] for record in chosen})
+        low, high = min(rs) / 1.5, max(rs) * 1.5
+        curve = [low * (high / low) ** (step / 100) for step in range(101)]
+        axis.plot(curve, [(1 + r) / max(1, r) for r in curve], "-", color="#999999",
+                  label="bound (1 + r) / max(1, r)", linewidth=1.2)
+        ways = sorted({(record["way"], record["threads_per_side"]) for record in chosen})
+        colours = dict(zip([way for way in ways if way != ("sequential", 1)],
+                           [ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS]))
+        for way, colour in colours.items():
+            points = sorted((record for record in chosen
+                             if (record["way"], record["threads_per_side"]) == way),
+                            key=lambda record: record["r"])
+            values = [point["speedup_over_sequential_x1"] for point in points]
+            spread = [[value - point.get("speedup_min", value) for value, point
+                       in zip(values, points)],
+                      [point.get("speedup_max", value) - value for value, point
+                       in zip(values, points)]]
+            spread = [[max(0.0, value) for value in side] for side in spread]
+            threads = "1 + 1 threads" if way[0] == "duplex" else f"{way[1]} threads"
+            axis.errorbar([point["r"] for point in points], values, yerr=spread, fmt="o-",
+                          color=colour, label=f"{way[0]}, {threads}", markersize=4, linewidth=1.6,
+                          capsize=2)
+        axis.axhline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+        axis.set_title(model, fontsize=10)
+        axis.set_xlabel("r = source work / target work")
+        axis.legend(fontsize=7, frameon=False)
+        tidy(axis)
+    axes[0].set_ylabel("speed-up over sequential, 1 thread")
+    save(made, folder, "overlap", records)
+
+
+def draw_switch(records, folder):
+    """Cost of a switch by source length, beside copying the caches together."""
+    records = sorted(records, key=lambda record: record["source_tokens"])
+    made, (axis,) = figure()
+    lengths = [record["source_tokens"] for record in records]
+    snapshot = [record["snapshot_us_median"] for record in records]
+    copying = [record["copying_ms"] * 1e3 for record in records]
+    axis.plot(lengths, copying, "o--", color=SECOND, label="copying the source's keys and values")
+    axis.plot(lengths, snapshot, "o-", color=ACCENT, label="snapshot and segments of all layers")
+    log_axis(axis, snapshot + copying)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+    axis.set_xlabel("source tokens")
+    axis.set_ylabel("µs per switch (log scale)")
+    axis.legend(fontsize=8, frameon=False)
+    tidy(axis)
+    save(made, folder, "switch", records)
+
+
 def sweep(entry):
     """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
     first argument with a name is the sweep; None for a run without one."""
@@ -358,7 +430,8 @@ def draw_benchmark(run, folder):
 
 
 DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
-        "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft}
+        "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
+        "switch": draw_switch}
 
 
 def main():

@@ -16,8 +16,8 @@
 
 namespace sluice {
 
-/// mass[h] = share of query head h's attention that falls on the `newest` last visible tokens of
-/// `group`, for a call of one query row with plain scores and every visible key of that group seen.
+/// mass[h] = share of query head h's attention that falls on the newest `newest` stream indices that
+/// `group` shows (where fewer of them are kept, on those), for a call of one query row with plain scores and every visible key of that group seen.
 /// lse: [num_qo_heads], what attend() wrote; mass: [num_qo_heads]. Meant for a handful of keys (EDAtt
 /// looks at two to four): plain loops in float32, one rotation of the query a segment and head.
 /// rotary may be null. Allocates nothing.

@@ -156,10 +156,10 @@ inline void wait_k_prefixes(std::int64_t k, std::span<const std::int64_t> source
 /// then sentences.
 struct TaysSequence {
   std::int64_t tokens_before_frames = 0;          ///< system prompt, question, vision_start
-  std::span<const std::int64_t> frame_tokens;     ///< tokens of each frame (group)
+  std::span<const std::int64_t> frame_tokens{};     ///< tokens of each frame (group)
   std::int64_t tokens_after_frames = 0;           ///< vision_end, end of turn, newline
   std::int64_t preamble_tokens = 0;               ///< of the assistant's turn
-  std::span<const std::int64_t> sentence_tokens;  ///< of each sentence; the last may be unclosed
+  std::span<const std::int64_t> sentence_tokens{};  ///< of each sentence; the last may be unclosed
 };
 
 /// Visible user-side prefixes of the assistant's tokens, as TaYS' causal_mask_CoT computes them: the

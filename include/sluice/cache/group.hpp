@@ -69,9 +69,15 @@ class Group {
   /// Any thread: tokens that a reader may take as its snapshot.
   std::int64_t published() const { return published_.load(std::memory_order_acquire); }
 
-  /// A reader that holds snapshot 0; returns its number. Not while others read or write.
-  /// \throws Error(kCapacity) when there are kMaxReaders.
+  /// A reader that holds snapshot 0; returns its number. Not while others read or write. A reader
+  /// that waits for more must go on holding what is published, or the writer runs out of room.
+  /// \throws Error(kConfig) if the group could not grow while it is read (CacheOptions::lead);
+  /// Error(kCapacity) when there are kMaxReaders.
   int open_reader() {
+    if (cache_.max_lead() < 1)
+      throw Error(ErrorCode::kConfig,
+                  {"a group that is read while it grows needs room beyond its window", "Group",
+                   name_ + " lead", "at least 1", std::to_string(cache_.max_lead())});
     for (int r = 0; r < kMaxReaders; ++r) {
       std::atomic<std::int64_t>& held = readers_[static_cast<std::size_t>(r)].held;
       if (held.load(std::memory_order_relaxed) != kNobody) continue;
@@ -190,7 +196,8 @@ struct OrderedGroup {
 /// group contiguous with the one before (Hogwild! Inference, arXiv 2504.06261, section 3: every
 /// worker reads the others' runs and then its own). order: the groups that the reader sees, its own
 /// among them, once each. Writes the others' views in that order; returns how many. A group behind
-/// the reader's own begins where the own tokens end so far. Allocates nothing.
+/// the reader's own begins where the own tokens end so far, those of the chunk to come not counted.
+/// Extents are those of the first layer's retention. Allocates nothing.
 /// \throws Error(kConfig) unless `own` is in the order once; Error(kShape) if views is too short.
 template <class Key, class Value>
 int contiguous_views(const GroupSet<Key, Value>& groups, std::span<const OrderedGroup> order,

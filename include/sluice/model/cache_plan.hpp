@@ -50,7 +50,8 @@ struct CacheOptions {
   /// Position of the stream's token 0: the target offset (phi) of group position encoding.
   Position origin = 0;
   /// Tokens that the stream may be ahead of what a reader of another group sees (cache/group.hpp);
-  /// a window's storage grows by what exceeds chunk - 1. Not used by kFull and kRecompute.
+  /// a window's storage grows by what exceeds chunk - 1. A full cache has it all, but for layers with a
+  /// trained window.
   std::int64_t lead = 0;
 
   /// Tokens of one prefill step, the default resolved.

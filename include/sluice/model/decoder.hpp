@@ -69,7 +69,7 @@ struct DecoderWeights {
 
 /// What forward() is given: one chunk of a stream.
 struct DecoderInput {
-  std::span<const Token> tokens;  ///< [T], in [0, vocab_size); not read where embeddings has rows
+  std::span<const Token> tokens{};  ///< [T], in [0, vocab_size); not read where embeddings has rows
   /// [T, hidden_size]: inputs that are no tokens (frames of an encoder), already scaled.
   MatrixView<const float> embeddings{};
   /// [T] or empty: one position after the other, from the cache's KvCache::write_position().
