@@ -8,7 +8,7 @@
 #include "options.hpp"
 #include "report.hpp"
 #include "runner.hpp"
-#include "terminal.hpp"
+#include "support/terminal.hpp"
 
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
@@ -50,16 +50,16 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   const std::variant<Options, int> parsed = parse_options(argc, argv);
   if (const int* status = std::get_if<int>(&parsed)) return *status;
-  catch_signals();
+  support::catch_signals();
   int status = 0;
   try {
     status = run(std::get<Options>(parsed));
-  } catch (const StdoutClosed&) {
+  } catch (const support::StdoutClosed&) {
     return 0;
   } catch (const std::bad_alloc&) {
     return fail("out of memory", 1);
   } catch (const std::exception& error) {
     return fail(error.what(), 1);
   }
-  return caught_signal() != 0 ? 128 + caught_signal() : status;
+  return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
 }

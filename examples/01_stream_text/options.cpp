@@ -2,66 +2,23 @@
 #include "options.hpp"
 
 #include <algorithm>
-#include <charconv>
 #include <iostream>
 #include <limits>
 #include <string_view>
-#include <system_error>
 #include <thread>
 #include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include "sluice/core/version.hpp"
+#include "support/command_line.hpp"
 
 namespace stream_text {
 
 namespace {
 
-/// A check whose message says what was expected; CLI11 puts the option's name in front.
-CLI::Validator whole_number(std::int64_t least,
-                            std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
-  return {[least, most](std::string& text) -> std::string {
-            std::int64_t value = 0;
-            const char* const end = text.data() + text.size();
-            const auto [stop, error] = std::from_chars(text.data(), end, value);
-            if (error == std::errc() && stop == end && value >= least && value <= most) return {};
-            std::string range = "a whole number from " + std::to_string(least);
-            if (most != std::numeric_limits<std::int64_t>::max())
-              range += " to " + std::to_string(most);
-            return "expected " + range + ", found '" + text + "'";
-          },
-          ""};
-}
-
-CLI::Validator number(double least, double most, const char* expected) {
-  return {[least, most, expected](std::string& text) -> std::string {
-            double value = 0;
-            const char* const end = text.data() + text.size();
-            const auto [stop, error] = std::from_chars(text.data(), end, value);
-            if (error == std::errc() && stop == end && value >= least && value <= most) return {};
-            return std::string("expected ") + expected + ", found '" + text + "'";
-          },
-          ""};
-}
-
-std::string join_command(int argc, char** argv) {
-  std::string command;
-  for (int i = 0; i < argc; ++i) {
-    const std::string_view word = argv[i];
-    if (i > 0) command += ' ';
-    const bool plain =
-        !word.empty() && word.find_first_of(" \t\n'\"\\$`*?<>|&;()[]{}!#~") == std::string::npos;
-    if (plain) {
-      command += word;
-      continue;
-    }
-    command += '\'';
-    for (const char character : word) character == '\'' ? command += "'\\''" : command += character;
-    command += '\'';
-  }
-  return command;
-}
+using support::number;
+using support::whole_number;
 
 int fail(const std::string& message) {
   std::cerr << "stream_text: " << message << "\nstream_text --help lists the options.\n";
@@ -81,7 +38,7 @@ std::string_view to_string(KvType type) {
 
 std::variant<Options, int> parse_options(int argc, char** argv) {
   Options o;
-  o.command = join_command(argc, argv);
+  o.command = support::join_command(argc, argv);
   o.threads = static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1U, 8U));
   // The sampling defaults of llama.cpp; the seed is fixed, so that a command repeats its text.
   o.sampler.temperature = 0.8;

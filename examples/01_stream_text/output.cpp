@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT
 #include "output.hpp"
 
-#include "terminal.hpp"
+#include "support/terminal.hpp"
 
 namespace stream_text {
 
 void Output::token(sluice::Token token, std::string_view text) {
   const std::int64_t index = index_++;
-  if (!json()) return write_stdout(text);
+  if (!json()) return support::write_stdout(text);
   object({{"kind", "token"},
           {"index", index},
           {"token", token},
@@ -17,7 +17,7 @@ void Output::token(sluice::Token token, std::string_view text) {
 
 void Output::text(std::string_view text) {
   if (text.empty()) return;
-  if (!json()) return write_stdout(text);
+  if (!json()) return support::write_stdout(text);
   object({{"kind", "text"}, {"text", text}});
 }
 
@@ -25,7 +25,7 @@ void Output::object(const sluice::Json& object) {
   if (!json()) return;
   line_ = object.dump(-1, ' ', false, sluice::Json::error_handler_t::replace);
   line_ += '\n';
-  write_stdout(line_);
+  support::write_stdout(line_);
 }
 
 }  // namespace stream_text

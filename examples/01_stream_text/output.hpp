@@ -14,7 +14,7 @@
 namespace stream_text {
 
 /// The stream of written tokens on stdout, flushed piece by piece. All functions throw as
-/// write_stdout().
+/// support::write_stdout().
 class Output {
  public:
   explicit Output(Format format) : format_(format) { line_.reserve(256); }

@@ -1,24 +1,15 @@
 // SPDX-License-Identifier: MIT
 #include "report.hpp"
 
-#include <algorithm>
-#include <array>
-#include <cmath>
 #include <cstddef>
-#include <cstdio>
 #include <iostream>
-#include <map>
 #include <span>
 #include <string_view>
 
-#include <unistd.h>
-
 #include "sluice/core/atomic_file.hpp"
-#include "sluice/core/element.hpp"
-#include "sluice/core/error.hpp"
-#include "sluice/core/memory.hpp"
 #include "sluice/model/cache_plan.hpp"
-#include "terminal.hpp"
+#include "support/report_text.hpp"
+#include "support/terminal.hpp"
 
 namespace stream_text {
 
@@ -26,51 +17,14 @@ namespace {
 
 using sluice::CachePolicy;
 using sluice::Json;
-
-template <class... Values>
-std::string format(const char* pattern, Values... values) {
-  std::array<char, 256> text{};
-  std::snprintf(text.data(), text.size(), pattern, values...);
-  return text.data();
-}
-
-std::string megabytes(std::int64_t bytes) {
-  return bytes < (1 << 20) ? format("%.1f KiB", static_cast<double>(bytes) / (1 << 10))
-                           : format("%.1f MiB", static_cast<double>(bytes) / (1 << 20));
-}
-
-/// Calls visit for every weight matrix once, a tied output not again.
-template <class Visit>
-void each_matrix(const sluice::DecoderWeights& weights, Visit&& visit) {
-  visit(weights.embedding);
-  if (weights.output.data != weights.embedding.data) visit(weights.output);
-  for (const sluice::DecoderLayerWeights& layer : weights.layers)
-    for (const sluice::WeightMatrix* matrix : {&layer.query, &layer.key, &layer.value,
-                                               &layer.output, &layer.gate, &layer.up, &layer.down})
-      visit(*matrix);
-}
-
-struct ModelFacts {
-  std::int64_t parameters = 0;  // of the matrices
-  std::int64_t bytes = 0;
-  std::string types;  // by falling share
-};
-
-ModelFacts facts_of(const sluice::Decoder& model) {
-  ModelFacts facts;
-  std::map<sluice::ElementType, std::int64_t> by_type;
-  each_matrix(model.weights(), [&](const sluice::WeightMatrix& matrix) {
-    facts.parameters += matrix.rows * matrix.cols;
-    facts.bytes += matrix.bytes();
-    by_type[matrix.type] += matrix.bytes();
-  });
-  std::vector<std::pair<std::int64_t, sluice::ElementType>> order;
-  for (const auto& [type, bytes] : by_type) order.emplace_back(bytes, type);
-  std::sort(order.rbegin(), order.rend());
-  for (const auto& [bytes, type] : order)
-    facts.types += (facts.types.empty() ? "" : ", ") + std::string(to_string(type));
-  return facts;
-}
+using support::facts_of;
+using support::format;
+using support::latency_json;
+using support::latency_text;
+using support::megabytes;
+using support::ModelFacts;
+using support::peak_resident_bytes;
+using support::resident_bytes;
 
 std::string cache_text(const Options& options) {
   const sluice::CacheOptions& cache = options.cache;
@@ -91,16 +45,6 @@ std::string cache_text(const Options& options) {
 
 std::string_view key_form(const Options& options) {
   return options.cache.key_form == sluice::KeyForm::kRaw ? "raw" : "rotated";
-}
-
-std::string latency_text(const sluice::LatencySummary& s) {
-  return format("p50 %.2f  p95 %.2f  p99 %.2f  p99.9 %.2f  max %.2f ms", s.p50_ms, s.p95_ms,
-                s.p99_ms, s.p99_9_ms, s.max_ms);
-}
-
-Json latency_json(const sluice::LatencySummary& s) {
-  return {{"count", s.count}, {"min", s.min_ms}, {"mean", s.mean_ms},   {"p50", s.p50_ms},
-          {"p95", s.p95_ms},  {"p99", s.p99_ms}, {"p99_9", s.p99_9_ms}, {"max", s.max_ms}};
 }
 
 /// What a number belongs to: written with every number.
@@ -146,19 +90,7 @@ std::string_view to_string(Ending ending) {
 }
 
 std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
-  const sluice::CachePlan plan = plan_cache(model.config(), options.cache);
-  const sluice::KvShape shape = model.kv_shape();
-  const std::int64_t element = options.kv_type == KvType::kF32 ? 4 : 2;
-  // Layers begin at whole cache lines' worth of elements, as KvCache lays them out.
-  const auto line = static_cast<std::int64_t>(sluice::kAlignment);
-  std::int64_t elements = 0;
-  for (const int retention : plan.retention_of_layer) {
-    const std::int64_t rows =
-        shape.num_kv_heads * plan.retentions[static_cast<std::size_t>(retention)].capacity;
-    for (const std::int64_t dim : {shape.head_dim, shape.value_dim})
-      elements += (rows * dim + line - 1) / line * line;
-  }
-  return elements * element;
+  return support::cache_bytes(model, options.cache, options.kv_type == KvType::kF32 ? 4 : 2);
 }
 
 void print_setting(const sluice::LoadedModel& model, const Options& options) {
@@ -192,12 +124,7 @@ void print_setting(const sluice::LoadedModel& model, const Options& options) {
   if (cache.position_rule == sluice::PositionRule::kInText && cache.policy != CachePolicy::kFull)
     std::cerr << "note     positions in the text grow without end; the model was trained up to "
               << config.context_length << '\n';
-  // Systems that promise more memory than they have would end the program later, without a word.
-  const std::int64_t memory = std::int64_t{::sysconf(_SC_PHYS_PAGES)} * ::sysconf(_SC_PAGESIZE);
-  if (memory > 0 && bytes > memory)
-    throw sluice::Error(sluice::ErrorCode::kCapacity,
-                        {"the cache does not fit into this machine's memory", cache_text(options),
-                         "", "at most " + megabytes(memory), megabytes(bytes)});
+  support::require_memory(bytes, cache_text(options));
 }
 
 void print_report(const Options& options, const Outcome& outcome) {

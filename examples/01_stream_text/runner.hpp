@@ -20,8 +20,8 @@
 #include "output.hpp"
 #include "report.hpp"
 #include "step_log.hpp"
-#include "terminal.hpp"
-#include "text_source.hpp"
+#include "support/terminal.hpp"
+#include "support/text_source.hpp"
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -102,33 +102,35 @@ class Runner {
     return std::min(wanted, options_.cache.capacity - session_.cache().total());
   }
 
-  TokenSource input() {
+  support::TokenSource input() {
     const bool begins = session_.position() == 0;
-    if (options_.prompt) return {tokenizer_, TextSource::from_text(*options_.prompt), begins};
+    if (options_.prompt)
+      return {tokenizer_, support::TextSource::from_text(*options_.prompt), begins};
     if (options_.file && *options_.file != "-")
-      return {tokenizer_, TextSource::from_file(*options_.file), begins};
+      return {tokenizer_, support::TextSource::from_file(*options_.file), begins};
     if (options_.load && !options_.file)
-      return {tokenizer_, TextSource::from_text(std::string()), begins};
-    if (stdin_is_terminal()) std::cerr << "reading from the terminal; Ctrl-D ends the text\n";
-    return {tokenizer_, TextSource::from_stdin(), begins};
+      return {tokenizer_, support::TextSource::from_text(std::string()), begins};
+    if (support::stdin_is_terminal())
+      std::cerr << "reading from the terminal; Ctrl-D ends the text\n";
+    return {tokenizer_, support::TextSource::from_stdin(), begins};
   }
 
   /// Reads tokens, a chunk at a time so that Ctrl-C and the progress line come through. False when
   /// a signal was caught. `source`: where they came from, if it knows how far it is.
-  bool read(std::span<const sluice::Token> tokens, Progress& progress,
-            const TokenSource* source = nullptr) {
+  bool read(std::span<const sluice::Token> tokens, support::Progress& progress,
+            const support::TokenSource* source = nullptr) {
     // A recomputed window is rebuilt at the end of every call: as few calls as possible.
     const auto most = static_cast<std::size_t>(
         recomputes() ? std::numeric_limits<std::int64_t>::max() : session_.cache().max_chunk());
     std::size_t done = 0;
-    while (done < tokens.size() && caught_signal() == 0) {
+    while (done < tokens.size() && support::caught_signal() == 0) {
       const std::size_t count = std::min(tokens.size() - done, most);
       session_.accept(tokens.subspan(done, count));
       done += count;
       tokens_read_ += static_cast<std::int64_t>(count);
       progress.show(tokens_read_, source == nullptr ? -1 : source->fraction(share(done, tokens)));
     }
-    return caught_signal() == 0;
+    return support::caught_signal() == 0;
   }
 
   // --- Writing -----------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ class Runner {
   Ending write(std::int64_t limit) {
     const auto ends = tokenizer_.end_tokens();
     for (std::int64_t written = 0; limit < 0 || written < limit; ++written) {
-      if (caught_signal() != 0) return Ending::kSignal;
+      if (support::caught_signal() != 0) return Ending::kSignal;
       const std::int64_t begin = sluice::monotonic_ns();
       const std::optional<sluice::Token> token = session_.step();
       const std::int64_t end = sluice::monotonic_ns();
@@ -154,22 +156,23 @@ class Runner {
 
   Ending generate() {
     {
-      TokenSource source = input();
-      Progress progress("reading");
+      support::TokenSource source = input();
+      support::Progress progress("reading");
       std::vector<sluice::Token> tokens;
       while (source.next(tokens)) {
         if (!read(tokens, progress, &source)) return Ending::kSignal;
         tokens.clear();
       }
-      if (caught_signal() != 0) return Ending::kSignal;
+      if (support::caught_signal() != 0) return Ending::kSignal;
     }
     begin_empty_stream();
     // On a terminal the text reads on from its prompt; in a pipe it is what the model wrote.
-    if (options_.prompt && !output_.json() && stdout_is_terminal() && stderr_is_terminal())
+    if (options_.prompt && !output_.json() && support::stdout_is_terminal() &&
+        support::stderr_is_terminal())
       std::cerr << *options_.prompt;
     const Ending ending = write(options_.predict);
     output_.text(detokenizer_.finish());
-    if (!output_.json() && stdout_is_terminal()) write_stdout("\n");
+    if (!output_.json() && support::stdout_is_terminal()) support::write_stdout("\n");
     return ending;
   }
 
@@ -196,8 +199,8 @@ class Runner {
     sluice::Buffer<float> memory(static_cast<std::size_t>(rows * vocab));  // [rows, vocab]
     const sluice::MatrixView<float> logits(memory.data(), rows, vocab);
 
-    TokenSource source = input();
-    Progress progress("scoring");
+    support::TokenSource source = input();
+    support::Progress progress("scoring");
     std::vector<sluice::Token> tokens;
     Ending ending = Ending::kInputEnd;
     Points points{scores, options_.ppl_stride, output_.json()};
@@ -213,7 +216,7 @@ class Runner {
       }
       const std::span<const sluice::Token> run(tokens.data(), static_cast<std::size_t>(count));
       for (std::size_t done = 0; done < run.size();) {
-        if (caught_signal() != 0) {
+        if (support::caught_signal() != 0) {
           ending = Ending::kSignal;
           break;
         }
@@ -228,7 +231,7 @@ class Runner {
       tokens.clear();
     }
     progress.clear();
-    if (caught_signal() != 0) ending = Ending::kSignal;
+    if (support::caught_signal() != 0) ending = Ending::kSignal;
     if (scores.scored == 0) {
       if (ending == Ending::kSignal) return ending;
       throw sluice::Error(sluice::ErrorCode::kText,
@@ -243,7 +246,7 @@ class Runner {
       if (options_.score_every > 1)
         line += " (every " + std::to_string(options_.score_every) + ".)";
       line += ", " + std::to_string(scores.nll_mean()) + " nats a token\n";
-      write_stdout(line);
+      support::write_stdout(line);
     }
     return ending;
   }
@@ -278,9 +281,9 @@ class Runner {
       scores.tokens.push_back(scores.position);
       scores.perplexity.push_back(std::exp(scores.nll_mean()));
       if (!silent && stride > 0 && recent > 0)
-        write_stdout(std::to_string(scores.position) + '\t' +
-                     std::to_string(scores.perplexity.back()) + '\t' +
-                     std::to_string(std::exp(recent_sum / static_cast<double>(recent))) + '\n');
+        support::write_stdout(
+            std::to_string(scores.position) + '\t' + std::to_string(scores.perplexity.back()) +
+            '\t' + std::to_string(std::exp(recent_sum / static_cast<double>(recent))) + '\n');
       recent_sum = 0;
       recent = 0;
     }
@@ -325,14 +328,14 @@ class Runner {
 
   Ending chat() {
     const ChatRounds rounds(tokenizer_, options_.system);
-    const bool asks = stdin_is_terminal() && stderr_is_terminal();
+    const bool asks = support::stdin_is_terminal() && support::stderr_is_terminal();
     if (asks) std::cerr << "a line is a message; /reset starts anew, /quit or Ctrl-D ends\n";
     LineReader lines;
-    Progress progress("reading");
+    support::Progress progress("reading");
     for (std::int64_t round = 0;;) {
       if (asks) std::cerr << "> " << std::flush;
       const std::optional<std::string> line = lines.next();
-      if (caught_signal() != 0) return Ending::kSignal;
+      if (support::caught_signal() != 0) return Ending::kSignal;
       if (!line) return Ending::kInputEnd;
       if (*line == "/quit") return Ending::kQuit;
       if (*line == "/reset") {
@@ -356,7 +359,7 @@ class Runner {
       detokenizer_ = sluice::StreamingDetokenizer(tokenizer_);
       const Ending ending = write(options_.predict);
       output_.text(detokenizer_.finish());
-      if (!output_.json()) write_stdout("\n");
+      if (!output_.json()) support::write_stdout("\n");
       last_written_ = session_.result().value_or(0);
       ++round;
       const auto read_now = static_cast<std::int64_t>(tokens.size());
@@ -365,7 +368,7 @@ class Runner {
                       {"tokens_read", read_now},
                       {"tokens_written", session_.position() - before - read_now},
                       {"ended", to_string(ending)},
-                      {"resident_bytes", resident_bytes()}});
+                      {"resident_bytes", support::resident_bytes()}});
       if (ending == Ending::kSignal || ending == Ending::kCacheFull) return ending;
     }
   }
@@ -384,7 +387,7 @@ class Runner {
     }
 
    private:
-    TextSource source_ = TextSource::from_stdin();
+    support::TextSource source_ = support::TextSource::from_stdin();
     std::string buffer_;
   };
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "terminal.hpp"
+#include "support/terminal.hpp"
 
 namespace stream_text {
 
@@ -36,7 +36,7 @@ void StepLog::record(std::int64_t duration_ns) {
   StepBin& bin = bins_[used_ - 1];
   bin.latency.record(duration_ns);
   bin.to = ++steps_;
-  if (bin.to - bin.from == width_) bin.resident_bytes = stream_text::resident_bytes();
+  if (bin.to - bin.from == width_) bin.resident_bytes = support::resident_bytes();
 }
 
 void StepLog::join_pairs() {
@@ -51,7 +51,7 @@ void StepLog::join_pairs() {
 
 std::vector<StepBin> StepLog::finish() {
   if (used_ > 0 && bins_[used_ - 1].resident_bytes == 0)
-    bins_[used_ - 1].resident_bytes = stream_text::resident_bytes();
+    bins_[used_ - 1].resident_bytes = support::resident_bytes();
   bins_.resize(used_);
   const auto parts = std::min(used_, static_cast<std::size_t>(parts_));
   std::vector<StepBin> joined;

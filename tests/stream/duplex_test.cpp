@@ -83,6 +83,11 @@ struct Reader {
   }
 };
 
+struct Always {
+  Decision answer;
+  Decision decide(const PolicyState&) const { return answer; }
+};
+
 /// Notes every question: state, and the bits of the logits.
 struct Trace {
   struct Entry {
@@ -333,6 +338,51 @@ TEST(Duplex, LayoutsOfTheOrderOfArrivalRunOnOneThread) {
                Error);
 }
 
+// An end token ends the target when it would be written, with all that is provisional; a policy that
+// reads on instead is not stopped by it.
+TEST(Duplex, EndTokens) {
+  const Units units = random_units(6, 5);
+  const std::vector<Token> tokens =
+      run(WaitK(1, FixedUnits{2}), options(false), units).reader.final_tokens;
+  DuplexOptions ends = options(false);
+  ends.end_tokens = {tokens[7]};
+  const auto first = std::find(tokens.begin(), tokens.end(), tokens[7]) - tokens.begin();
+  const Outcome found = run(WaitK(1, FixedUnits{2}), ends, units);
+  EXPECT_EQ(found.end, DuplexEnd::kEndToken);
+  EXPECT_EQ(found.reader.final_tokens, std::vector(tokens.begin(), tokens.begin() + first));
+
+  // Every token is an end token: nothing is written, but all hypotheses are closed by reading on.
+  DuplexOptions all = options(false);
+  for (Token token = 0; token < 128; ++token) all.end_tokens.push_back(token);
+  EXPECT_EQ(run(WaitK(1, FixedUnits{5}), all, units).report.units_read, 2);
+  struct ReadsOn {
+    Decision decide(const PolicyState& state) const {
+      return state.source_ended ? Decision::write() : Decision::read();
+    }
+  };
+  const Outcome read = run(ReadsOn{}, all, units);
+  EXPECT_EQ(read.report.units_read, 6);
+  EXPECT_EQ(read.end, DuplexEnd::kEndToken);
+  EXPECT_TRUE(read.reader.tokens.empty());
+
+  // Provisional tokens before the end token become final.
+  struct Provisional {
+    Decision decide(const PolicyState& state) const {
+      if (!state.candidate) return state.units_read < 1 ? Decision::read() : Decision::write();
+      return Decision::write_provisional();
+    }
+    std::int64_t max_provisional() const { return 64; }
+  };
+  const std::vector<Token> once = run(Provisional{}, options(false, 12), units).reader.tokens;
+  EXPECT_EQ(once.size(), 12U);
+  DuplexOptions provisional = options(false, 12);
+  provisional.end_tokens = {once[5]};
+  const Outcome closed = run(Provisional{}, provisional, units);
+  EXPECT_EQ(closed.end, DuplexEnd::kEndToken);
+  EXPECT_FALSE(closed.reader.final_tokens.empty());
+  EXPECT_EQ(closed.reader.final_tokens, closed.reader.tokens);
+}
+
 // ---- hostile use -------------------------------------------------------------------------------
 
 template <class Call>
@@ -426,11 +476,6 @@ TEST(DuplexHostile, SlowConsumerPausesTheTargetAndLosesNothing) {
   }
   EXPECT_EQ(written, reference.reader.final_tokens);
 }
-
-struct Always {
-  Decision answer;
-  Decision decide(const PolicyState&) const { return answer; }
-};
 
 TEST(DuplexHostile, PolicyThatNeverWrites) {
   for (const bool concurrent : {false, true})
@@ -604,6 +649,12 @@ TEST(Duplex, ReportBeforeAnythingHappened) {
   EXPECT_TRUE(std::isnan(report.work_ratio()));
   EXPECT_EQ(report.wall_ms, 0);
   EXPECT_TRUE(duplex.delays().empty());
+  // A target without any source has no time from its first unit.
+  Duplex<Always, float> alone(model(), options(false, 3), Always{Decision::write()});
+  alone.end_input();
+  alone.for_each([](const DuplexOutput&) {});
+  EXPECT_EQ(alone.report().tokens_written, 3);
+  EXPECT_TRUE(std::isnan(alone.report().ttft_from_first_unit_ms));
 }
 
 // Both groups bounded: thousands of tokens pass through a few dozen slots, and the end is as

@@ -47,7 +47,9 @@ struct DuplexOptions {
   /// inference (its training is causal).
   bool bidirectional_prefix = false;
   SamplerOptions sampler;
-  /// A candidate among these ends the target; it is not written.
+  /// When a candidate among these would become part of the target (kWrite, or kRead that keeps it), the
+  /// target ends without it. A policy that rather reads on answers kRead and drops it: hypotheses that
+  /// end with an end token do.
   std::vector<Token> end_tokens;
   std::int64_t max_target_tokens = std::int64_t{1} << 62;
   /// The most tokens of one source unit.
@@ -90,7 +92,7 @@ struct DuplexOutput {
 /// Why a target ended.
 enum class DuplexEnd : std::uint8_t {
   kRunning,      ///< it has not
-  kEndToken,     ///< the model predicted an end token
+  kEndToken,     ///< an end token was to be written
   kPolicyStop,   ///< the policy answered kStop
   kTokenLimit,   ///< max_target_tokens were written
   kNothingLeft,  ///< the policy wanted to read or wait, and the source had ended
@@ -221,7 +223,6 @@ class DuplexEngine {
     if (reading_ && !see_next_unit()) return Progress::kNeedsSource;
     if (outputs_.room() < kMostOutputs) return Progress::kNeedsRoom;
     if (!to_feed_.empty()) return feed_target();
-    if (candidate_ && is_end_token(*candidate_)) return finish(DuplexEnd::kEndToken);
     const PolicyState asked = state();
     const Decision decision = policy_.decide(asked);
     switch (decision.action) {
@@ -475,6 +476,7 @@ class DuplexEngine {
       to_feed_ = options_.target_prefix;
       return Progress::kStepped;
     }
+    if (is_end_token(*candidate_)) return end_of_text();
     // Without room to take it back a token cannot be provisional.
     if (decision.provisional && num_provisional_ < max_provisional()) {
       put({.kind = DuplexOutput::Kind::kProvisional, .token = *candidate_});
@@ -486,6 +488,11 @@ class DuplexEngine {
     }
     return tokens_final_ + num_provisional_ >= options_.max_target_tokens ? end_at_limit()
                                                                           : Progress::kStepped;
+  }
+
+  Progress end_of_text() {
+    settle(num_provisional_);
+    return finish(DuplexEnd::kEndToken);
   }
 
   Progress end_at_limit() {
@@ -501,6 +508,7 @@ class DuplexEngine {
     reading_ = true;
     if (!candidate_) return Progress::kStepped;
     if (decision.last_token == LastToken::kKeep) {
+      if (is_end_token(*candidate_)) return end_of_text();
       settle(num_provisional_);
       write_final(*candidate_);
       if (tokens_final_ >= options_.max_target_tokens) return finish(DuplexEnd::kTokenLimit);

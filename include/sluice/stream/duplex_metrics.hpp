@@ -121,7 +121,7 @@ class DuplexMetrics {
   DuplexReport report() const {
     DuplexReport report;
     const std::int64_t first_fed = get(first_fed_ns_);
-    if (get(tokens_written_) > 0) {
+    if (get(tokens_written_) > 0 && get(units_fed_) > 0) {
       report.ttft_from_first_unit_ms = ms(get(first_written_ns_) - first_fed);
       report.ttft_from_last_unit_ms = ms(get(first_written_ns_) - get(last_fed_ns_));
     }

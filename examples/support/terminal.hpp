@@ -6,12 +6,12 @@
 #include <string>
 #include <string_view>
 
-namespace stream_text {
+namespace support {
 
 /// From here on Ctrl-C and SIGTERM only raise a flag, once: a second one ends the program as usual.
 /// A closed stdout is told by StdoutClosed, not by a signal.
 void catch_signals();
-/// The signal that was caught, or 0.
+/// The signal that was caught, or 0. Any thread.
 int caught_signal();
 
 /// The reader of stdout went away: not an error, but there is nobody left to write for.
@@ -53,4 +53,4 @@ class Progress {
   std::int64_t next_ns_;
 };
 
-}  // namespace stream_text
+}  // namespace support

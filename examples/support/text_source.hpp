@@ -12,7 +12,14 @@
 #include "sluice/core/token.hpp"
 #include "sluice/io/tokenizer.hpp"
 
-namespace stream_text {
+namespace support {
+
+/// Bytes of whole characters at the front of `text`, which may end in the middle of one.
+std::size_t whole_characters(std::string_view text);
+
+/// `source` and `offset` say where `text` stands: a name, and bytes before it.
+/// \throws sluice::Error(kText) naming the byte where it is not valid UTF-8 (RFC 3629).
+void require_utf8(std::string_view text, const std::string& source, std::int64_t offset);
 
 /// Bytes of a text: given at once, of a file, or of stdin.
 class TextSource {
@@ -32,6 +39,8 @@ class TextSource {
   /// Whether read() has given out everything, as far as that is known before it returns false.
   bool exhausted() const { return total_bytes_ >= 0 && bytes_read_ >= total_bytes_; }
 
+  /// The file descriptor, to wait for; -1 for a text that was given at once.
+  int descriptor() const { return descriptor_; }
   /// What errors call it.
   const std::string& name() const { return name_; }
   /// Bytes of the whole text, or -1 where nobody knows.
@@ -86,4 +95,4 @@ class TokenSource {
   bool wants_bos_;
 };
 
-}  // namespace stream_text
+}  // namespace support

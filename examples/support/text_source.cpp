@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "text_source.hpp"
+#include "support/text_source.hpp"
 
 #include <algorithm>
 #include <cerrno>
@@ -11,9 +11,9 @@
 #include <unistd.h>
 
 #include "sluice/core/error.hpp"
-#include "terminal.hpp"
+#include "support/terminal.hpp"
 
-namespace stream_text {
+namespace support {
 
 namespace {
 
@@ -47,13 +47,6 @@ std::size_t last_cut(std::string_view text, std::size_t first, bool adds_space) 
   return 0;
 }
 
-/// Bytes of whole characters at the front of `text`, which may end in the middle of one.
-std::size_t whole_characters(std::string_view text) {
-  std::size_t at = text.size();
-  while (at > 0 && text.size() - at < 4 && is_continuation(text[at - 1])) --at;
-  return at > 0 && static_cast<unsigned char>(text[at - 1]) >= 0xC0U ? at - 1 : text.size();
-}
-
 /// Where `text` stops being UTF-8 (RFC 3629), or npos.
 std::size_t invalid_utf8(std::string_view text) {
   for (std::size_t at = 0; at < text.size();) {
@@ -75,6 +68,22 @@ std::size_t invalid_utf8(std::string_view text) {
 }
 
 }  // namespace
+
+std::size_t whole_characters(std::string_view text) {
+  std::size_t at = text.size();
+  while (at > 0 && text.size() - at < 4 && is_continuation(text[at - 1])) --at;
+  return at > 0 && static_cast<unsigned char>(text[at - 1]) >= 0xC0U ? at - 1 : text.size();
+}
+
+void require_utf8(std::string_view text, const std::string& source, std::int64_t offset) {
+  const std::size_t invalid = invalid_utf8(text);
+  if (invalid == std::string_view::npos) return;
+  throw sluice::Error(
+      sluice::ErrorCode::kText,
+      {"text is not valid UTF-8", source,
+       "byte " + std::to_string(offset + static_cast<std::int64_t>(invalid)), "valid UTF-8",
+       "a byte of value " + std::to_string(static_cast<unsigned char>(text[invalid]))});
+}
 
 TextSource TextSource::from_text(std::string text) {
   TextSource source("the prompt", -1, false);
@@ -159,13 +168,7 @@ bool TokenSource::next(std::vector<sluice::Token>& tokens) {
 }
 
 void TokenSource::encode(std::string_view text, std::vector<sluice::Token>& tokens) {
-  const std::size_t invalid = invalid_utf8(text);
-  if (invalid != std::string_view::npos)
-    throw sluice::Error(
-        sluice::ErrorCode::kText,
-        {"text is not valid UTF-8", source_.name(),
-         "byte " + std::to_string(bytes_done_ + static_cast<std::int64_t>(invalid)), "valid UTF-8",
-         "a byte of value " + std::to_string(static_cast<unsigned char>(text[invalid]))});
+  require_utf8(text, source_.name(), bytes_done_);
   // The space that the tokeniser puts in front of a text is there in front of a later part.
   std::string_view part = text;
   if (bytes_done_ > 0 && tokenizer_->drops_leading_space() && part.starts_with(' '))
@@ -182,4 +185,4 @@ double TokenSource::fraction(double part) const {
   return bytes / static_cast<double>(source_.total_bytes());
 }
 
-}  // namespace stream_text
+}  // namespace support

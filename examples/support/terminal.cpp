@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-#include "terminal.hpp"
+#include "support/terminal.hpp"
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <charconv>
 #include <csignal>
@@ -17,11 +18,13 @@
 #include "sluice/core/error.hpp"
 #include "sluice/stream/clock.hpp"
 
-namespace stream_text {
+namespace support {
 
 namespace {
 
-volatile std::sig_atomic_t caught = 0;
+// Read by any thread, whichever one the signal interrupted.
+std::atomic<int> caught{0};
+static_assert(std::atomic<int>::is_always_lock_free);
 
 extern "C" void remember_signal(int signal) {
   caught = signal;
@@ -125,4 +128,4 @@ void Progress::clear() {
   shown_ = false;
 }
 
-}  // namespace stream_text
+}  // namespace support

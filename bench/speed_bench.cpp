@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+/// One model, a few tasks, one JSON object a line: what versus_llama_cpp.py runs in turns with the
+/// peer. Tasks:
+///   decode:N    milliseconds of single tokens behind N cached ones (full cache)
+///   prefill:N   milliseconds to read N tokens at once, no logits but the last's
+///   ttft:N      the same and the first token
+///   endless:N   milliseconds of N tokens in the steady state of 4 sinks + 1,020 keys
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <exception>
+#include <iostream>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "sluice/core/random.hpp"
+#include "sluice/model/load_gguf.hpp"
+#include "sluice/stream/session.hpp"
+
+namespace {
+
+using namespace sluice;
+
+constexpr const char* kHelp =
+    "usage: speed_bench MODEL.gguf THREADS TASK...\n"
+    "tasks: decode:N prefill:N ttft:N endless:N (N tokens); JSON lines on stdout\n";
+
+using Model = std::shared_ptr<const Decoder>;
+
+std::vector<Token> random_tokens(const Model& model, std::int64_t count) {
+  Random random(7);
+  std::vector<Token> tokens(static_cast<std::size_t>(count));
+  for (Token& token : tokens)
+    token =
+        static_cast<Token>(random.below(static_cast<std::uint64_t>(model->config().vocab_size)));
+  return tokens;
+}
+
+double ms_since(std::int64_t begin) { return static_cast<double>(monotonic_ns() - begin) * 1e-6; }
+
+Session<f16> make_session(const Model& model, CachePolicy policy, std::int64_t capacity,
+                          int threads) {
+  SessionOptions options;
+  options.cache.policy = policy;
+  options.cache.num_sink_tokens = 4;
+  options.cache.window_size = 1020;
+  options.cache.capacity = capacity;
+  options.num_threads = threads;
+  return Session<f16>(model, options);
+}
+
+std::vector<double> decode(const Model& model, std::int64_t cached, int threads) {
+  constexpr std::int64_t kSteps = 48;
+  Session<f16> session = make_session(model, CachePolicy::kFull, cached + kSteps + 8, threads);
+  session.accept(random_tokens(model, std::max<std::int64_t>(cached, 1)));
+  session.step();
+  session.step();
+  std::vector<double> ms;
+  for (std::int64_t i = 0; i < kSteps; ++i) {
+    const std::int64_t begin = monotonic_ns();
+    session.step();
+    ms.push_back(ms_since(begin));
+  }
+  return ms;
+}
+
+std::vector<double> read(const Model& model, std::int64_t tokens, int threads, bool writes) {
+  Session<f16> session = make_session(model, CachePolicy::kFull, tokens + 8, threads);
+  const std::vector<Token> prompt = random_tokens(model, tokens);
+  std::vector<double> ms;
+  for (int i = 0; i < 3; ++i) {
+    session.reset();
+    const std::int64_t begin = monotonic_ns();
+    session.accept(prompt);
+    if (writes) session.step();
+    ms.push_back(ms_since(begin));
+  }
+  return ms;
+}
+
+std::vector<double> endless(const Model& model, std::int64_t tokens, int threads) {
+  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, threads);
+  session.accept(random_tokens(model, 1100));
+  session.step();
+  std::vector<double> ms;
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    const std::int64_t begin = monotonic_ns();
+    session.step();
+    ms.push_back(ms_since(begin));
+  }
+  return ms;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  const std::vector<std::string> arguments(argv + 1, argv + argc);
+  if (!arguments.empty() && arguments[0] == "--benchmark_list_tests") {
+    std::cout << "decode\nprefill\nttft\nendless\n";
+    return 0;
+  }
+  if (arguments.size() < 3) {
+    std::cerr << kHelp;
+    return arguments.empty() || arguments[0] == "--help" ? 0 : 2;
+  }
+  const std::int64_t begin = monotonic_ns();
+  const Model model = load_decoder(std::make_shared<const GgufFile>(arguments[0]));
+  const double load_ms = ms_since(begin);
+  const int threads = std::atoi(arguments[1].c_str());
+  for (const std::string& task : std::span(arguments).subspan(2)) {
+    const std::size_t colon = task.find(':');
+    const std::string name = task.substr(0, colon);
+    const std::int64_t count =
+        colon == std::string::npos ? 0 : std::atoll(task.c_str() + colon + 1);
+    std::vector<double> ms;
+    if (name == "decode") ms = decode(model, count, threads);
+    else if (name == "prefill" || name == "ttft") ms = read(model, count, threads, name == "ttft");
+    else if (name == "endless") ms = endless(model, count, threads);
+    else throw std::invalid_argument("unknown task '" + task + "'");
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    std::cout << "{\"task\": \"" << task << "\", \"load_ms\": " << load_ms
+              << ", \"peak_resident_mb\": " << static_cast<double>(usage.ru_maxrss) / 1024
+              << ", \"ms\": [";
+    for (std::size_t i = 0; i < ms.size(); ++i) std::cout << (i == 0 ? "" : ", ") << ms[i];
+    std::cout << "]}" << std::endl;
+  }
+} catch (const std::exception& error) {
+  std::cerr << "speed_bench: " << error.what() << "\n";
+  return 2;
+}

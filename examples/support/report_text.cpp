@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MIT
+#include "support/report_text.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <map>
+#include <utility>
+#include <vector>
+
+#include <unistd.h>
+
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+
+namespace support {
+
+namespace {
+
+/// Calls visit for every weight matrix once, a tied output not again.
+template <class Visit>
+void each_matrix(const sluice::DecoderWeights& weights, Visit&& visit) {
+  visit(weights.embedding);
+  if (weights.output.data != weights.embedding.data) visit(weights.output);
+  for (const sluice::DecoderLayerWeights& layer : weights.layers)
+    for (const sluice::WeightMatrix* matrix : {&layer.query, &layer.key, &layer.value,
+                                               &layer.output, &layer.gate, &layer.up, &layer.down})
+      visit(*matrix);
+}
+
+}  // namespace
+
+std::string megabytes(std::int64_t bytes) {
+  return bytes < (1 << 20) ? format("%.1f KiB", static_cast<double>(bytes) / (1 << 10))
+                           : format("%.1f MiB", static_cast<double>(bytes) / (1 << 20));
+}
+
+ModelFacts facts_of(const sluice::Decoder& model) {
+  ModelFacts facts;
+  std::map<sluice::ElementType, std::int64_t> by_type;
+  each_matrix(model.weights(), [&](const sluice::WeightMatrix& matrix) {
+    facts.parameters += matrix.rows * matrix.cols;
+    facts.bytes += matrix.bytes();
+    by_type[matrix.type] += matrix.bytes();
+  });
+  std::vector<std::pair<std::int64_t, sluice::ElementType>> order;
+  for (const auto& [type, bytes] : by_type) order.emplace_back(bytes, type);
+  std::sort(order.rbegin(), order.rend());
+  for (const auto& [bytes, type] : order)
+    facts.types += (facts.types.empty() ? "" : ", ") + std::string(to_string(type));
+  return facts;
+}
+
+std::int64_t cache_bytes(const sluice::Decoder& model, const sluice::CacheOptions& cache,
+                         std::int64_t element_bytes) {
+  const sluice::CachePlan plan = plan_cache(model.config(), cache);
+  const sluice::KvShape shape = model.kv_shape();
+  // Layers begin at whole cache lines' worth of elements, as KvCache lays them out.
+  const auto line = static_cast<std::int64_t>(sluice::kAlignment);
+  std::int64_t elements = 0;
+  for (const int retention : plan.retention_of_layer) {
+    const std::int64_t rows =
+        shape.num_kv_heads * plan.retentions[static_cast<std::size_t>(retention)].capacity;
+    for (const std::int64_t dim : {shape.head_dim, shape.value_dim})
+      elements += (rows * dim + line - 1) / line * line;
+  }
+  return elements * element_bytes;
+}
+
+void require_memory(std::int64_t bytes, const std::string& what) {
+  const std::int64_t memory = std::int64_t{::sysconf(_SC_PHYS_PAGES)} * ::sysconf(_SC_PAGESIZE);
+  if (memory > 0 && bytes > memory)
+    throw sluice::Error(sluice::ErrorCode::kCapacity,
+                        {"the cache does not fit into this machine's memory", what, "",
+                         "at most " + megabytes(memory), megabytes(bytes)});
+}
+
+std::string latency_text(const sluice::LatencySummary& s) {
+  return format("p50 %.2f  p95 %.2f  p99 %.2f  p99.9 %.2f  max %.2f ms", s.p50_ms, s.p95_ms,
+                s.p99_ms, s.p99_9_ms, s.max_ms);
+}
+
+sluice::Json latency_json(const sluice::LatencySummary& s) {
+  return {{"count", s.count}, {"min", s.min_ms}, {"mean", s.mean_ms},   {"p50", s.p50_ms},
+          {"p95", s.p95_ms},  {"p99", s.p99_ms}, {"p99_9", s.p99_9_ms}, {"max", s.max_ms}};
+}
+
+}  // namespace support
