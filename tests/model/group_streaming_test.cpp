@@ -887,4 +887,17 @@ TEST_F(GroupStreaming, APlanMakesRoomForTheLeadAndPlacesTheOrigin) {
   }
 }
 
+TEST_F(GroupStreaming, AllLayersCountFromOnePosition) {
+  CachePlan plan = plan_cache(model(3).config(), {.num_sink_tokens = 1, .window_size = 12});
+  ASSERT_GT(plan.retentions.size(), 1U);
+  plan.retentions.back().origin = 0.5;
+  try {
+    model(3).make_cache<float>(plan);
+    ADD_FAILURE();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kConfig);
+    EXPECT_EQ(error.detail().field, "origin");
+  }
+}
+
 }  // namespace

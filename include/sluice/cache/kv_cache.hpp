@@ -84,7 +84,8 @@ class KvCache {
   const Rotary* rotary(std::int64_t layer) const { return at(layer).rotary; }
   /// Stream index of the next token.
   std::int64_t total() const { return retentions_.front().total(); }
-  /// Position of the stream's token `index`, the same in all layers.
+  /// Position of the stream's token `index`, in the layers that use the first retention: models give
+  /// all their layers one origin.
   Position write_position(std::int64_t index) const {
     return retentions_.front().write_position(index);
   }
@@ -413,11 +414,6 @@ class KvCache {
       fail("layers", std::to_string(shape_.num_layers) + " entries",
            static_cast<std::int64_t>(layers.size()));
     if (retentions.empty()) fail("retentions", "at least one", 0);
-    for (const RetentionConfig& retention : retentions)
-      if (retention.origin != retentions.front().origin)
-        throw Error(ErrorCode::kConfig,
-                    {"layers count from different positions", "KvCache", "origin",
-                     std::to_string(retentions.front().origin), std::to_string(retention.origin)});
     for (const LayerCacheConfig& layer : layers) {
       if (layer.retention < 0 || layer.retention >= static_cast<int>(retentions.size()))
         fail("layer retention", "below " + std::to_string(retentions.size()), layer.retention);

@@ -132,8 +132,16 @@ class Decoder {
   }
 
   /// A cache for one stream of this model. The model must outlive it.
+  /// \throws Error(kConfig) if the plan's retentions count from different positions; what KvCache
+  /// throws.
   template <RotaryElement Key, RotaryElement Value = Key>
   KvCache<Key, Value> make_cache(const CachePlan& plan) const {
+    for (const RetentionConfig& retention : plan.retentions)
+      if (retention.origin != plan.retentions.front().origin)
+        throw Error(ErrorCode::kConfig,
+                    {"layers count from different positions", "Decoder::make_cache", "origin",
+                     std::to_string(plan.retentions.front().origin),
+                     std::to_string(retention.origin)});
     std::vector<LayerCacheConfig> layers;
     for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
       layers.push_back(
