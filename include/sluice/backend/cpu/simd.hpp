@@ -38,6 +38,13 @@
 #define SLUICE_SIMD_SSE 0
 #endif
 
+// An instruction that adds four products of an unsigned and a signed byte to each int32 lane.
+#if (SLUICE_SIMD_AVX512 && defined(__AVX512VNNI__)) || (SLUICE_SIMD_AVX && defined(__AVXVNNI__))
+#define SLUICE_SIMD_VNNI 1
+#else
+#define SLUICE_SIMD_VNNI 0
+#endif
+
 namespace sluice::simd {
 
 /// Lanes of a VecF and a VecI: 16 with AVX-512, 8 with AVX, 4 otherwise, 1 without extensions.
@@ -269,6 +276,11 @@ struct VecI {
 #else
   return {a.v < b.v ? a.v : b.v};
 #endif
+}
+
+/// Lane-wise the larger one.
+[[gnu::always_inline]] inline VecI max(VecI a, VecI b) {
+  return {a.v > b.v ? a.v : b.v};
 }
 
 /// Lane-wise a < b ? if_true : if_false (if_false where either is NaN).
@@ -750,6 +762,114 @@ template <int kRun>
 [[gnu::always_inline]] inline void transpose([[maybe_unused]] VecF (&rows)[kWidth]) {
 #if SLUICE_HAS_VECTOR_EXTENSIONS
   detail::transpose_blocks<kWidth / 2>(rows);
+#endif
+}
+
+/// Writes the lowest byte of each lane: kWidth bytes.
+[[gnu::always_inline]] inline void store_low_bytes(std::int8_t* target, VecI value) {
+#if SLUICE_SIMD_AVX512
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(target),
+      _mm512_maskz_cvtepi32_epi8(detail::kAllLanes, detail::bits_as<__m512i>(value.v)));
+#elif SLUICE_HAS_VECTOR_EXTENSIONS
+  const auto narrow = __builtin_convertvector(value.v, detail::NativeI8);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#else
+  *target = static_cast<std::int8_t>(value.v & 255);
+#endif
+}
+
+/// What dot_signed() wants added to its first operand's bytes: its instruction may take unsigned
+/// bytes only.
+inline constexpr int kSignedBias = SLUICE_SIMD_VNNI ? 128 : 0;
+
+namespace detail {
+// Each lane of `sum` plus the products of its four bytes in a, taken as signed or unsigned, and in
+// b, signed. For targets without an instruction for it; no sum in between can overflow.
+template <bool kSigned>
+[[gnu::always_inline]] inline VecI dot_bytes_plain(VecI sum, VecI a, VecI b) {
+#if SLUICE_SIMD_SSE || SLUICE_SIMD_AVX
+  // Even and odd bytes as 16-bit words, whose products are added in pairs. One half at a time where
+  // registers of integers are narrower than those of floats.
+  const auto words = [](__m128i bytes, bool odd, bool is_signed) {
+    const __m128i high = odd ? bytes : _mm_slli_epi16(bytes, 8);
+    return is_signed ? _mm_srai_epi16(high, 8) : _mm_srli_epi16(high, 8);
+  };
+  constexpr int kParts = kWidth / 4;
+  __m128i sums[kParts];
+  __m128i as[kParts];
+  __m128i bs[kParts];
+  std::memcpy(sums, &sum, sizeof(sums));
+  std::memcpy(as, &a, sizeof(as));
+  std::memcpy(bs, &b, sizeof(bs));
+  for (int i = 0; i < kParts; ++i)
+    for (const bool odd : {false, true})
+      sums[i] = _mm_add_epi32(sums[i],
+                              _mm_madd_epi16(words(as[i], odd, kSigned), words(bs[i], odd, true)));
+  std::memcpy(&sum, sums, sizeof(sums));
+  return sum;
+#else
+  const VecI byte = broadcast(std::int32_t{255});
+  const VecI sign = broadcast(std::int32_t{128});
+  for (int i = 0; i < 4; ++i) {
+    const VecI ua = (a >> (8 * i)) & byte;
+    const VecI ub = (b >> (8 * i)) & byte;
+    // u - 2 (u & 128) is the byte as a signed number.
+    const auto va = kSigned ? ua.v - 2 * (ua & sign).v : ua.v;
+    sum = {sum.v + va * (ub.v - 2 * (ub & sign).v)};
+  }
+  return sum;
+#endif
+}
+}  // namespace detail
+
+/// Each lane of `sum` plus the products of its four bytes in `levels`, 0 to 127, with its four
+/// bytes in `values`, -127 to 127. Exact as long as the sum is within int32.
+[[gnu::always_inline]] inline VecI dot_levels(VecI sum, VecI levels, VecI values) {
+#if SLUICE_SIMD_AVX512 && SLUICE_SIMD_VNNI
+  return {detail::bits_as<detail::NativeI>(
+      _mm512_dpbusd_epi32(detail::bits_as<__m512i>(sum.v), detail::bits_as<__m512i>(levels.v),
+                          detail::bits_as<__m512i>(values.v)))};
+#elif SLUICE_SIMD_AVX512
+  const __m512i pairs =
+      _mm512_maddubs_epi16(detail::bits_as<__m512i>(levels.v), detail::bits_as<__m512i>(values.v));
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif SLUICE_SIMD_AVX && SLUICE_SIMD_VNNI
+  return {detail::bits_as<detail::NativeI>(
+      _mm256_dpbusd_avx_epi32(detail::bits_as<__m256i>(sum.v), detail::bits_as<__m256i>(levels.v),
+                              detail::bits_as<__m256i>(values.v)))};
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  const __m256i pairs =
+      _mm256_maddubs_epi16(detail::bits_as<__m256i>(levels.v), detail::bits_as<__m256i>(values.v));
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+#else
+  return detail::dot_bytes_plain<false>(sum, levels, values);
+#endif
+}
+
+/// The same for signed bytes a, -128 to 127, given as a + kSignedBias. The result has
+/// kSignedBias times the four bytes of `values` too much.
+[[gnu::always_inline]] inline VecI dot_signed(VecI sum, VecI biased, VecI values) {
+#if SLUICE_SIMD_VNNI
+  return dot_levels(sum, biased, values);
+#elif SLUICE_SIMD_AVX512
+  // |a| times the values with the sign of a; |-128| is 128 as an unsigned byte.
+  const auto a = detail::bits_as<__m512i>(biased.v);
+  const auto x = detail::bits_as<__m512i>(values.v);
+  const __m512i turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(a), _mm512_setzero_si512(), x);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(a), turned);
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  const auto a = detail::bits_as<__m256i>(biased.v);
+  const __m256i turned = _mm256_sign_epi8(detail::bits_as<__m256i>(values.v), a);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), turned);
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+#else
+  return detail::dot_bytes_plain<true>(sum, biased, values);
 #endif
 }
 
