@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "sluice/backend/cpu/linear_int8.hpp"
+#include "sluice/backend/cpu/linear_int8_stream.hpp"
 #include "sluice/backend/cpu/linear_task.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/backend.hpp"
@@ -466,7 +467,8 @@ struct StreamKernel<ElementType::kQ6_K> {
             for (int r = 0; r < kRows; ++r) {
               const std::uint8_t* block = weights + r * row_bytes;
               const simd::VecI low = simd::load_int32(block + 64 * half + 4 * simd::kWidth * v);
-              const simd::VecI high = upper_bits(block + offsetof(BlockQ6_K, qh) + 32 * half, v);
+              const simd::VecI high =
+                  upper_bits_q6_k(block + offsetof(BlockQ6_K, qh) + 32 * half, v);
               q[r] = s == 0 ? (low & nibbles) | ((high << 4) & pairs)
                             : ((low >> 4) & nibbles) | (high & pairs);
             }
@@ -510,17 +512,6 @@ struct StreamKernel<ElementType::kQ6_K> {
       prepared += kFloats;
     }
     reduce_all(sums, result);
-  }
-
-  // The upper bits of register v's words, bits 0-1 and 4-5 of every byte.
-  [[gnu::always_inline]] static simd::VecI upper_bits(const std::uint8_t* qh, int v) {
-    if constexpr (simd::kWidth == 16) {
-      constexpr std::int32_t kCounts[16] = {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
-      return simd::shift_right(simd::load_int32_twice(qh), simd::load_int32(kCounts));
-    } else {
-      const int word = v * simd::kWidth;
-      return simd::load_int32(qh + 4 * (word % 8)) >> (word < 8 ? 0 : 2);
-    }
   }
 };
 
@@ -904,7 +895,9 @@ class LinearWorkspace {
     const std::int64_t panels = std::max(detail::kPanelBudget, detail::kPanelRows * cols);
     const std::int64_t many = panels + detail::kPanelTokens * cols;
     const std::int64_t few = detail::kStreamTokens * detail::max_prepared_size(cols);
-    return detail::round_up(std::max({many, few, detail::int8_scratch_size(cols)}), 64);
+    return detail::round_up(std::max({many, few, detail::int8_scratch_size(cols),
+                                      detail::int8_stream_scratch_size(cols)}),
+                            64);
   }
 
   std::int64_t max_cols_;
@@ -934,10 +927,12 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
       // Tasks of plain weights among them go the other way one by one.
       for (const LinearTask& task : tasks) {
         with_type(task.weight.type, [&]<ElementType kType>() {
-          if constexpr (Int8Weights<kType>::kExists)
-            int8_panel_task<Int8Weights<kType>>(task, x, scratch, member, num_members);
-          else
+          if constexpr (!Int8Weights<kType>::kExists)
             float_tasks({&task, 1}, x, scratch, member, num_members);
+          else if (x.rows <= kInt8StreamTokens)
+            int8_stream_task<kType>(task, x, scratch, member, num_members);
+          else
+            int8_panel_task<Int8Weights<kType>>(task, x, scratch, member, num_members);
         });
       }
       return;

@@ -164,12 +164,13 @@ struct Int8Weights<ElementType::kQ6_K> : Int8WeightsDefaults {
 };
 
 // Rounds one block of 32 activations for each lane: lane i's values are at x + i * x_stride, its
-// levels go to levels + i * kInt8Strip, its scale to lane i of the result. Lanes from `count` on
+// levels go to levels + i * level_stride, its scale to lane i of the result. Lanes from `count` on
 // repeat the last one. 1 <= count <= kWidth.
 inline constexpr int kInt8Strip = 64;
 [[gnu::always_inline]] inline simd::VecF quantise_activations(const float* x, std::int64_t x_stride,
                                                               std::int64_t count,
-                                                              std::int8_t* levels) {
+                                                              std::int8_t* levels,
+                                                              std::int64_t level_stride) {
   simd::VecF square[simd::kWidth];
   for (int i = 0; i < simd::kWidth; ++i) {
     const float* values = x + std::min<std::int64_t>(i, count - 1) * x_stride;
@@ -195,7 +196,7 @@ inline constexpr int kInt8Strip = 64;
     const simd::VecF inverse = simd::broadcast(inverses[i]);
 #pragma GCC unroll 8
     for (int k = 0; k < 32; k += simd::kWidth)
-      simd::store_low_bytes(levels + i * kInt8Strip + k,
+      simd::store_low_bytes(levels + i * level_stride + k,
                             simd::bits_as_int(simd::fma(simd::load(values + k), inverse, magic)));
   }
   // a - a makes the scale NaN where a is not finite; the levels are then of no account.
@@ -244,9 +245,9 @@ void fill_group(MatrixView<const float> x, const Int8Group& group) {
       const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
       const std::int64_t lane = c / 32 * kInt8Tokens + first;
       for (int i = 0; i < count; i += 32)
-        simd::store(
-            group.scales + lane + i / 32 * kInt8Tokens,
-            quantise_activations(x.row(first) + c + i, x.stride, x.rows - first, strip[0] + i));
+        simd::store(group.scales + lane + i / 32 * kInt8Tokens,
+                    quantise_activations(x.row(first) + c + i, x.stride, x.rows - first,
+                                         strip[0] + i, kInt8Strip));
       float* words = group.levels + c / 4 * kInt8Tokens + first;
       for (int i = 0; i < count; i += 4 * simd::kWidth) {
         simd::VecF square[simd::kWidth];
@@ -441,6 +442,18 @@ void int8_panel_task(const LinearTask& task, MatrixView<const float> x, float* s
       for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
         multiply_int8_panel<Weights, kInt8Tokens>(count, task, panel, group, row, tokens.begin);
     }
+  }
+}
+
+// The upper bits of the levels of half a Q6_K block (see StreamKernel and BlockQ6_K), for register
+// v of its words: bits 0-1 and 4-5 of every byte.
+[[gnu::always_inline]] inline simd::VecI upper_bits_q6_k(const std::uint8_t* qh, int v) {
+  if constexpr (simd::kWidth == 16) {
+    constexpr std::int32_t kCounts[16] = {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
+    return simd::shift_right(simd::load_int32_twice(qh), simd::load_int32(kCounts));
+  } else {
+    const int word = v * simd::kWidth;
+    return simd::load_int32(qh + 4 * (word % 8)) >> (word < 8 ? 0 : 2);
   }
 }
 
