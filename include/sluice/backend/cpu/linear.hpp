@@ -863,7 +863,7 @@ class LinearWorkspace {
  public:
   /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates for
   /// each member 384 KiB, or a panel of 2 kWidth rows where that is more, and 12 tokens of
-  /// max_cols. \throws Error(kConfig) unless both are positive.
+  /// max_cols, whichever `activations` are chosen. \throws Error(kConfig) unless both are positive.
   LinearWorkspace(std::int64_t max_cols, int team_size,
                   Activations activations = Activations::kFloat32)
       : max_cols_(checked(max_cols, "max_cols")),

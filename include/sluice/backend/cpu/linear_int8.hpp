@@ -312,7 +312,7 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
   }
 }
 
-// sums[t] = one chain of a panel times the first kTokens of a group: all units of this chain.
+// sums[t] = one chain of a panel times the first kTokens of a group, a multiple of 4.
 template <class Weights, int kTokens>
 void add_chain(const float* panel, const Int8Group& group, std::int64_t cols, int chain,
                simd::VecF* sums) {
@@ -336,38 +336,35 @@ void add_chain(const float* panel, const Int8Group& group, std::int64_t cols, in
       const float* words = group.levels + u * (kUnit / 4) * kInt8Tokens;
       const float* token_scales = group.scales + u * kUnit / 32 * kInt8Tokens;
       const float* token_offsets = group.offsets + u * kInt8Tokens;
-      // The products of a token are one chain of additions; kCount chains side by side keep the
-      // multipliers busy.
-      const auto add_tokens = [&]<int kCount>(int first_token) {
-        simd::VecI unit_sums[kCount];
+      // The products of a token are one chain of additions; four side by side keep the multipliers
+      // busy.
 #pragma GCC unroll 4
-        for (int i = 0; i < kCount; ++i) {
+      for (int four = 0; four < kTokens; four += 4) {
+        simd::VecI unit_sums[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
           unit_sums[i] = simd::broadcast(std::int32_t{0});
-          if constexpr (!Weights::kHasOffset) unit_sums[i] = word(token_offsets + first_token + i);
+          if constexpr (!Weights::kHasOffset) unit_sums[i] = word(token_offsets + four + i);
         }
 #pragma GCC unroll 8
         for (int k = 0; k < kUnit / 4; ++k) {
 #pragma GCC unroll 4
-          for (int i = 0; i < kCount; ++i) {
-            const simd::VecI values = word(words + k * kInt8Tokens + first_token + i);
+          for (int i = 0; i < 4; ++i) {
+            const simd::VecI values = word(words + k * kInt8Tokens + four + i);
             unit_sums[i] = Weights::kSigned ? simd::dot_signed(unit_sums[i], levels[k], values)
                                             : simd::dot_levels(unit_sums[i], levels[k], values);
           }
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < kCount; ++i) {
-          const int t = first_token + i;
+        for (int i = 0; i < 4; ++i) {
+          const int t = four + i;
           total[t] = simd::fma(simd::to_float(unit_sums[i]),
                                scale * simd::broadcast(token_scales[t]), total[t]);
           if constexpr (Weights::kHasOffset)
             total[t] = simd::fma(simd::load(offsets + u * kInt8Rows),
                                  simd::broadcast(token_offsets[t]), total[t]);
         }
-      };
-#pragma GCC unroll 4
-      for (int t = 0; t + 4 <= kTokens; t += 4) add_tokens.template operator()<4>(t);
-      if constexpr (kTokens % 4 != 0)
-        add_tokens.template operator()<kTokens % 4>(kTokens - kTokens % 4);
+      }
     }
   }
   for (int t = 0; t < kTokens; ++t) sums[t] = total[t];
@@ -388,16 +385,19 @@ void add_chains(const float* panel, const Int8Group& group, std::int64_t cols, i
   }
 }
 
+// One panel times the first `tokens` tokens of a group. Fours of tokens are multiplied, of which
+// the last one's lanes beyond `tokens` are dropped: fewer kernels to compile, and to keep in a
+// cache.
 template <class Weights, int kTokens>
 void multiply_int8_panel(int tokens, const LinearTask& task, const float* panel,
                          const Int8Group& group, std::int64_t row, std::int64_t token) {
-  if constexpr (kTokens > 1)
-    if (tokens < kTokens)
-      return multiply_int8_panel<Weights, kTokens - 1>(tokens, task, panel, group, row, token);
+  if constexpr (kTokens > 4)
+    if (tokens <= kTokens - 4)
+      return multiply_int8_panel<Weights, kTokens - 4>(tokens, task, panel, group, row, token);
   simd::VecF sums[kTokens];
   add_chains<Weights, kTokens>(panel, group, task.weight.cols, 0, sums);
   const std::int64_t count = std::min<std::int64_t>(kInt8Rows, task.weight.rows - row);
-  for (int t = 0; t < kTokens; ++t) {
+  for (int t = 0; t < tokens; ++t) {
     float* y = task.y.row(token + t) + row;
     simd::VecF sum = sums[t];
     if (task.bias != nullptr) sum += simd::load_partial(task.bias + row, count);

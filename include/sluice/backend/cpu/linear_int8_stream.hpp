@@ -20,8 +20,9 @@
 namespace sluice::detail {
 
 // Up to this many tokens weights are taken apart in registers, once per group of up to
-// kInt8StreamGroup tokens; above it panels pay. Registers of one lane hold no unit: they always
-// take panels.
+// kInt8StreamGroup tokens; above it panels pay. On a Zen 4 core the two meet at 8 tokens for Q8_0
+// and Q6_K, at 12 for Q4_0 and Q4_1 and at 20 for Q4_K; bench/linear_bench has both sides under
+// `crossover`. Registers of one lane hold no unit: they always take panels.
 inline constexpr std::int64_t kInt8StreamTokens = simd::kWidth >= 4 ? 8 : 0;
 inline constexpr int kInt8StreamGroup = 4;
 // Bytes of weights that several groups of tokens visit in turn.
