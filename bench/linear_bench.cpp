@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-/// Linear layers against this machine's read bandwidth. Names are linear/<type>; arguments are
-/// tokens, rows (out features), cols (in features) and threads. With few tokens, weights rotate
-/// through copies that together exceed any cache, as the layers of a model do; counters are
-/// GB/s of weight bytes and GFLOP/s (two per weight and token). `read` is the bandwidth that bounds
-/// the former: the team sums a buffer that no cache holds. `crossover` compares the two paths of
-/// the CPU backend at the same shape: its kStreamTokens comes from there.
+/// Linear layers against this machine's read bandwidth. Names are linear/<type>/<activations>,
+/// where f32 and int8 are those of sluice::Activations; arguments are tokens, rows (out features),
+/// cols (in features) and threads. With few tokens, weights rotate through copies that together
+/// exceed any cache, as the layers of a model do; counters are GB/s of weight bytes and GFLOP/s
+/// (two per weight and token). `read` is the bandwidth that bounds the former: the team sums a
+/// buffer that no cache holds. `crossover` compares the two paths of the CPU backend at the same
+/// shape: its kStreamTokens comes from there.
 ///
 /// The counters are those of the fastest single call, which a busy neighbour disturbs least; the
 /// times are Google Benchmark's means over all calls. A small matrix may find one of its copies
@@ -27,6 +28,7 @@
 
 namespace {
 
+using sluice::Activations;
 using sluice::Buffer;
 using sluice::ElementType;
 using sluice::LinearTask;
@@ -105,14 +107,25 @@ void multiply(const LinearTask& task, MatrixView<const float> x, LinearWorkspace
   }
   team.run([&](int member, int num_members) {
     float* scratch = workspace.member(member);
-    if (path == Path::kStream)
+    if (workspace.activations() == Activations::kInt8) {
+      sluice::detail::with_type(task.weight.type, [&]<ElementType kType>() {
+        if constexpr (sluice::detail::Int8Weights<kType>::kExists) {
+          if (path == Path::kStream)
+            sluice::detail::int8_stream_task<kType>(task, x, scratch, member, num_members);
+          else
+            sluice::detail::int8_panel_task<sluice::detail::Int8Weights<kType>>(
+                task, x, scratch, member, num_members);
+        }
+      });
+    } else if (path == Path::kStream) {
       sluice::detail::stream_tasks({&task, 1}, x, scratch, member, num_members);
-    else
+    } else {
       sluice::detail::panel_task(task, x, scratch, member, num_members);
+    }
   });
 }
 
-void run_linear(benchmark::State& state, ElementType type, Path path) {
+void run_linear(benchmark::State& state, ElementType type, Activations activations, Path path) {
   const std::int64_t tokens = state.range(0);
   const std::int64_t rows = state.range(1);
   const std::int64_t cols = state.range(2);
@@ -127,7 +140,7 @@ void run_linear(benchmark::State& state, ElementType type, Path path) {
   const std::vector<float> x = random_values(tokens * cols);
   std::vector<float> y(static_cast<std::size_t>(tokens * rows));
   ThreadTeam team(threads);
-  LinearWorkspace workspace(cols, threads);
+  LinearWorkspace workspace(cols, threads, activations);
   std::int64_t copy = 0;
   Fastest fastest;
   for (auto _ : state) {
@@ -178,6 +191,43 @@ constexpr ElementType kTypes[] = {ElementType::kF32,  ElementType::kF16,  Elemen
                                   ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kQ4_1,
                                   ElementType::kQ4_K, ElementType::kQ6_K};
 
+void register_type(ElementType type, Activations activations) {
+  struct Shape {
+    std::int64_t rows;
+    std::int64_t cols;
+  };
+  const std::string name =
+      std::string(sluice::to_string(type)) + (activations == Activations::kInt8 ? "/int8" : "/f32");
+  // SmolLM2's shapes, with 768 in place of 576 for the types whose blocks are 256 wide.
+  const std::int64_t width = sluice::block_shape(type).values == 256 ? 768 : 576;
+  const Shape shapes[] = {{576, width}, {1536, width}, {576, 1536}, {49152, width}};
+  auto* bench = benchmark::RegisterBenchmark(("linear/" + name).c_str(),
+                                             [type, activations](benchmark::State& state) {
+                                               run_linear(state, type, activations, Path::kChosen);
+                                             });
+  bench->ArgNames({"tokens", "rows", "cols", "threads"})
+      ->UseRealTime()
+      ->Unit(benchmark::kMicrosecond);
+  for (const std::int64_t tokens : {1, 512})
+    for (const Shape shape : shapes)
+      for (const std::int64_t threads : {1, 2}) {
+        if (tokens == 512 && shape.rows == 49152) continue;  // logits are taken of one token
+        bench->Args({tokens, shape.rows, shape.cols, threads});
+      }
+  for (const auto& [path_name, path] :
+       {std::pair{"stream", Path::kStream}, std::pair{"panels", Path::kPanels}}) {
+    auto* crossover =
+        benchmark::RegisterBenchmark(("crossover/" + name + "/" + path_name).c_str(),
+                                     [type, activations, path = path](benchmark::State& state) {
+                                       run_linear(state, type, activations, path);
+                                     });
+    crossover->ArgNames({"tokens", "rows", "cols", "threads"})
+        ->UseRealTime()
+        ->Unit(benchmark::kMicrosecond);
+    for (const std::int64_t tokens : {2, 3, 4, 6, 8}) crossover->Args({tokens, 1536, width, 1});
+  }
+}
+
 void register_all() {
   benchmark::RegisterBenchmark("read", read)
       ->ArgName("threads")
@@ -185,37 +235,9 @@ void register_all() {
       ->Arg(2)
       ->UseRealTime()
       ->Unit(benchmark::kMillisecond);
-  struct Shape {
-    std::int64_t rows;
-    std::int64_t cols;
-  };
   for (const ElementType type : kTypes) {
-    const bool wide_blocks = sluice::block_shape(type).values == 256;
-    // SmolLM2's shapes, with 768 in place of 576 for the types whose blocks are 256 wide.
-    const std::int64_t width = wide_blocks ? 768 : 576;
-    const Shape shapes[] = {{576, width}, {1536, width}, {576, 1536}, {49152, width}};
-    auto* bench = benchmark::RegisterBenchmark(
-        ("linear/" + std::string(sluice::to_string(type))).c_str(),
-        [type](benchmark::State& state) { run_linear(state, type, Path::kChosen); });
-    bench->ArgNames({"tokens", "rows", "cols", "threads"})
-        ->UseRealTime()
-        ->Unit(benchmark::kMicrosecond);
-    for (const std::int64_t tokens : {1, 512})
-      for (const Shape shape : shapes)
-        for (const std::int64_t threads : {1, 2}) {
-          if (tokens == 512 && shape.rows == 49152) continue;  // logits are taken of one token
-          bench->Args({tokens, shape.rows, shape.cols, threads});
-        }
-    for (const auto& [name, path] :
-         {std::pair{"stream", Path::kStream}, std::pair{"panels", Path::kPanels}}) {
-      auto* crossover = benchmark::RegisterBenchmark(
-          ("crossover/" + std::string(sluice::to_string(type)) + "/" + name).c_str(),
-          [type, path = path](benchmark::State& state) { run_linear(state, type, path); });
-      crossover->ArgNames({"tokens", "rows", "cols", "threads"})
-          ->UseRealTime()
-          ->Unit(benchmark::kMicrosecond);
-      for (const std::int64_t tokens : {2, 3, 4, 6, 8}) crossover->Args({tokens, 1536, width, 1});
-    }
+    register_type(type, Activations::kFloat32);
+    if (sluice::block_shape(type).values > 1) register_type(type, Activations::kInt8);
   }
 }
 

@@ -6,7 +6,8 @@
 ///   recompute    keys and values of the last `window` tokens rebuilt for every token
 ///   sink-window  4 sinks and the last `window` keys
 /// The model is the GGUF file that SLUICE_MODEL names, else random Q8_0 weights in the geometry of
-/// SmolLM2-135M. SLUICE_THREADS sets the team (default 2). A step's clock runs from the call of
+/// SmolLM2-135M. SLUICE_THREADS sets the team (default 2), SLUICE_INT8 takes activations of 8 bits. A
+/// step's clock runs from the call of
 /// step() to its return; the time to first token from accept() with the whole prompt to the return
 /// of the first step().
 #include <benchmark/benchmark.h>
@@ -58,6 +59,7 @@ Session<f16> make_session(CachePolicy policy, std::int64_t window) {
   options.cache.capacity = 2 * window;
   options.sampler.temperature = 1;
   options.num_threads = threads();
+  if (std::getenv("SLUICE_INT8") != nullptr) options.activations = Activations::kInt8;
   return Session<f16>(model(), options);
 }
 

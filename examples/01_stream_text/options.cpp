@@ -47,7 +47,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.sampler.min_p = 0.05;
   std::string prompt, file, perplexity, save, load, latency_log;
   std::string policy = "sink-window", position = "in-cache", keys = "rotated", kv_type = "f16",
-              format = "text";
+              format = "text", activations = "f32";
   bool chat = false;
 
   CLI::App app{
@@ -78,6 +78,9 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   option("-m,--model", o.model, "GGUF file, or folder with config.json and safetensors")
       ->required();
   with_default("-t,--threads", o.threads, "threads of the model")->check(whole_number(1, 1024));
+  with_default("--activations", activations,
+               "how activations meet quantised weights: f32 (exact), int8 (rounded, faster)")
+      ->check(CLI::IsMember({"f32", "int8"}));
 
   group = "Input (without any of these: stdin, read as it comes)";
   CLI::Option* const prompt_option = option("-p,--prompt", prompt, "text to continue");
@@ -201,6 +204,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.load = taken(load_option, load);
   o.latency_log = taken(log_option, latency_log);
   o.format = format == "json" ? Format::kJson : Format::kText;
+  if (activations == "int8") o.activations = sluice::Activations::kInt8;
   o.kv_type = kv_type == "f32" ? KvType::kF32 : kv_type == "bf16" ? KvType::kBF16 : KvType::kF16;
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;
   o.cache.position_rule =

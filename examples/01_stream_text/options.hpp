@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "sluice/backend/cpu/linear_task.hpp"
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/stream/sampler.hpp"
 
@@ -36,6 +37,7 @@ struct Options {
   sluice::CacheOptions cache;
   KvType kv_type = KvType::kF16;
   int threads = 1;
+  sluice::Activations activations = sluice::Activations::kFloat32;
 
   std::string system;  // --chat
 

@@ -65,6 +65,8 @@ Json setting_json(const sluice::LoadedModel& model, const Options& options) {
           {"kv_type", to_string(options.kv_type)},
           {"chunk", cache.chunk()},
           {"threads", options.threads},
+          {"activations",
+           options.activations == sluice::Activations::kInt8 ? "int8" : "f32"},
           {"temperature", options.sampler.temperature},
           {"top_k", options.sampler.top_k},
           {"top_p", options.sampler.top_p},

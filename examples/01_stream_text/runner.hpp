@@ -81,7 +81,8 @@ class Runner {
     return {.cache = options.cache,
             .sampler = options.sampler,
             .num_threads = options.threads,
-            .team = nullptr};
+            .team = nullptr,
+            .activations = options.activations};
   }
 
   bool recomputes() const { return options_.cache.policy == sluice::CachePolicy::kRecompute; }

@@ -10,11 +10,13 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "sluice/core/atomic_file.hpp"
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_safetensors.hpp"
+#include "sluice/nn/quantised_blocks.hpp"
 
 namespace sluice {
 namespace {
@@ -151,6 +153,59 @@ TEST(Session, EveryThreadCountGivesTheSameBits) {
   }
   EXPECT_EQ(logits[0], logits[1]);
   EXPECT_EQ(logits[0], logits[2]);
+}
+
+// The model with its matrices stored as Q8_0.
+std::shared_ptr<const Decoder> quantised_model() {
+  const auto plain = model();
+  DecoderWeights weights = plain->weights();
+  auto stored = std::make_shared<std::vector<std::vector<unsigned char>>>();
+  const auto quantise_matrix = [&](WeightMatrix& matrix) {
+    const std::int64_t count = matrix.rows * matrix.cols;
+    std::vector<float> values(static_cast<std::size_t>(count));
+    dequantise(matrix.type, matrix.data, count, values.data());
+    stored->emplace_back(static_cast<std::size_t>(storage_bytes(ElementType::kQ8_0, count)));
+    quantise(ElementType::kQ8_0, values.data(), count, stored->back().data());
+    matrix = {ElementType::kQ8_0, stored->back().data(), matrix.rows, matrix.cols};
+  };
+  quantise_matrix(weights.embedding);
+  quantise_matrix(weights.output);
+  for (DecoderLayerWeights& layer : weights.layers)
+    for (WeightMatrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate,
+                                 &layer.up, &layer.down})
+      quantise_matrix(*matrix);
+  weights.storage = stored;
+  return std::make_shared<const Decoder>(plain->config(), std::move(weights));
+}
+
+// Each of the model's products is off by about half a percent; its logits have to be another's, and
+// near: 4 percent are seen, and a level dropped or a scale of another block would give far more.
+TEST(Session, RoundedActivationsAreNearAndTheSameForEveryThreadCount) {
+  const auto decoder = quantised_model();
+  const std::vector<Token> tokens = random_tokens(60);
+  SessionOptions options = sink_window(2, 24, 13);
+  Session<float> exact(decoder, options);
+  exact.accept(tokens);
+  options.activations = Activations::kInt8;
+  Session<float> rounded(decoder, options);
+  rounded.accept(tokens);
+  double error = 0;
+  double scale = 0;
+  for (std::size_t i = 0; i < exact.logits().size(); ++i) {
+    const double difference =
+        static_cast<double>(rounded.logits()[i]) - static_cast<double>(exact.logits()[i]);
+    error += difference * difference;
+    scale += static_cast<double>(exact.logits()[i]) * static_cast<double>(exact.logits()[i]);
+  }
+  EXPECT_GT(error, 0.0);
+  EXPECT_LE(std::sqrt(error / scale), 0.1);
+  RecordProperty("relative_error", std::to_string(std::sqrt(error / scale)));
+  for (const int threads : {2, 3}) {
+    options.num_threads = threads;
+    Session<float> session(decoder, options);
+    session.accept(tokens);
+    EXPECT_TRUE(std::ranges::equal(session.logits(), rounded.logits())) << threads << " threads";
+  }
 }
 
 TEST(Session, TwoSessionsOfOneModelDoNotMeet) {

@@ -218,10 +218,15 @@ class Decoder {
 
 class DecoderWorkspace {
  public:
+  /// Segments for which a workspace has room unless told otherwise.
+  static constexpr int kDefaultSegments = 16;
+
   /// For chunks of up to `max_tokens` tokens that see up to `max_keys` entries in `max_segments`
   /// segments, those of other groups included (a group with sinks and a window has up to four).
+  /// `activations`: the arithmetic of all products with weights, logits included.
   DecoderWorkspace(const Decoder& model, std::int64_t max_tokens, std::int64_t max_keys,
-                   int team_size, int max_segments = 16)
+                   int team_size, int max_segments = kDefaultSegments,
+                   Activations activations = Activations::kFloat32)
       : max_tokens_(max_tokens),
         hidden_(buffer(max_tokens, model.config().hidden_size)),
         normed_(buffer(max_tokens, model.config().hidden_size)),
@@ -231,7 +236,7 @@ class DecoderWorkspace {
         attended_(buffer(max_tokens, model.config().num_qo_heads * model.config().head_dim)),
         gate_(buffer(max_tokens, model.config().intermediate_size)),
         up_(buffer(max_tokens, model.config().intermediate_size)),
-        linear_(widest(model.config()), team_size),
+        linear_(widest(model.config()), team_size, activations),
         lse_(static_cast<std::size_t>(model.config().num_qo_heads)),
         mass_(static_cast<std::size_t>(model.config().num_qo_heads)) {
     const DecoderConfig& config = model.config();

@@ -40,6 +40,8 @@ struct SessionOptions {
   int num_threads = 1;  ///< of the session's own team; not used when `team` is set
   /// A team shared with other sessions that never step at the same time; null: the session's own.
   std::shared_ptr<ThreadTeam> team;
+  /// In which form activations meet quantised weights: exact, or rounded and faster.
+  Activations activations = Activations::kFloat32;
 };
 
 /// -ln softmax(logits)[target]: what perplexity averages, in nats. logits: [vocab_size].
@@ -74,7 +76,8 @@ class Session {
         options_(options),
         team_(options.team ? options.team : std::make_shared<ThreadTeam>(options.num_threads)),
         cache_(model_->make_cache<Key, Value>(plan_cache(model_->config(), options.cache))),
-        workspace_(*model_, cache_.max_chunk(), most_entries(), team_->size()),
+        workspace_(*model_, cache_.max_chunk(), most_entries(), team_->size(),
+                   DecoderWorkspace::kDefaultSegments, options.activations),
         sampler_(options.sampler, model_->config().vocab_size),
         logits_(static_cast<std::size_t>(model_->config().vocab_size)) {
     if (recomputes())

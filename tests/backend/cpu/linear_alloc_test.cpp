@@ -13,7 +13,8 @@ namespace sluice {
 namespace {
 
 TEST(LinearAllocations, NoneForAnyTypeOrNumberOfTokens) {
-  LinearWorkspace workspace(512, 2);
+  LinearWorkspace exact(512, 2);
+  LinearWorkspace rounded(512, 2, Activations::kInt8);
   ThreadTeam team(2);
   for (const ElementType type :
        {ElementType::kF32, ElementType::kF16, ElementType::kBF16, ElementType::kQ8_0,
@@ -22,9 +23,10 @@ TEST(LinearAllocations, NoneForAnyTypeOrNumberOfTokens) {
     const std::vector<float> x = test::random_values(30 * 512, 14);
     std::vector<float> y(30 * 70);
     const std::int64_t before = test::allocation_count();
-    for (const std::int64_t tokens : {1, 4, 8, 9, 30})
-      linear_add(weight.view, MatrixView<const float>{x.data(), tokens, 512}, nullptr,
-                 MatrixView<float>{y.data(), tokens, 70}, workspace, team);
+    for (LinearWorkspace* workspace : {&exact, &rounded})
+      for (const std::int64_t tokens : {1, 4, 8, 9, 30})
+        linear_add(weight.view, MatrixView<const float>{x.data(), tokens, 512}, nullptr,
+                   MatrixView<float>{y.data(), tokens, 70}, *workspace, team);
     const std::int64_t after = test::allocation_count();
     EXPECT_EQ(after, before) << to_string(type);
   }

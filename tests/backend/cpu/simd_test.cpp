@@ -3,6 +3,7 @@
 // build has. Conversions are checked over all bit patterns of 16 bits and a sweep of 32.
 #include "sluice/backend/cpu/simd.hpp"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -371,6 +372,72 @@ TEST(Simd, ExpAtItsEnds) {
 TEST(Simd, PrefetchTakesAnyAddress) {
   simd::prefetch(nullptr);
   simd::prefetch_far(reinterpret_cast<const void*>(std::uintptr_t{1}));
+}
+
+TEST(Simd, DotsOfBytesAreExact) {
+  std::mt19937 random(21);
+  const auto byte = [](std::int32_t word, int i) {
+    return (static_cast<std::uint32_t>(word) >> (8 * i)) & 255U;
+  };
+  const auto signed_byte = [&](std::int32_t word, int i) {
+    return static_cast<std::int32_t>(static_cast<std::int8_t>(byte(word, i)));
+  };
+  for (int round = 0; round < 200; ++round) {
+    std::int32_t sums[kWidth], levels[kWidth], numbers[kWidth], biased[kWidth], values[kWidth];
+    for (int lane = 0; lane < kWidth; ++lane) {
+      sums[lane] = static_cast<std::int32_t>(random() % 2000000) - 1000000;
+      std::uint32_t level_word = 0, number_word = 0, biased_word = 0, value_word = 0;
+      for (int i = 0; i < 4; ++i) {
+        // The first rounds have all extremes, whose pairs overflow 16 bits where they may not.
+        const std::uint32_t level = round < 8 ? 127U : random() % 128U;
+        const std::uint32_t number = round < 4 ? 0x80U : round < 8 ? 0x7fU : random() % 256U;
+        const std::int32_t value = round % 2 == 0 && round < 8 ? -127
+                                   : round < 8                 ? 127
+                                               : static_cast<int>(random() % 255) - 127;
+        level_word |= level << (8 * i);
+        number_word |= number << (8 * i);
+        biased_word |= ((number + simd::kSignedBias) & 255U) << (8 * i);
+        value_word |= (static_cast<std::uint32_t>(value) & 255U) << (8 * i);
+      }
+      levels[lane] = static_cast<std::int32_t>(level_word);
+      numbers[lane] = static_cast<std::int32_t>(number_word);
+      biased[lane] = static_cast<std::int32_t>(biased_word);
+      values[lane] = static_cast<std::int32_t>(value_word);
+    }
+    const IntLanes unsigned_dot(simd::dot_levels(simd::load_int32(sums), simd::load_int32(levels),
+                                                 simd::load_int32(values)));
+    const IntLanes signed_dot(simd::dot_signed(simd::load_int32(sums), simd::load_int32(biased),
+                                               simd::load_int32(values)));
+    for (int lane = 0; lane < kWidth; ++lane) {
+      std::int32_t of_levels = sums[lane];
+      std::int32_t of_numbers = sums[lane];
+      for (int i = 0; i < 4; ++i) {
+        const std::int32_t value = signed_byte(values[lane], i);
+        of_levels += static_cast<std::int32_t>(byte(levels[lane], i)) * value;
+        of_numbers += (signed_byte(numbers[lane], i) + simd::kSignedBias) * value;
+      }
+      ASSERT_EQ(unsigned_dot[lane], of_levels);
+      ASSERT_EQ(signed_dot[lane], of_numbers);
+    }
+  }
+}
+
+TEST(Simd, LowBytesAndIntegerMaxima) {
+  std::mt19937 random(22);
+  std::int32_t a[kWidth], b[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    a[i] = static_cast<std::int32_t>(random());
+    b[i] = static_cast<std::int32_t>(random());
+  }
+  const IntLanes largest(simd::max(simd::load_int32(a), simd::load_int32(b)));
+  std::int8_t bytes[kWidth + 1];
+  bytes[kWidth] = 77;
+  simd::store_low_bytes(bytes, simd::load_int32(a));
+  for (int i = 0; i < kWidth; ++i) {
+    EXPECT_EQ(largest[i], std::max(a[i], b[i]));
+    EXPECT_EQ(bytes[i], static_cast<std::int8_t>(static_cast<std::uint32_t>(a[i]) & 255U));
+  }
+  EXPECT_EQ(bytes[kWidth], 77);
 }
 
 }  // namespace

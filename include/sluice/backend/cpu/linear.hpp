@@ -2,7 +2,7 @@
 /// Matrix products with stored weights on the processor: y = x W^T. Few tokens are served by
 /// streaming every weight once from memory, converted in registers; many tokens by converting tiles
 /// of weights to float32 panels and multiplying with a register-blocked kernel. Products and sums
-/// are float32 throughout.
+/// are float32 throughout; linear_int8.hpp has the products with activations of 8 bits.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,9 @@
 #include <string>
 #include <type_traits>
 
+#include "sluice/backend/cpu/linear_int8.hpp"
+#include "sluice/backend/cpu/linear_int8_stream.hpp"
+#include "sluice/backend/cpu/linear_task.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/backend.hpp"
 #include "sluice/core/config.hpp"
@@ -25,14 +28,6 @@
 #include "sluice/nn/weight_matrix.hpp"
 
 namespace sluice {
-
-/// One product of linear_many: y = x weight^T + bias, or y += that if `accumulate` is set.
-struct LinearTask {
-  WeightMatrix weight;          ///< [rows, cols]
-  const float* bias = nullptr;  ///< [rows], or null for none
-  MatrixView<float> y;          ///< [tokens, rows]
-  bool accumulate = false;      ///< add to what y holds
-};
 
 namespace detail {
 
@@ -57,10 +52,6 @@ inline constexpr std::int64_t kPanelBudget = 96 * 1024;
 
 inline std::int64_t panels_per_tile(std::int64_t cols) {
   return std::max<std::int64_t>(1, kPanelBudget / (kPanelRows * cols));
-}
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
 }
 
 // Widest prepared token of any type (see StreamKernel): a quarter more than its columns, after
@@ -476,7 +467,8 @@ struct StreamKernel<ElementType::kQ6_K> {
             for (int r = 0; r < kRows; ++r) {
               const std::uint8_t* block = weights + r * row_bytes;
               const simd::VecI low = simd::load_int32(block + 64 * half + 4 * simd::kWidth * v);
-              const simd::VecI high = upper_bits(block + offsetof(BlockQ6_K, qh) + 32 * half, v);
+              const simd::VecI high =
+                  upper_bits_q6_k(block + offsetof(BlockQ6_K, qh) + 32 * half, v);
               q[r] = s == 0 ? (low & nibbles) | ((high << 4) & pairs)
                             : ((low >> 4) & nibbles) | (high & pairs);
             }
@@ -520,17 +512,6 @@ struct StreamKernel<ElementType::kQ6_K> {
       prepared += kFloats;
     }
     reduce_all(sums, result);
-  }
-
-  // The upper bits of register v's words, bits 0-1 and 4-5 of every byte.
-  [[gnu::always_inline]] static simd::VecI upper_bits(const std::uint8_t* qh, int v) {
-    if constexpr (simd::kWidth == 16) {
-      constexpr std::int32_t kCounts[16] = {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
-      return simd::shift_right(simd::load_int32_twice(qh), simd::load_int32(kCounts));
-    } else {
-      const int word = v * simd::kWidth;
-      return simd::load_int32(qh + 4 * (word % 8)) >> (word < 8 ? 0 : 2);
-    }
   }
 };
 
@@ -876,20 +857,25 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
 }  // namespace detail
 
 /// Scratch of linear layers, fixed at construction: for each team member, tiles of converted
-/// weights and rearranged tokens. One workspace serves one call at a time.
+/// weights and rearranged tokens; and the choice of arithmetic. One workspace serves one call at a
+/// time.
 class LinearWorkspace {
  public:
   /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates for
   /// each member 384 KiB, or a panel of 2 kWidth rows where that is more, and 12 tokens of
-  /// max_cols. \throws Error(kConfig) unless both are positive.
-  LinearWorkspace(std::int64_t max_cols, int team_size)
+  /// max_cols, whichever `activations` are chosen. \throws Error(kConfig) unless both are positive.
+  LinearWorkspace(std::int64_t max_cols, int team_size,
+                  Activations activations = Activations::kFloat32)
       : max_cols_(checked(max_cols, "max_cols")),
         team_size_(static_cast<int>(checked(team_size, "team_size"))),
+        activations_(activations),
         member_size_(size_for(max_cols)),
         storage_(static_cast<std::size_t>(member_size_ * team_size)) {}
 
   std::int64_t max_cols() const noexcept { return max_cols_; }
   int team_size() const noexcept { return team_size_; }
+  /// In which form products through this workspace take activations.
+  Activations activations() const noexcept { return activations_; }
   /// Bytes held.
   std::size_t bytes() const noexcept { return storage_.bytes(); }
   /// The scratch of one member: enough for either path at max_cols columns.
@@ -909,16 +895,26 @@ class LinearWorkspace {
     const std::int64_t panels = std::max(detail::kPanelBudget, detail::kPanelRows * cols);
     const std::int64_t many = panels + detail::kPanelTokens * cols;
     const std::int64_t few = detail::kStreamTokens * detail::max_prepared_size(cols);
-    return detail::round_up(std::max(many, few), 64);
+    return detail::round_up(std::max({many, few, detail::int8_scratch_size(cols),
+                                      detail::int8_stream_scratch_size(cols)}),
+                            64);
   }
 
   std::int64_t max_cols_;
   int team_size_;
+  Activations activations_;
   std::int64_t member_size_;
   Buffer<float> storage_;
 };
 
 namespace detail {
+
+// One member's share of all tasks with float32 activations.
+inline void float_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                        float* scratch, int member, int num_members) {
+  if (x.rows <= kStreamTokens) return stream_tasks(tasks, x, scratch, member, num_members);
+  for (const LinearTask& task : tasks) panel_task(task, x, scratch, member, num_members);
+}
 
 // The fast products behind linear_many in nn/linear.hpp.
 inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
@@ -927,11 +923,21 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
   if (x.rows == 0) return;
   team.run([&](int member, int num_members) {
     float* scratch = workspace.member(member);
-    if (x.rows <= kStreamTokens) {
-      stream_tasks(tasks, x, scratch, member, num_members);
-    } else {
-      for (const LinearTask& task : tasks) panel_task(task, x, scratch, member, num_members);
+    if (workspace.activations() == Activations::kInt8) {
+      // Tasks of plain weights among them go the other way one by one.
+      for (const LinearTask& task : tasks) {
+        with_type(task.weight.type, [&]<ElementType kType>() {
+          if constexpr (!Int8Weights<kType>::kExists)
+            float_tasks({&task, 1}, x, scratch, member, num_members);
+          else if (x.rows <= kInt8StreamTokens)
+            int8_stream_task<kType>(task, x, scratch, member, num_members);
+          else
+            int8_panel_task<Int8Weights<kType>>(task, x, scratch, member, num_members);
+        });
+      }
+      return;
     }
+    float_tasks(tasks, x, scratch, member, num_members);
   });
 }
 

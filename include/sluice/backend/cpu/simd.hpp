@@ -38,6 +38,13 @@
 #define SLUICE_SIMD_SSE 0
 #endif
 
+// An instruction that adds four products of an unsigned and a signed byte to each int32 lane.
+#if (SLUICE_SIMD_AVX512 && defined(__AVX512VNNI__)) || (SLUICE_SIMD_AVX && defined(__AVXVNNI__))
+#define SLUICE_SIMD_VNNI 1
+#else
+#define SLUICE_SIMD_VNNI 0
+#endif
+
 namespace sluice::simd {
 
 /// Lanes of a VecF and a VecI: 16 with AVX-512, 8 with AVX, 4 otherwise, 1 without extensions.
@@ -200,6 +207,9 @@ struct VecI {
 [[gnu::always_inline]] inline VecI operator|(VecI a, VecI b) {
   return {a.v | b.v};
 }
+[[gnu::always_inline]] inline VecI operator^(VecI a, VecI b) {
+  return {a.v ^ b.v};
+}
 [[gnu::always_inline]] inline VecI operator+(VecI a, VecI b) {
   return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) +
                                            detail::bits_as<detail::NativeU>(b.v))};
@@ -269,6 +279,11 @@ struct VecI {
 #else
   return {a.v < b.v ? a.v : b.v};
 #endif
+}
+
+/// Lane-wise the larger one.
+[[gnu::always_inline]] inline VecI max(VecI a, VecI b) {
+  return {a.v > b.v ? a.v : b.v};
 }
 
 /// Lane-wise a < b ? if_true : if_false (if_false where either is NaN).
@@ -677,6 +692,31 @@ class Records {
 #endif
   }
 
+  /// The binary16 at kOffset of every record of four rows of records: that of record g of rows[r]
+  /// in lane 4 g + r.
+  template <int kOffset>
+  [[gnu::always_inline]] static VecF fields(const Records (&rows)[4]) {
+#if SLUICE_SIMD_AVX512
+    const __m512i words = _mm512_load_si512(detail::kFieldWords<kStride, kOffset>.words);
+    __m512i picked = _mm512_maskz_permutexvar_epi16(0x1111, words, rows[0].head_);
+    picked = _mm512_mask_permutexvar_epi16(picked, 0x2222, words, rows[1].head_);
+    picked = _mm512_mask_permutexvar_epi16(picked, 0x4444, words, rows[2].head_);
+    picked = _mm512_mask_permutexvar_epi16(picked, 0x8888, words, rows[3].head_);
+    return {detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(
+        detail::kAllLanes, _mm512_maskz_extracti64x4_epi64(detail::kAllOfEight, picked, 0)))};
+#else
+    float values[kWidth] = {};
+    for (int g = 0; g < (kWidth > 4 ? rows[0].count_ : 1); ++g) {
+      for (int r = 0; r < 4; ++r) {
+        f16 half;
+        std::memcpy(&half, rows[r].source_ + g * kStride + kOffset, sizeof(half));
+        values[4 * g + r] = to_float(half);
+      }
+    }
+    return load(values);
+#endif
+  }
+
   /// The binary16 at kOffset of every record, as float in the record's four lanes.
   template <int kOffset>
   [[gnu::always_inline]] VecF halves() const {
@@ -705,6 +745,95 @@ class Records {
   int count_;
 #endif
 };
+
+/// The same for records of 34 bytes: a binary16 and two runs of 16 bytes.
+class WideRecords {
+ public:
+  /// Reads the first `count` records (1 <= count <= kWidth / 4) from `source`; the others are zero.
+  [[gnu::always_inline]] WideRecords(const void* source, [[maybe_unused]] int count) {
+#if SLUICE_SIMD_AVX512
+    // Each run of two records is within the 64 bytes read for it, and all reads within the records.
+    const auto* bytes = static_cast<const char*>(source);
+    if (count == 4) {
+      for (int i = 0; i < 4; ++i) parts_[i] = _mm512_loadu_si512(bytes + kStarts[i]);
+    } else {
+      for (int i = 0; i < 4; ++i)
+        parts_[i] = _mm512_maskz_loadu_epi8(detail::first_bytes(34 * count - kStarts[i]),
+                                            bytes + kStarts[i]);
+    }
+#else
+    source_ = static_cast<const char*>(source);
+    count_ = count;
+#endif
+  }
+
+  /// The first (kRun = 0) or second run of every record, in record order.
+  template <int kRun>
+  [[gnu::always_inline]] VecI chunks() const {
+#if SLUICE_SIMD_AVX512
+    const __m512i words = _mm512_load_si512(kRunWords[kRun].words);
+    return {detail::bits_as<detail::NativeI>(
+        _mm512_permutex2var_epi16(parts_[2 * kRun], words, parts_[2 * kRun + 1]))};
+#else
+    char bytes[4 * kWidth] = {};
+    for (int g = 0; g < (kWidth > 4 ? count_ : 1); ++g)
+      std::memcpy(bytes + 16 * g, source_ + 34 * g + 2 + 16 * kRun, 16);
+    return load_int32(bytes);
+#endif
+  }
+
+  /// The binary16 of record g of rows[r], as float in lane 4 g + r.
+  [[gnu::always_inline]] static VecF fields(const WideRecords (&rows)[4]) {
+#if SLUICE_SIMD_AVX512
+    const __m512i words = _mm512_load_si512(kFieldWords.words);
+    __m512i picked =
+        _mm512_maskz_permutex2var_epi16(0x1111, rows[0].parts_[0], words, rows[0].parts_[1]);
+    for (int r = 1; r < 4; ++r)
+      picked = _mm512_or_si512(
+          picked, _mm512_maskz_permutex2var_epi16(static_cast<__mmask32>(0x1111 << r),
+                                                  rows[r].parts_[0], words, rows[r].parts_[1]));
+    return {detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(
+        detail::kAllLanes, _mm512_maskz_extracti64x4_epi64(detail::kAllOfEight, picked, 0)))};
+#else
+    float values[kWidth] = {};
+    for (int g = 0; g < (kWidth > 4 ? rows[0].count_ : 1); ++g) {
+      for (int r = 0; r < 4; ++r) {
+        f16 half;
+        std::memcpy(&half, rows[r].source_ + 34 * g, sizeof(half));
+        values[4 * g + r] = to_float(half);
+      }
+    }
+    return load(values);
+#endif
+  }
+
+ private:
+#if SLUICE_SIMD_AVX512
+  // First bytes of the four reads: records 0 and 1, then 2 and 3, for each of the runs.
+  static constexpr int kStarts[4] = {0, 68, 8, 72};
+  static constexpr detail::WordTable words_at(int offset, int run, bool is_field) {
+    detail::WordTable table{};
+    for (int i = 0; i < 32; ++i) {
+      const int record = is_field ? i % 16 / 4 : i / 8;
+      const int at = record * 34 + offset + (is_field ? 0 : i % 8 * 2);
+      table.words[i] = static_cast<std::int16_t>(record < 2 ? (at - kStarts[2 * run]) / 2
+                                                            : 32 + (at - kStarts[2 * run + 1]) / 2);
+    }
+    return table;
+  }
+  static const detail::WordTable kRunWords[2];
+  static const detail::WordTable kFieldWords;
+  __m512i parts_[4];
+#else
+  const char* source_;
+  int count_;
+#endif
+};
+#if SLUICE_SIMD_AVX512
+inline constexpr detail::WordTable WideRecords::kRunWords[2] = {words_at(2, 0, false),
+                                                                words_at(18, 1, false)};
+inline constexpr detail::WordTable WideRecords::kFieldWords = words_at(0, 0, true);
+#endif
 
 /// 32 bytes as kWidth lanes twice, that is lane i is word i mod 8; only for kWidth = 16.
 [[gnu::always_inline]] inline VecI load_int32_twice(const void* source) {
@@ -752,6 +881,283 @@ template <int kRun>
   detail::transpose_blocks<kWidth / 2>(rows);
 #endif
 }
+
+/// Writes the lowest byte of each lane: kWidth bytes.
+[[gnu::always_inline]] inline void store_low_bytes(std::int8_t* target, VecI value) {
+#if SLUICE_SIMD_AVX512
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(target),
+      _mm512_maskz_cvtepi32_epi8(detail::kAllLanes, detail::bits_as<__m512i>(value.v)));
+#elif SLUICE_HAS_VECTOR_EXTENSIONS
+  const auto narrow = __builtin_convertvector(value.v, detail::NativeI8);
+  std::memcpy(target, &narrow, sizeof(narrow));
+#else
+  *target = static_cast<std::int8_t>(value.v & 255);
+#endif
+}
+
+/// What dot_signed() wants added to its first operand's bytes: its instruction may take unsigned
+/// bytes only.
+inline constexpr int kSignedBias = SLUICE_SIMD_VNNI ? 128 : 0;
+
+namespace detail {
+// Each lane of `sum` plus the products of its four bytes in a, taken as signed or unsigned, and in
+// b, signed. For targets without an instruction for it; no sum in between can overflow.
+template <bool kSigned>
+[[gnu::always_inline]] inline VecI dot_bytes_plain(VecI sum, VecI a, VecI b) {
+#if SLUICE_SIMD_SSE || SLUICE_SIMD_AVX
+  // Even and odd bytes as 16-bit words, whose products are added in pairs. One half at a time where
+  // registers of integers are narrower than those of floats.
+  const auto words = [](__m128i bytes, bool odd, bool is_signed) {
+    const __m128i high = odd ? bytes : _mm_slli_epi16(bytes, 8);
+    return is_signed ? _mm_srai_epi16(high, 8) : _mm_srli_epi16(high, 8);
+  };
+  constexpr int kParts = kWidth / 4;
+  __m128i sums[kParts];
+  __m128i as[kParts];
+  __m128i bs[kParts];
+  std::memcpy(sums, &sum, sizeof(sums));
+  std::memcpy(as, &a, sizeof(as));
+  std::memcpy(bs, &b, sizeof(bs));
+  for (int i = 0; i < kParts; ++i)
+    for (const bool odd : {false, true})
+      sums[i] = _mm_add_epi32(sums[i],
+                              _mm_madd_epi16(words(as[i], odd, kSigned), words(bs[i], odd, true)));
+  std::memcpy(&sum, sums, sizeof(sums));
+  return sum;
+#else
+  const VecI byte = broadcast(std::int32_t{255});
+  const VecI sign = broadcast(std::int32_t{128});
+  for (int i = 0; i < 4; ++i) {
+    const VecI ua = (a >> (8 * i)) & byte;
+    const VecI ub = (b >> (8 * i)) & byte;
+    // u - 2 (u & 128) is the byte as a signed number.
+    const auto va = kSigned ? ua.v - 2 * (ua & sign).v : ua.v;
+    sum = {sum.v + va * (ub.v - 2 * (ub & sign).v)};
+  }
+  return sum;
+#endif
+}
+}  // namespace detail
+
+/// Each lane of `sum` plus the products of its four bytes in `levels`, 0 to 127, with its four
+/// bytes in `values`, -127 to 127. Exact as long as the sum is within int32.
+[[gnu::always_inline]] inline VecI dot_levels(VecI sum, VecI levels, VecI values) {
+#if SLUICE_SIMD_AVX512 && SLUICE_SIMD_VNNI
+  return {detail::bits_as<detail::NativeI>(
+      _mm512_dpbusd_epi32(detail::bits_as<__m512i>(sum.v), detail::bits_as<__m512i>(levels.v),
+                          detail::bits_as<__m512i>(values.v)))};
+#elif SLUICE_SIMD_AVX512
+  const __m512i pairs =
+      _mm512_maddubs_epi16(detail::bits_as<__m512i>(levels.v), detail::bits_as<__m512i>(values.v));
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif SLUICE_SIMD_AVX && SLUICE_SIMD_VNNI
+  return {detail::bits_as<detail::NativeI>(
+      _mm256_dpbusd_avx_epi32(detail::bits_as<__m256i>(sum.v), detail::bits_as<__m256i>(levels.v),
+                              detail::bits_as<__m256i>(values.v)))};
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  const __m256i pairs =
+      _mm256_maddubs_epi16(detail::bits_as<__m256i>(levels.v), detail::bits_as<__m256i>(values.v));
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+#else
+  return detail::dot_bytes_plain<false>(sum, levels, values);
+#endif
+}
+
+/// The same for signed bytes a, -128 to 127, given as a + kSignedBias. The result has
+/// kSignedBias times the four bytes of `values` too much.
+[[gnu::always_inline]] inline VecI dot_signed(VecI sum, VecI biased, VecI values) {
+#if SLUICE_SIMD_VNNI
+  return dot_levels(sum, biased, values);
+#elif SLUICE_SIMD_AVX512
+  // |a| times the values with the sign of a; |-128| is 128 as an unsigned byte.
+  const auto a = detail::bits_as<__m512i>(biased.v);
+  const auto x = detail::bits_as<__m512i>(values.v);
+  const __m512i turned = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(a), _mm512_setzero_si512(), x);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(a), turned);
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  const auto a = detail::bits_as<__m256i>(biased.v);
+  const __m256i turned = _mm256_sign_epi8(detail::bits_as<__m256i>(values.v), a);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), turned);
+  return sum +
+         VecI{detail::bits_as<detail::NativeI>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+#else
+  return detail::dot_bytes_plain<true>(sum, biased, values);
+#endif
+}
+
+/// Sums within groups of four lanes, of four registers: lane 4 g + r of the result is the sum of
+/// lanes 4 g to 4 g + 3 of a[r]. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecI add_groups(const VecI (&a)[4]) {
+#if SLUICE_SIMD_AVX512
+  const auto low = [](VecI x, VecI y) {
+    return VecI{detail::bits_as<detail::NativeI>(_mm512_maskz_unpacklo_epi32(
+        detail::kAllLanes, detail::bits_as<__m512i>(x.v), detail::bits_as<__m512i>(y.v)))};
+  };
+  const auto high = [](VecI x, VecI y) {
+    return VecI{detail::bits_as<detail::NativeI>(_mm512_maskz_unpackhi_epi32(
+        detail::kAllLanes, detail::bits_as<__m512i>(x.v), detail::bits_as<__m512i>(y.v)))};
+  };
+  // Lanes 0 + 2 of two registers, then their lanes 1 + 3.
+  const auto first = detail::bits_as<__m512i>((low(a[0], a[1]) + high(a[0], a[1])).v);
+  const auto second = detail::bits_as<__m512i>((low(a[2], a[3]) + high(a[2], a[3])).v);
+  return VecI{detail::bits_as<detail::NativeI>(
+             _mm512_maskz_unpacklo_epi64(detail::kAllOfEight, first, second))} +
+         VecI{detail::bits_as<detail::NativeI>(
+             _mm512_maskz_unpackhi_epi64(detail::kAllOfEight, first, second))};
+#elif SLUICE_SIMD_AVX && defined(__AVX2__)
+  const auto half = [](VecI x, VecI y) {
+    const auto u = detail::bits_as<__m256i>(x.v);
+    const auto v = detail::bits_as<__m256i>(y.v);
+    return _mm256_add_epi32(_mm256_unpacklo_epi32(u, v), _mm256_unpackhi_epi32(u, v));
+  };
+  const __m256i first = half(a[0], a[1]);
+  const __m256i second = half(a[2], a[3]);
+  return {detail::bits_as<detail::NativeI>(_mm256_add_epi32(_mm256_unpacklo_epi64(first, second),
+                                                            _mm256_unpackhi_epi64(first, second)))};
+#else
+  VecI result = broadcast(std::int32_t{0});
+  std::int32_t lanes[kWidth];
+  std::int32_t sums[kWidth];
+  for (int r = 0; r < 4; ++r) {
+    std::memcpy(lanes, &a[r].v, sizeof(lanes));
+    for (int g = 0; g + 4 <= kWidth; g += 4)
+      sums[g + r] = lanes[g] + lanes[g + 1] + lanes[g + 2] + lanes[g + 3];
+  }
+  std::memcpy(&result.v, sums, sizeof(sums));
+  return result;
+#endif
+}
+
+/// sums[r] = the sum of lanes r, r + 4, ..., added by halves of the register. Needs kWidth >= 4.
+[[gnu::always_inline]] inline void fold_to_four(VecF a, float (&sums)[4]) {
+#if SLUICE_SIMD_AVX || SLUICE_SIMD_AVX512 || SLUICE_SIMD_SSE
+  _mm_storeu_ps(sums, detail::fold_to_four(a, [](__m128 x, __m128 y) { return _mm_add_ps(x, y); }));
+#else
+  float lanes[kWidth];
+  store(lanes, a);
+  for (int half = kWidth / 2; half >= 4; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  std::memcpy(sums, lanes, sizeof(sums));
+#endif
+}
+
+/// Four floats, repeated: lane 4 g + r is source[r]. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecF repeat_four(const float (&source)[4]) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeF>(
+      _mm512_maskz_broadcast_f32x4(detail::kAllLanes, _mm_loadu_ps(source)))};
+#else
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = source[i % 4];
+  return load(lanes);
+#endif
+}
+
+/// kWidth / 4 runs of 32 bytes: the first 16 of each in target[0], the others in target[1]. Needs
+/// kWidth >= 4.
+[[gnu::always_inline]] inline void load_runs(const void* source, VecI (&target)[2]) {
+#if SLUICE_SIMD_AVX512
+  const auto* bytes = static_cast<const char*>(source);
+  const __m512i first = _mm512_loadu_si512(bytes);
+  const __m512i second = _mm512_loadu_si512(bytes + 64);
+  target[0] = {detail::bits_as<detail::NativeI>(
+      _mm512_maskz_shuffle_i64x2(detail::kAllOfEight, first, second, 0x88))};
+  target[1] = {detail::bits_as<detail::NativeI>(
+      _mm512_maskz_shuffle_i64x2(detail::kAllOfEight, first, second, 0xdd))};
+#else
+  const auto* bytes = static_cast<const char*>(source);
+  char runs[2][4 * kWidth] = {};
+  for (int i = 0; i < kWidth / 4; ++i)
+    for (int k = 0; k < 2; ++k) std::memcpy(runs[k] + 16 * i, bytes + 32 * i + 16 * k, 16);
+  for (int k = 0; k < 2; ++k) target[k] = load_int32(runs[k]);
+#endif
+}
+
+/// Sixteen bytes of each of four rows, such as the scales of a block. Needs kWidth >= 4.
+class RowBytes {
+ public:
+  /// The bytes at rows[r] + offset.
+  [[gnu::always_inline]] RowBytes(const std::uint8_t* const (&rows)[4], int offset) {
+#if SLUICE_SIMD_AVX512
+    const auto row = [&](int r) {
+      return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + offset));
+    };
+    __m512i all = _mm512_castsi128_si512(row(0));
+    all = _mm512_inserti32x4(all, row(1), 1);
+    all = _mm512_inserti32x4(all, row(2), 2);
+    bytes_ = detail::bits_as<detail::NativeI>(_mm512_inserti32x4(all, row(3), 3));
+#else
+    for (int r = 0; r < 4; ++r) std::memcpy(bytes_[r], rows[r] + offset, 16);
+#endif
+  }
+
+  /// Of rows whose last twelve bytes are packed as those of a Q4_K block: the eight scales and the
+  /// eight mins, see sluice::unpack_scales_q4_k.
+  [[gnu::always_inline]] void unpack_scales_q4_k() {
+#if SLUICE_SIMD_AVX512
+    const detail::NativeU words = detail::bits_as<detail::NativeU>(bytes_);
+    const detail::NativeU low =
+        __builtin_shufflevector(words, words, 1, 1, 2, 2, 5, 5, 6, 6, 9, 9, 10, 10, 13, 13, 14, 14);
+    const detail::NativeU high = __builtin_shufflevector(words, words, 3, 3, 3, 3, 7, 7, 7, 7, 11,
+                                                         11, 11, 11, 15, 15, 15, 15);
+    constexpr detail::NativeU kShift = {0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0, 4};
+    constexpr detail::NativeU kOdd = {0, ~0U, 0, ~0U, 0, ~0U, 0, ~0U,
+                                      0, ~0U, 0, ~0U, 0, ~0U, 0, ~0U};
+    const detail::NativeU even_words = low & 0x3f3f3f3fU;
+    const detail::NativeU odd_words = ((high >> kShift) & 0x0f0f0f0fU) | ((low >> 2) & 0x30303030U);
+    bytes_ = detail::bits_as<detail::NativeI>((even_words & ~kOdd) | (odd_words & kOdd));
+#else
+    for (auto& row : bytes_) {
+      std::uint32_t words[4];
+      std::memcpy(words, row, sizeof(words));
+      const std::uint32_t unpacked[4] = {
+          words[1] & 0x3f3f3f3fU,
+          (words[3] & 0x0f0f0f0fU) | ((words[1] >> 2) & 0x30303030U),
+          words[2] & 0x3f3f3f3fU,
+          ((words[3] >> 4) & 0x0f0f0f0fU) | ((words[2] >> 2) & 0x30303030U),
+      };
+      std::memcpy(row, unpacked, sizeof(unpacked));
+    }
+#endif
+  }
+
+  /// Byte first + step g of row r in lane 4 g + r, as a signed or unsigned number.
+  template <bool kSigned>
+  [[gnu::always_inline]] VecF at(int first, int step) const {
+#if SLUICE_SIMD_AVX512
+    constexpr detail::NativeI kRow = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    constexpr detail::NativeI kGroup = {0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3};
+    const detail::NativeI byte = kGroup * step + first;
+    const __m512i words = _mm512_maskz_permutexvar_epi32(
+        detail::kAllLanes, detail::bits_as<__m512i>(kRow * 4 + (byte >> 2)),
+        detail::bits_as<__m512i>(bytes_));
+    const auto top = detail::bits_as<detail::NativeU>(words)
+                     << detail::bits_as<detail::NativeU>(24 - (byte & 3) * 8);
+    return to_float(VecI{kSigned ? detail::bits_as<detail::NativeI>(top) >> 24
+                                 : detail::bits_as<detail::NativeI>(top >> 24)});
+#else
+    float lanes[kWidth];
+    for (int i = 0; i < kWidth; ++i) {
+      const std::uint8_t byte = bytes_[i % 4][first + step * (i / 4)];
+      lanes[i] =
+          kSigned ? static_cast<float>(static_cast<std::int8_t>(byte)) : static_cast<float>(byte);
+    }
+    return load(lanes);
+#endif
+  }
+
+ private:
+#if SLUICE_SIMD_AVX512
+  detail::NativeI bytes_;
+#else
+  std::uint8_t bytes_[4][16];
+#endif
+};
 
 /// Starts loading the cache line at `address` for reading. Never faults.
 [[gnu::always_inline]] inline void prefetch(const void* address) {

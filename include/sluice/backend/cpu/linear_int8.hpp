@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: MIT
+/// Matrix products of quantised weights with activations rounded to 8 bits (Activations::kInt8).
+///
+/// Rounding: a block of 32 columns of a token has the scale d = a / 127, a its largest magnitude,
+/// and the levels x / d rounded to the nearest integer, ties to even; where a < 2^-96 the block
+/// counts as zero. Each value is then within d / 2 of what it was, plus float32 rounding, so that
+/// an output is within the sum over blocks of a / 254 * sum |W| of the product with unrounded
+/// activations. A block with an infinity or a NaN makes its token's outputs NaN.
+///
+/// Arithmetic: weights stand in units that share a scale, 16 columns for Q6_K and 32 for the
+/// others. A unit's products of levels are added exactly, in integers; units are then added in
+/// float32, in column order within kInt8Chains interleaved chains. The order is a function of the
+/// columns alone: a token's outputs are the same bits whatever tokens are computed beside it, on
+/// either path, by a team of any size.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "sluice/backend/cpu/linear_task.hpp"
+#include "sluice/backend/cpu/simd.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/nn/quantised_blocks.hpp"
+#include "sluice/nn/weight_matrix.hpp"
+
+namespace sluice::detail {
+
+// Chains of additions: one per group of four lanes, so that a register of unit sums of four rows
+// is added at once.
+inline constexpr int kInt8Chains = std::max(1, simd::kWidth / 4);
+// Rows of a panel, one per lane.
+inline constexpr int kInt8Rows = simd::kWidth;
+// Tokens of one call of the panel kernel: an accumulator each beside the levels of a unit, which
+// fill 8 registers where there are 32.
+inline constexpr int kInt8Tokens = simd::kNumRegisters >= 32 ? 16 : 8;
+// Words (4 bytes) of the panels that one member holds at a time: 384 KiB.
+inline constexpr std::int64_t kInt8Budget = 96 * 1024;
+
+/// How a type's weights are divided and read. A weight is scale * (level - kZero) + offset.
+///   kUnit: columns of a unit; kValues: columns of a stored block;
+///   kChainUnits: consecutive units of one chain;
+///   kSigned: levels are signed bytes (else 0 to 127); kHasOffset: offsets are not all zero;
+///   unpack(block, levels, scales, offsets, stride): levels [kValues] in column order, scales and
+///     offsets [kValues / kUnit] at multiples of `stride`.
+template <ElementType kType>
+struct Int8Weights {
+  static constexpr bool kExists = false;
+};
+
+struct Int8WeightsDefaults {
+  static constexpr bool kExists = true;
+  static constexpr int kUnit = 32;
+  static constexpr int kValues = 32;
+  static constexpr int kChainUnits = 1;
+  static constexpr bool kSigned = false;
+  static constexpr bool kHasOffset = false;
+  static constexpr int kZero = 0;
+};
+
+inline float half_at(const std::uint8_t* bytes) {
+  f16 half;
+  std::memcpy(&half, bytes, sizeof(half));
+  return simd::to_float(half);
+}
+
+// The low halves of kBytes bytes, then their high halves.
+template <int kBytes>
+[[gnu::always_inline]] inline void unpack_nibbles(const std::uint8_t* bytes, std::uint8_t* levels) {
+  for (int i = 0; i < kBytes; i += 8) {  // eight at a time, by which all targets do well
+    std::uint64_t word;
+    std::memcpy(&word, bytes + i, sizeof(word));
+    const std::uint64_t low = word & 0x0f0f0f0f0f0f0f0fU;
+    const std::uint64_t high = (word >> 4) & 0x0f0f0f0f0f0f0f0fU;
+    std::memcpy(levels + i, &low, sizeof(low));
+    std::memcpy(levels + kBytes + i, &high, sizeof(high));
+  }
+}
+
+template <>
+struct Int8Weights<ElementType::kQ8_0> : Int8WeightsDefaults {
+  static constexpr bool kSigned = true;
+  static constexpr int kZero = simd::kSignedBias;
+  static void unpack(const std::uint8_t* block, std::uint8_t* levels, float* scales,
+                     float* /*offsets*/, std::int64_t /*stride*/) {
+    for (int i = 0; i < 32; ++i)
+      levels[i] = static_cast<std::uint8_t>(block[offsetof(BlockQ8_0, qs) + i] ^ kZero);
+    *scales = half_at(block);
+  }
+};
+
+template <>
+struct Int8Weights<ElementType::kQ4_0> : Int8WeightsDefaults {
+  static constexpr int kZero = 8;
+  static void unpack(const std::uint8_t* block, std::uint8_t* levels, float* scales,
+                     float* /*offsets*/, std::int64_t /*stride*/) {
+    unpack_nibbles<16>(block + offsetof(BlockQ4_0, qs), levels);
+    *scales = half_at(block);
+  }
+};
+
+template <>
+struct Int8Weights<ElementType::kQ4_1> : Int8WeightsDefaults {
+  static constexpr bool kHasOffset = true;
+  static void unpack(const std::uint8_t* block, std::uint8_t* levels, float* scales, float* offsets,
+                     std::int64_t /*stride*/) {
+    unpack_nibbles<16>(block + offsetof(BlockQ4_1, qs), levels);
+    *scales = half_at(block);
+    *offsets = half_at(block + offsetof(BlockQ4_1, m));
+  }
+};
+
+template <>
+struct Int8Weights<ElementType::kQ4_K> : Int8WeightsDefaults {
+  static constexpr int kValues = 256;
+  static constexpr int kChainUnits = 2;  // the low and the high halves of the same bytes
+  static constexpr bool kHasOffset = true;
+  static void unpack(const std::uint8_t* block, std::uint8_t* levels, float* scales, float* offsets,
+                     std::int64_t stride) {
+    const std::uint8_t* qs = block + offsetof(BlockQ4_K, qs);
+    for (int c = 0; c < 4; ++c) unpack_nibbles<32>(qs + 32 * c, levels + 64 * c);
+    std::uint8_t packed[12];
+    std::uint8_t unpacked[16];
+    std::memcpy(packed, block + offsetof(BlockQ4_K, scales), sizeof(packed));
+    unpack_scales_q4_k(packed, unpacked);
+    const float d = half_at(block);
+    const float dmin = half_at(block + offsetof(BlockQ4_K, dmin));
+    for (int s = 0; s < 8; ++s) {
+      scales[s * stride] = d * static_cast<float>(unpacked[s]);
+      offsets[s * stride] = -dmin * static_cast<float>(unpacked[8 + s]);
+    }
+  }
+};
+
+template <>
+struct Int8Weights<ElementType::kQ6_K> : Int8WeightsDefaults {
+  static constexpr int kUnit = 16;
+  static constexpr int kValues = 256;
+  static constexpr int kZero = 32;
+  static void unpack(const std::uint8_t* block, std::uint8_t* levels, float* scales,
+                     float* /*offsets*/, std::int64_t stride) {
+    for (int half = 0; half < 2; ++half) {
+      const std::uint8_t* low = block + 64 * half;
+      const std::uint8_t* high = block + offsetof(BlockQ6_K, qh) + 32 * half;
+      std::uint8_t* target = levels + 128 * half;
+      for (int l = 0; l < 32; ++l) {
+        target[l] = static_cast<std::uint8_t>((low[l] & 15) | ((high[l] & 3) << 4));
+        target[32 + l] = static_cast<std::uint8_t>((low[32 + l] & 15) | ((high[l] & 12) << 2));
+        target[64 + l] = static_cast<std::uint8_t>((low[l] >> 4) | (high[l] & 48));
+        target[96 + l] = static_cast<std::uint8_t>((low[32 + l] >> 4) | ((high[l] & 192) >> 2));
+      }
+    }
+    const float d = half_at(block + offsetof(BlockQ6_K, d));
+    for (int s = 0; s < 16; ++s) {
+      std::int8_t scale;
+      std::memcpy(&scale, block + offsetof(BlockQ6_K, scales) + s, 1);
+      scales[s * stride] = d * static_cast<float>(scale);
+    }
+  }
+};
+
+// Rounds one block of 32 activations for each lane: lane i's values are at x + i * x_stride, its
+// levels go to levels + i * level_stride, its scale to lane i of the result. Lanes from `count` on
+// repeat the last one. 1 <= count <= kWidth.
+inline constexpr int kInt8Strip = 64;
+[[gnu::always_inline]] inline simd::VecF quantise_activations(const float* x, std::int64_t x_stride,
+                                                              std::int64_t count,
+                                                              std::int8_t* levels,
+                                                              std::int64_t level_stride) {
+  simd::VecF square[simd::kWidth];
+  for (int i = 0; i < simd::kWidth; ++i) {
+    const float* values = x + std::min<std::int64_t>(i, count - 1) * x_stride;
+    // The bits of magnitudes compare as integers, where a NaN is larger than all others.
+    simd::VecI largest = simd::broadcast(std::int32_t{0});
+#pragma GCC unroll 8
+    for (int k = 0; k < 32; k += simd::kWidth)
+      largest = simd::max(largest, simd::bits_as_int(simd::abs(simd::load(values + k))));
+    square[i] = simd::bits_as_float(largest);
+  }
+  simd::transpose(square);
+  simd::VecI bits = simd::bits_as_int(square[0]);
+  for (int i = 1; i < simd::kWidth; ++i) bits = simd::max(bits, simd::bits_as_int(square[i]));
+  const simd::VecF a = simd::bits_as_float(bits);
+  const simd::VecF range = simd::broadcast(127.0F);
+  const simd::VecF smallest = simd::broadcast(0x1p-96F);  // 127 / a stays within float32
+  alignas(64) float inverses[simd::kWidth];
+  simd::store(inverses, simd::select_less(a, smallest, simd::zero(), range / a));
+  // Adding 1.5 * 2^23 rounds to an integer and leaves its low byte in the mantissa's.
+  const simd::VecF magic = simd::broadcast(12582912.0F);
+  for (int i = 0; i < simd::kWidth; ++i) {
+    const float* values = x + std::min<std::int64_t>(i, count - 1) * x_stride;
+    const simd::VecF inverse = simd::broadcast(inverses[i]);
+#pragma GCC unroll 8
+    for (int k = 0; k < 32; k += simd::kWidth)
+      simd::store_low_bytes(levels + i * level_stride + k,
+                            simd::bits_as_int(simd::fma(simd::load(values + k), inverse, magic)));
+  }
+  // a - a makes the scale NaN where a is not finite; the levels are then of no account.
+  return simd::select_less(a, smallest, simd::zero(), a / range + (a - a));
+}
+
+// What a unit's sum of products starts with, or what its weights' offsets are multiplied with.
+template <class Weights>
+[[gnu::always_inline]] inline simd::VecF unit_offset(simd::VecI level_sum, simd::VecF scale) {
+  if constexpr (Weights::kHasOffset)
+    return scale * simd::to_float(level_sum);
+  else
+    return simd::bits_as_float({level_sum.v * -Weights::kZero});
+}
+
+// Words of a panel of all columns: levels, then scales and, where a type has them, offsets.
+template <class Weights>
+constexpr std::int64_t int8_panel_size(std::int64_t cols) {
+  return kInt8Rows * (cols / 4 + cols / Weights::kUnit * (Weights::kHasOffset ? 2 : 1));
+}
+
+/// A group of up to kInt8Tokens tokens, rounded, in the order in which the panel kernel reads it.
+/// Each array has the tokens innermost; `offsets` is, per unit, what a sum of products of levels
+/// starts with (int32), or what the weights' offsets are multiplied with (float).
+struct Int8Group {
+  float* levels;   ///< [cols / 4, kInt8Tokens], four levels each
+  float* scales;   ///< [cols / 32, kInt8Tokens]
+  float* offsets;  ///< [cols / kUnit, kInt8Tokens]
+
+  static constexpr std::int64_t size(std::int64_t cols) {
+    return kInt8Tokens * (cols / 4 + cols / 32 + cols / 16);
+  }
+  Int8Group(float* memory, std::int64_t cols)
+      : levels(memory),
+        scales(memory + kInt8Tokens * (cols / 4)),
+        offsets(scales + kInt8Tokens * (cols / 32)) {}
+};
+
+template <class Weights>
+void fill_group(MatrixView<const float> x, const Int8Group& group) {
+  constexpr int kWords = Weights::kUnit / 4;
+  alignas(64) std::int8_t strip[simd::kWidth][kInt8Strip];
+  const simd::VecI ones = simd::broadcast(std::int32_t{0x01010101});
+  for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
+    for (std::int64_t c = 0; c < x.cols; c += kInt8Strip) {
+      const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
+      const std::int64_t lane = c / 32 * kInt8Tokens + first;
+      for (int i = 0; i < count; i += 32)
+        simd::store(group.scales + lane + i / 32 * kInt8Tokens,
+                    quantise_activations(x.row(first) + c + i, x.stride, x.rows - first,
+                                         strip[0] + i, kInt8Strip));
+      float* words = group.levels + c / 4 * kInt8Tokens + first;
+      for (int i = 0; i < count; i += 4 * simd::kWidth) {
+        simd::VecF square[simd::kWidth];
+        for (int t = 0; t < simd::kWidth; ++t)
+          square[t] = simd::bits_as_float(simd::load_int32(strip[t] + i));
+        simd::transpose(square);
+        const int num_words = std::min(simd::kWidth, (count - i) / 4);
+        for (int k = 0; k < num_words; ++k)
+          simd::store(words + (i / 4 + k) * kInt8Tokens, square[k]);
+      }
+      for (int i = 0; i < count; i += Weights::kUnit) {
+        simd::VecI sum = simd::broadcast(std::int32_t{0});
+        for (int k = 0; k < kWords; ++k)
+          sum = simd::dot_levels(sum, ones, simd::load_int32(words + (i / 4 + k) * kInt8Tokens));
+        simd::store(
+            group.offsets + (c + i) / Weights::kUnit * kInt8Tokens + first,
+            unit_offset<Weights>(sum, simd::load(group.scales + lane + i / 32 * kInt8Tokens)));
+      }
+    }
+  }
+}
+
+// Fills a panel with rows row, row + 1, ... of a matrix, one a lane: levels [cols / 4, kInt8Rows]
+// words, scales and offsets [cols / kUnit, kInt8Rows]. Missing rows are 0.
+template <class Weights>
+void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel) {
+  constexpr int kStrip = 256;  // columns unpacked at a time: a multiple of every block
+  alignas(64) std::uint8_t strip[kInt8Rows][kStrip];
+  const std::int64_t num_rows = std::min<std::int64_t>(kInt8Rows, weight.rows - row);
+  const std::int64_t row_bytes = weight.row_bytes();
+  float* scales = panel + kInt8Rows * (weight.cols / 4);
+  float* offsets = scales + kInt8Rows * (weight.cols / Weights::kUnit);
+  if (num_rows < kInt8Rows) {
+    std::memset(strip, 0, sizeof(strip));
+    std::fill(scales, panel + int8_panel_size<Weights>(weight.cols), 0.0F);
+  }
+  for (std::int64_t c = 0; c < weight.cols; c += kStrip) {
+    const auto count = static_cast<int>(std::min<std::int64_t>(kStrip, weight.cols - c));
+    const std::int64_t strip_bytes = storage_bytes(weight.type, count);
+    const std::uint8_t* source = static_cast<const std::uint8_t*>(weight.data) + row * row_bytes +
+                                 storage_bytes(weight.type, c);
+    for (std::int64_t r = 0; r < num_rows; ++r, source += row_bytes) {
+      // The same columns of the rows that come next: too short a run for the processor to see.
+      for (std::int64_t line = 0; line < strip_bytes; line += 64)
+        simd::prefetch_far(source + kInt8Rows * row_bytes + line);
+      const std::uint8_t* block = source;
+      for (int i = 0; i < count; i += Weights::kValues) {
+        const std::int64_t first = (c + i) / Weights::kUnit * kInt8Rows + r;
+        Weights::unpack(block, strip[r] + i, scales + first, offsets + first, kInt8Rows);
+        block += storage_bytes(weight.type, Weights::kValues);
+      }
+    }
+    float* target = panel + c / 4 * kInt8Rows;
+    for (int i = 0; i < count; i += 4 * simd::kWidth) {
+      simd::VecF square[simd::kWidth];
+      for (int r = 0; r < kInt8Rows; ++r)
+        square[r] = simd::bits_as_float(simd::load_int32(strip[r] + i));
+      simd::transpose(square);
+      const int words = std::min(simd::kWidth, (count - i) / 4);
+      for (int k = 0; k < words; ++k) simd::store(target + (i / 4 + k) * kInt8Rows, square[k]);
+    }
+  }
+}
+
+// sums[t] = one chain of a panel times the first kTokens of a group, a multiple of 4.
+template <class Weights, int kTokens>
+void add_chain(const float* panel, const Int8Group& group, std::int64_t cols, int chain,
+               simd::VecF* sums) {
+  constexpr int kUnit = Weights::kUnit;
+  const float* scales = panel + kInt8Rows * (cols / 4);
+  const float* offsets = scales + kInt8Rows * (cols / kUnit);
+  const auto word = [](const float* source) {
+    std::int32_t value;
+    std::memcpy(&value, source, sizeof(value));
+    return simd::broadcast(value);
+  };
+  simd::VecF total[kTokens] = {};
+  constexpr std::int64_t kRun = Weights::kChainUnits;
+  for (std::int64_t first = chain * kRun; first < cols / kUnit; first += kInt8Chains * kRun) {
+    for (std::int64_t u = first; u < first + kRun; ++u) {
+      simd::VecI levels[kUnit / 4];
+#pragma GCC unroll 8
+      for (int k = 0; k < kUnit / 4; ++k)
+        levels[k] = simd::load_int32(panel + (u * (kUnit / 4) + k) * kInt8Rows);
+      const simd::VecF scale = simd::load(scales + u * kInt8Rows);
+      const float* words = group.levels + u * (kUnit / 4) * kInt8Tokens;
+      const float* token_scales = group.scales + u * kUnit / 32 * kInt8Tokens;
+      const float* token_offsets = group.offsets + u * kInt8Tokens;
+      // The products of a token are one chain of additions; four side by side keep the multipliers
+      // busy.
+#pragma GCC unroll 4
+      for (int four = 0; four < kTokens; four += 4) {
+        simd::VecI unit_sums[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          unit_sums[i] = simd::broadcast(std::int32_t{0});
+          if constexpr (!Weights::kHasOffset) unit_sums[i] = word(token_offsets + four + i);
+        }
+#pragma GCC unroll 8
+        for (int k = 0; k < kUnit / 4; ++k) {
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const simd::VecI values = word(words + k * kInt8Tokens + four + i);
+            unit_sums[i] = Weights::kSigned ? simd::dot_signed(unit_sums[i], levels[k], values)
+                                            : simd::dot_levels(unit_sums[i], levels[k], values);
+          }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const int t = four + i;
+          total[t] = simd::fma(simd::to_float(unit_sums[i]),
+                               scale * simd::broadcast(token_scales[t]), total[t]);
+          if constexpr (Weights::kHasOffset)
+            total[t] = simd::fma(simd::load(offsets + u * kInt8Rows),
+                                 simd::broadcast(token_offsets[t]), total[t]);
+        }
+      }
+    }
+  }
+  for (int t = 0; t < kTokens; ++t) sums[t] = total[t];
+}
+
+// The chains first, first + step, ... as a tree: their even and their odd ones, added by the same
+// rule. It is the order in which halves of a register are folded onto each other.
+template <class Weights, int kTokens, int kStep = 1>
+void add_chains(const float* panel, const Int8Group& group, std::int64_t cols, int first,
+                simd::VecF* sums) {
+  if constexpr (kStep >= kInt8Chains) {
+    add_chain<Weights, kTokens>(panel, group, cols, first, sums);
+  } else {
+    simd::VecF others[kTokens];
+    add_chains<Weights, kTokens, 2 * kStep>(panel, group, cols, first, sums);
+    add_chains<Weights, kTokens, 2 * kStep>(panel, group, cols, first + kStep, others);
+    for (int t = 0; t < kTokens; ++t) sums[t] += others[t];
+  }
+}
+
+// One panel times the first `tokens` tokens of a group. Fours of tokens are multiplied, of which
+// the last one's lanes beyond `tokens` are dropped: fewer kernels to compile, and to keep in a
+// cache.
+template <class Weights, int kTokens>
+void multiply_int8_panel(int tokens, const LinearTask& task, const float* panel,
+                         const Int8Group& group, std::int64_t row, std::int64_t token) {
+  if constexpr (kTokens > 4)
+    if (tokens <= kTokens - 4)
+      return multiply_int8_panel<Weights, kTokens - 4>(tokens, task, panel, group, row, token);
+  simd::VecF sums[kTokens];
+  add_chains<Weights, kTokens>(panel, group, task.weight.cols, 0, sums);
+  const std::int64_t count = std::min<std::int64_t>(kInt8Rows, task.weight.rows - row);
+  for (int t = 0; t < tokens; ++t) {
+    float* y = task.y.row(token + t) + row;
+    simd::VecF sum = sums[t];
+    if (task.bias != nullptr) sum += simd::load_partial(task.bias + row, count);
+    if (task.accumulate) sum += simd::load_partial(y, count);
+    simd::store_partial(y, sum, count);
+  }
+}
+
+template <class Weights>
+std::int64_t int8_panels_per_tile(std::int64_t cols) {
+  return std::max<std::int64_t>(1, kInt8Budget / int8_panel_size<Weights>(cols));
+}
+
+// Scratch of a member for any type: [panels of a tile, a group].
+inline std::int64_t int8_scratch_size(std::int64_t cols) {
+  const std::int64_t padded = round_up(cols, 32);
+  const std::int64_t panel = kInt8Rows * (padded / 4 + padded / 16);
+  return std::max(kInt8Budget, panel) + Int8Group::size(padded);
+}
+
+// One member's share of one task, by panels.
+template <class Weights>
+void int8_panel_task(const LinearTask& task, MatrixView<const float> x, float* scratch, int member,
+                     int num_members) {
+  const WeightMatrix& weight = task.weight;
+  const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
+  const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
+  const std::int64_t panels = int8_panels_per_tile<Weights>(weight.cols);
+  const std::int64_t tile_rows = panels * kInt8Rows;
+  const Int8Group group(scratch + panels * panel_size, weight.cols);
+  const std::int64_t num_groups = (x.rows + kInt8Tokens - 1) / kInt8Tokens;
+  for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
+    const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
+    float* panel = scratch;
+    for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
+      fill_int8_panel<Weights>(weight, row, panel);
+    for (std::int64_t g = 0; g < num_groups; ++g) {
+      const WorkRange tokens = share_of(x.rows, g, num_groups);
+      const auto count = static_cast<int>(tokens.end - tokens.begin);
+      fill_group<Weights>(x.middle_rows(tokens.begin, count), group);
+      panel = scratch;
+      for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
+        multiply_int8_panel<Weights, kInt8Tokens>(count, task, panel, group, row, tokens.begin);
+    }
+  }
+}
+
+// The upper bits of the levels of half a Q6_K block (see StreamKernel and BlockQ6_K), for register
+// v of its words: bits 0-1 and 4-5 of every byte.
+[[gnu::always_inline]] inline simd::VecI upper_bits_q6_k(const std::uint8_t* qh, int v) {
+  if constexpr (simd::kWidth == 16) {
+    constexpr std::int32_t kCounts[16] = {0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
+    return simd::shift_right(simd::load_int32_twice(qh), simd::load_int32(kCounts));
+  } else {
+    const int word = v * simd::kWidth;
+    return simd::load_int32(qh + 4 * (word % 8)) >> (word < 8 ? 0 : 2);
+  }
+}
+
+}  // namespace sluice::detail
