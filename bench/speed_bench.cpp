@@ -28,7 +28,8 @@ namespace {
 using namespace sluice;
 
 constexpr const char* kHelp =
-    "usage: speed_bench MODEL.gguf THREADS TASK...\n"
+    "usage: speed_bench MODEL.gguf THREADS [int8] TASK...\n"
+    "int8: activations are rounded to 8 bits where weights are quantised\n"
     "tasks: decode:N prefill:N ttft:N endless:N (N tokens); JSON lines on stdout\n";
 
 using Model = std::shared_ptr<const Decoder>;
@@ -44,20 +45,26 @@ std::vector<Token> random_tokens(const Model& model, std::int64_t count) {
 
 double ms_since(std::int64_t begin) { return static_cast<double>(monotonic_ns() - begin) * 1e-6; }
 
+struct Setting {
+  int threads = 1;
+  Activations activations = Activations::kFloat32;
+};
+
 Session<f16> make_session(const Model& model, CachePolicy policy, std::int64_t capacity,
-                          int threads) {
+                          const Setting& setting) {
   SessionOptions options;
+  options.activations = setting.activations;
   options.cache.policy = policy;
   options.cache.num_sink_tokens = 4;
   options.cache.window_size = 1020;
   options.cache.capacity = capacity;
-  options.num_threads = threads;
+  options.num_threads = setting.threads;
   return Session<f16>(model, options);
 }
 
-std::vector<double> decode(const Model& model, std::int64_t cached, int threads) {
+std::vector<double> decode(const Model& model, std::int64_t cached, const Setting& setting) {
   constexpr std::int64_t kSteps = 48;
-  Session<f16> session = make_session(model, CachePolicy::kFull, cached + kSteps + 8, threads);
+  Session<f16> session = make_session(model, CachePolicy::kFull, cached + kSteps + 8, setting);
   session.accept(random_tokens(model, std::max<std::int64_t>(cached, 1)));
   session.step();
   session.step();
@@ -70,8 +77,9 @@ std::vector<double> decode(const Model& model, std::int64_t cached, int threads)
   return ms;
 }
 
-std::vector<double> read(const Model& model, std::int64_t tokens, int threads, bool writes) {
-  Session<f16> session = make_session(model, CachePolicy::kFull, tokens + 8, threads);
+std::vector<double> read(const Model& model, std::int64_t tokens, const Setting& setting,
+                         bool writes) {
+  Session<f16> session = make_session(model, CachePolicy::kFull, tokens + 8, setting);
   const std::vector<Token> prompt = random_tokens(model, tokens);
   std::vector<double> ms;
   for (int i = 0; i < 3; ++i) {
@@ -84,8 +92,8 @@ std::vector<double> read(const Model& model, std::int64_t tokens, int threads, b
   return ms;
 }
 
-std::vector<double> endless(const Model& model, std::int64_t tokens, int threads) {
-  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, threads);
+std::vector<double> endless(const Model& model, std::int64_t tokens, const Setting& setting) {
+  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, setting);
   session.accept(random_tokens(model, 1100));
   session.step();
   std::vector<double> ms;
@@ -112,16 +120,18 @@ int main(int argc, char** argv) try {
   const std::int64_t begin = monotonic_ns();
   const Model model = load_decoder(std::make_shared<const GgufFile>(arguments[0]));
   const double load_ms = ms_since(begin);
-  const int threads = std::atoi(arguments[1].c_str());
-  for (const std::string& task : std::span(arguments).subspan(2)) {
+  const bool int8 = arguments[2] == "int8";
+  const Setting setting{std::atoi(arguments[1].c_str()),
+                        int8 ? Activations::kInt8 : Activations::kFloat32};
+  for (const std::string& task : std::span(arguments).subspan(int8 ? 3 : 2)) {
     const std::size_t colon = task.find(':');
     const std::string name = task.substr(0, colon);
     const std::int64_t count =
         colon == std::string::npos ? 0 : std::atoll(task.c_str() + colon + 1);
     std::vector<double> ms;
-    if (name == "decode") ms = decode(model, count, threads);
-    else if (name == "prefill" || name == "ttft") ms = read(model, count, threads, name == "ttft");
-    else if (name == "endless") ms = endless(model, count, threads);
+    if (name == "decode") ms = decode(model, count, setting);
+    else if (name == "prefill" || name == "ttft") ms = read(model, count, setting, name == "ttft");
+    else if (name == "endless") ms = endless(model, count, setting);
     else throw std::invalid_argument("unknown task '" + task + "'");
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);

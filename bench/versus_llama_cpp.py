@@ -179,7 +179,8 @@ def compare(options, kind, model):
         print(f"{kind}: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
         for task in options.tasks:
             ours_task = task.replace("evict-one", "endless")
-            ours = lines_of([str(options.program), str(model), str(options.threads), ours_task])[0]
+            ours = lines_of([str(options.program), str(model), str(options.threads),
+                             *(["int8"] if options.activations == "int8" else []), ours_task])[0]
             theirs = lines_of([sys.executable, __file__, "--worker", "--model", str(model),
                                "--threads", str(options.threads), "--tasks", task])[0]
             rounds.append((task, ours, theirs))
@@ -190,6 +191,7 @@ def compare(options, kind, model):
         tail = {side: [max(quantile(p[index]["ms"], q) for p in pairs) for q in (0.99, 0.999, 1)]
                 for index, side in enumerate(("sluice", "llama_cpp"))}
         yield {"weights": kind, "task": task, "threads": options.threads,
+               "activations": options.activations,
                "sluice_ms": statistics.median(o for o, _ in medians),
                "llama_cpp_ms": statistics.median(t for _, t in medians),
                "ratio": statistics.median(ratios), "ratio_min": min(ratios),
@@ -213,6 +215,8 @@ def main():
                                  "ttft:512", "endless:1100", "evict-one:60"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--activations", choices=["int8", "float32"], default="int8",
+                        help="of sluice where weights are quantised (llama.cpp's are 8 bits)")
     parser.add_argument("--program", type=pathlib.Path,
                         default=pathlib.Path("build/bench/speed_bench"))
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("build/bench"),

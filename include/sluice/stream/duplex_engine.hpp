@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/backend/cpu/linear_task.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
@@ -69,6 +70,8 @@ struct DuplexOptions {
   std::int64_t delay_capacity = 65536;
   int source_threads = 1;
   int target_threads = 1;
+  /// In which form activations meet quantised weights: exact, or rounded and faster.
+  Activations activations = Activations::kFloat32;
   /// Two threads, or everything on the caller's (the sequential loop of the published systems).
   bool concurrent = true;
 };
@@ -145,10 +148,12 @@ class DuplexEngine {
         source_team_(options.source_threads),
         target_team_(options.target_threads),
         source_workspace_(*model_, source_->cache().max_chunk(), entries(source_->cache()),
-                          options.source_threads),
+                          options.source_threads, DecoderWorkspace::kDefaultSegments,
+                          options.activations),
         target_workspace_(*model_, target_->cache().max_chunk(),
                           entries(source_->cache()) + entries(target_->cache()),
-                          options.target_threads),
+                          options.target_threads, DecoderWorkspace::kDefaultSegments,
+                          options.activations),
         sampler_(options.sampler, model_->config().vocab_size),
         queue_(options.queue_units, options.queue_tokens),
         units_(static_cast<std::size_t>(options.max_lead_units)),
