@@ -6,8 +6,8 @@
 ///            duplex           source and target on a thread each
 ///            interleaved      one cache, positions in order of arrival, the source sees the target
 ///            re-encoding      "batch-streaming": everything so far is encoded anew at every READ
-///            in turns within one run, at several m : k, hence several r = source work / target work.
-///            sequential and duplex are given one thread a side; sequential, interleaved and
+///            in turns within one run, at several m : k, hence several r = source work / target
+///            work. sequential and duplex are given one thread a side; sequential, interleaved and
 ///            re-encoding also run with both threads in every forward (named with their threads).
 ///   switch   what a switch from reading to writing costs as the source grows: taking the snapshot
 ///            and listing all layers' segments; beside it, copying both caches together, as the
@@ -64,7 +64,8 @@ Prints one JSON object a line on stdout.
 
 struct Options {
   std::vector<std::string> experiments;
-  std::vector<std::pair<std::int64_t, std::int64_t>> pairs{{2, 4}, {4, 4}, {8, 4}, {16, 4}, {32, 4}};
+  std::vector<std::pair<std::int64_t, std::int64_t>> pairs{
+      {2, 4}, {4, 4}, {8, 4}, {16, 4}, {32, 4}};
   std::int64_t units = 32;
   std::int64_t rounds = 5;
   std::string geometry = "smollm2-135m";
@@ -166,9 +167,9 @@ Model load(const Options& options) {
   }
   std::cerr << "making random weights, " << options.geometry << "\n";
   return {"random Q8_0, " + options.geometry,
-          bench::random_decoder(options.geometry == "llama-1b" ? bench::llama_1b()
-                                                               : bench::smollm2_135m(),
-                                ElementType::kQ8_0)};
+          bench::random_decoder(
+              options.geometry == "llama-1b" ? bench::llama_1b() : bench::smollm2_135m(),
+              ElementType::kQ8_0)};
 }
 
 std::vector<Token> random_tokens(const Decoder& model, std::int64_t count, std::uint64_t seed) {
@@ -212,9 +213,9 @@ Timing group_stream(const Model& model, std::int64_t m, std::int64_t k, std::int
   const std::vector<Token> source = random_tokens(*model.decoder, m * units, 7);
   const std::int64_t begin = monotonic_ns();
   for (std::int64_t u = 0; u < units; ++u)
-    duplex.feed(std::span(source).subspan(static_cast<std::size_t>(u * m),
-                                          static_cast<std::size_t>(m)),
-                u + 1 == units);
+    duplex.feed(
+        std::span(source).subspan(static_cast<std::size_t>(u * m), static_cast<std::size_t>(m)),
+        u + 1 == units);
   duplex.for_each([](const DuplexOutput&) {});
   const DuplexReport report = duplex.report();
   return {static_cast<double>(monotonic_ns() - begin) * 1e-6, report.source_busy_ms,
@@ -242,8 +243,8 @@ Timing one_cache_stream(const Model& model, std::int64_t m, std::int64_t k, std:
       all.insert(all.end(), target.begin(), target.end());
       session.accept(all);
     } else {
-      session.accept(std::span(source).subspan(static_cast<std::size_t>(u * m),
-                                               static_cast<std::size_t>(m)));
+      session.accept(
+          std::span(source).subspan(static_cast<std::size_t>(u * m), static_cast<std::size_t>(m)));
     }
     const std::int64_t writes = monotonic_ns();
     timing.source_ms += static_cast<double>(writes - reads) * 1e-6;
@@ -280,10 +281,9 @@ void overlap(const Model& model, const Options& options) {
       return group_stream(model, source_unit, target_unit, units, true, 1);
     });
     for (const bool anew : {false, true})
-      add(anew ? "re-encoding" : "interleaved", 2,
-          [&model, source_unit, target_unit, units, anew] {
-            return one_cache_stream(model, source_unit, target_unit, units, anew, 2);
-          });
+      add(anew ? "re-encoding" : "interleaved", 2, [&model, source_unit, target_unit, units, anew] {
+        return one_cache_stream(model, source_unit, target_unit, units, anew, 2);
+      });
     for (std::int64_t round = 0; round < options.rounds; ++round)
       for (Way& way : ways) {
         // It takes tens of times as long and varies little.
@@ -292,7 +292,7 @@ void overlap(const Model& model, const Options& options) {
                   << " x" << way.threads << "\n";
         way.timings.push_back(way.run());
       }
-    const auto of = [](const Way& way, double Timing::* field) {
+    const auto of = [](const Way& way, double Timing::*field) {
       std::vector<double> values;
       for (const Timing& timing : way.timings) values.push_back(timing.*field);
       return median(std::move(values));
@@ -405,8 +405,7 @@ void switches(const Model& model, const Options& options) {
         .field("snapshot_us_median", static_cast<double>(snapshot.quantile_ns(0.5)) * 1e-3)
         .field("snapshot_us_p99", static_cast<double>(snapshot.quantile_ns(0.99)) * 1e-3)
         .field("segments_listed", listed / 2000)
-        .field("cache_bytes_moved",
-               source->cache().bytes_moved() + target->cache().bytes_moved())
+        .field("cache_bytes_moved", source->cache().bytes_moved() + target->cache().bytes_moved())
         .field("copying_bytes", static_cast<std::int64_t>(bytes))
         .field("copying_ms", static_cast<double>(copy.quantile_ns(0.5)) * 1e-6)
         .field("write_forward_ms", static_cast<double>(forward.quantile_ns(0.5)) * 1e-6);
@@ -428,8 +427,8 @@ void endless(const Model& model, const Options& options) {
   const std::int64_t units = options.tokens / unit;
   DuplexOptions duplex_options;
   duplex_options.target_prefix = {kPrefix};
-  duplex_options.source = {.policy = CachePolicy::kSinkWindow, .num_sink_tokens = 4,
-                           .window_size = 508};
+  duplex_options.source = {
+      .policy = CachePolicy::kSinkWindow, .num_sink_tokens = 4, .window_size = 508};
   duplex_options.target = duplex_options.source;
   duplex_options.max_target_tokens = units * unit;
   duplex_options.max_unit_tokens = unit;
@@ -460,8 +459,8 @@ void endless(const Model& model, const Options& options) {
     };
     bins += (bins.empty() ? "[" : ", ") + std::string("{\"from\": ") +
             std::to_string(written - tenth) + ", \"to\": " + std::to_string(written) +
-            ", \"median_us\": " + us(0.5) + ", \"p99_us\": " + us(0.99) + ", \"p999_us\": " +
-            us(0.999) + ", \"max_us\": " + us(1.0) +
+            ", \"median_us\": " + us(0.5) + ", \"p99_us\": " + us(0.99) +
+            ", \"p999_us\": " + us(0.999) + ", \"max_us\": " + us(1.0) +
             ", \"rss_bytes\": " + std::to_string(resident_bytes()) + "}";
     latency.reset();
   }

@@ -43,7 +43,9 @@ std::vector<Token> random_tokens(const Model& model, std::int64_t count) {
   return tokens;
 }
 
-double ms_since(std::int64_t begin) { return static_cast<double>(monotonic_ns() - begin) * 1e-6; }
+double ms_since(std::int64_t begin) {
+  return static_cast<double>(monotonic_ns() - begin) * 1e-6;
+}
 
 struct Setting {
   int threads = 1;
@@ -129,10 +131,14 @@ int main(int argc, char** argv) try {
     const std::int64_t count =
         colon == std::string::npos ? 0 : std::atoll(task.c_str() + colon + 1);
     std::vector<double> ms;
-    if (name == "decode") ms = decode(model, count, setting);
-    else if (name == "prefill" || name == "ttft") ms = read(model, count, setting, name == "ttft");
-    else if (name == "endless") ms = endless(model, count, setting);
-    else throw std::invalid_argument("unknown task '" + task + "'");
+    if (name == "decode")
+      ms = decode(model, count, setting);
+    else if (name == "prefill" || name == "ttft")
+      ms = read(model, count, setting, name == "ttft");
+    else if (name == "endless")
+      ms = endless(model, count, setting);
+    else
+      throw std::invalid_argument("unknown task '" + task + "'");
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);
     std::cout << "{\"task\": \"" << task << "\", \"load_ms\": " << load_ms

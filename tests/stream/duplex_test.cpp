@@ -118,12 +118,16 @@ struct Traced {
     return decision;
   }
   std::int64_t max_provisional() const {
-    if constexpr (requires { inner.max_provisional(); }) return inner.max_provisional();
-    else return 0;
+    if constexpr (requires { inner.max_provisional(); })
+      return inner.max_provisional();
+    else
+      return 0;
   }
   std::int64_t newest_source_tokens() const {
-    if constexpr (requires { inner.newest_source_tokens(); }) return inner.newest_source_tokens();
-    else return 0;
+    if constexpr (requires { inner.newest_source_tokens(); })
+      return inner.newest_source_tokens();
+    else
+      return 0;
   }
 };
 
@@ -137,7 +141,7 @@ struct Outcome {
 /// The whole stream; concurrent runs feed from another thread, with pauses if `seed` is not 0.
 template <class Policy, class Layout = GroupedLayout>
 Outcome run(Policy policy, const DuplexOptions& options, const Units& units, std::uint64_t seed = 0,
-        Layout layout = GroupedLayout::group_positions(0.5)) {
+            Layout layout = GroupedLayout::group_positions(0.5)) {
   Outcome result;
   const auto trace = std::make_shared<Trace>();
   Duplex<Traced<Policy>, float, float, Layout> duplex(
@@ -151,8 +155,10 @@ Outcome run(Policy policy, const DuplexOptions& options, const Units& units, std
     duplex.end_input();
   };
   std::jthread feeder;
-  if (options.concurrent) feeder = std::jthread(feed);
-  else feed();
+  if (options.concurrent)
+    feeder = std::jthread(feed);
+  else
+    feed();
   Random random(seed + 2);
   while (const auto output = duplex.next()) {
     if (seed != 0 && random.below(4) == 0) std::this_thread::sleep_for(100us * random.below(5));
@@ -208,9 +214,12 @@ TEST(Duplex, ConcurrentRunIsTheSequentialOneBitForBit) {
   drawn.sampler.temperature = 1;
   drawn.sampler.seed = 5;
   const WaitK wait_k(2, FixedUnits{3});
-  for (const auto& [name, base] :
-       {std::pair<const char*, const DuplexOptions&>{"full", full}, {"bounded", bounded},
-        {"raw", raw}, {"in text", text}, {"tight", tight}, {"drawn", drawn}})
+  for (const auto& [name, base] : {std::pair<const char*, const DuplexOptions&>{"full", full},
+                                   {"bounded", bounded},
+                                   {"raw", raw},
+                                   {"in text", text},
+                                   {"tight", tight},
+                                   {"drawn", drawn}})
     expect_repeatable(wait_k, base, std::string("wait-k, ") + name);
   expect_repeatable(ReadUntilSeparator({5, 20, 40, 41, 42, 43, 44, 45, 90, 91, 92, 93, 94}), full,
                     "separator");
@@ -241,9 +250,12 @@ TEST(Duplex, RangeCallbackAndPollingGiveTheSame) {
   feed(third);
   for (;;) {
     const bool finished = third.is_finished();
-    if (const auto output = third.poll()) polled.push_back(output->token);
-    else if (finished) break;
-    else std::this_thread::yield();
+    if (const auto output = third.poll())
+      polled.push_back(output->token);
+    else if (finished)
+      break;
+    else
+      std::this_thread::yield();
   }
   EXPECT_EQ(range.size(), 40U);
   EXPECT_EQ(range, callback);
@@ -295,9 +307,9 @@ TEST(GroupPositionEncoding, LoopOfTheSpecification) {
         {'p', 0, 0},       {'p', 0, 1}, {'p', 0, 2},  // READ prompt and one word
         {'p', 1, phi},                                // WRITE the prefix
         {'p', 1, phi + 1},                            // WRITE word 1
-        {'r', 1, phi + 1},                            // the next word's start is dropped, word 1 too
-        {'p', 0, 3},                                  // READ
-        {'p', 1, phi + 1},                            // WRITE word 1 again
+        {'r', 1, phi + 1},  // the next word's start is dropped, word 1 too
+        {'p', 0, 3},        // READ
+        {'p', 1, phi + 1},  // WRITE word 1 again
     };
     ASSERT_GE(notes->size(), expected.size());
     EXPECT_TRUE(std::equal(expected.begin(), expected.end(), notes->begin())) << "phi " << phi;
@@ -325,8 +337,10 @@ TEST(GroupPositionEncoding, KBeyondTheSourceReadsEverythingFirst) {
 
 TEST(Duplex, LayoutsOfTheOrderOfArrivalRunOnOneThread) {
   const Units units = random_units(8, 9);
-  const Outcome interleaved = run(WaitK(1, FixedUnits{2}), options(false), units, 0, InterleavedLayout());
-  const Outcome overlapped = run(WaitK(1, FixedUnits{2}), options(false), units, 0, OverlappedLayout());
+  const Outcome interleaved =
+      run(WaitK(1, FixedUnits{2}), options(false), units, 0, InterleavedLayout());
+  const Outcome overlapped =
+      run(WaitK(1, FixedUnits{2}), options(false), units, 0, OverlappedLayout());
   const Outcome grouped = run(WaitK(1, FixedUnits{2}), options(false), units);
   EXPECT_EQ(interleaved.reader.final_tokens.size(), 40U);
   EXPECT_EQ(overlapped.reader.final_tokens.size(), 40U);
@@ -338,8 +352,8 @@ TEST(Duplex, LayoutsOfTheOrderOfArrivalRunOnOneThread) {
                Error);
 }
 
-// An end token ends the target when it would be written, with all that is provisional; a policy that
-// reads on instead is not stopped by it.
+// An end token ends the target when it would be written, with all that is provisional; a policy
+// that reads on instead is not stopped by it.
 TEST(Duplex, EndTokens) {
   const Units units = random_units(6, 5);
   const std::vector<Token> tokens =
@@ -693,8 +707,10 @@ TEST(DuplexStress, RandomFeedCancelStop) {
   while (std::chrono::steady_clock::now() < until) {
     Random random(++seed);
     DuplexOptions o = options(true, 1 + static_cast<std::int64_t>(random.below(200)));
-    if (random.below(2) == 0) o.source = sink_window(2, 4 + static_cast<std::int64_t>(random.below(9)));
-    if (random.below(2) == 0) o.target = sink_window(1, 4 + static_cast<std::int64_t>(random.below(9)));
+    if (random.below(2) == 0)
+      o.source = sink_window(2, 4 + static_cast<std::int64_t>(random.below(9)));
+    if (random.below(2) == 0)
+      o.target = sink_window(1, 4 + static_cast<std::int64_t>(random.below(9)));
     o.queue_units = 1 + static_cast<std::int64_t>(random.below(4));
     o.output_capacity = 4 + static_cast<std::int64_t>(random.below(4));
     o.max_lead_units = 1 + static_cast<std::int64_t>(random.below(4));
@@ -722,8 +738,7 @@ TEST(DuplexStress, RandomFeedCancelStop) {
       Random r(feeder_seed);
       try {
         for (const auto& unit : random_units(static_cast<int>(r.below(60)), feeder_seed)) {
-          const FeedStatus status =
-              r.below(4) == 0 ? duplex.try_feed(unit) : duplex.feed(unit);
+          const FeedStatus status = r.below(4) == 0 ? duplex.try_feed(unit) : duplex.feed(unit);
           if (status == FeedStatus::kStopped) return;
           if (r.below(16) == 0) std::this_thread::yield();
         }

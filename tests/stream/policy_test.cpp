@@ -31,7 +31,8 @@ PolicyState before_the_first_write(std::int64_t units_read, bool source_ended = 
   return result;
 }
 
-/// The answers as letters: w(rite), p(rovisional), r(ead and feed again), k(eep and read), .(wait), s
+/// The answers as letters: w(rite), p(rovisional), r(ead and feed again), k(eep and read), .(wait),
+/// s
 template <class Policy>
 char ask(Policy& policy, const PolicyState& asked) {
   const Decision decision = policy.decide(asked);
@@ -68,7 +69,8 @@ TEST(WaitK, WordsAreSeenFromTheNextWord) {
   WordUnits words;
   words.classes = {0, WordUnits::kStartsWord, WordUnits::kEndsWord};
   WaitK policy(1, words);
-  // [1] first word; [0] goes on; [1] begins the next: dropped; asked again; then a full stop ends it.
+  // [1] first word; [0] goes on; [1] begins the next: dropped; asked again; then a full stop ends
+  // it.
   std::string answers;
   for (const Token token : {1, 0, 1, 1, 0, 2, 1, 2}) answers += ask(policy, state(token));
   EXPECT_EQ(answers, "wwrwwkwk");

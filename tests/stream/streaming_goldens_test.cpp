@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Against the authors' own code: READ/WRITE schedules of EIT-NLP/StreamingLLM (group position
-// encoding with Qwen2 and Llama 3, StreamingThinker with Qwen3) on small seeded weights, recorded by
-// tests/oracle/make_streaming_goldens.py with the logits of every fed token. Their float32 run is
-// within 2e-5 of float64; getting one of their rules wrong changes a logit by more than 1.5.
+// encoding with Qwen2 and Llama 3, StreamingThinker with Qwen3) on small seeded weights, recorded
+// by tests/oracle/make_streaming_goldens.py with the logits of every fed token. Their float32 run
+// is within 2e-5 of float64; getting one of their rules wrong changes a logit by more than 1.5.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -90,8 +90,9 @@ TEST_P(StreamingGoldens, EveryStepOfTheSchedule) {
       reader.bidirectional = step.at("mask").get<std::string>() == "none";
       ASSERT_EQ(source->published(), step.at("sees_source").get<std::int64_t>());
       for (std::size_t t = 0; t < tokens.size(); ++t)
-        ASSERT_EQ(group.cache().write_position(group.cache().total() + static_cast<std::int64_t>(t)),
-                  step.at("positions")[t].get<double>());
+        ASSERT_EQ(
+            group.cache().write_position(group.cache().total() + static_cast<std::int64_t>(t)),
+            step.at("positions")[t].get<double>());
       decoder->forward(DecoderInput{tokens}, group.cache(), reader, workspace, team);
       group.cache().commit();
       group.publish();
@@ -129,8 +130,8 @@ struct Checked {
     if (state.candidate && next < write_rows.size()) {
       const float* row = golden->row(write_rows[next++]);
       for (std::size_t i = 0; i < state.logits.size(); ++i)
-        *worst = std::max(*worst, std::abs(static_cast<double>(state.logits[i]) -
-                                           static_cast<double>(row[i])));
+        *worst = std::max(
+            *worst, std::abs(static_cast<double>(state.logits[i]) - static_cast<double>(row[i])));
       ++*checked;
     }
     return inner.decide(state);

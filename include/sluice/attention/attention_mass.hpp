@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-/// The attention mass of a few keys: a pass of its own for policies that score by it. attend() gives
-/// the log-sum-exp of all scores, so the share of a key set is the sum of e^(score - lse) over it.
+/// The attention mass of a few keys: a pass of its own for policies that score by it. attend()
+/// gives the log-sum-exp of all scores, so the share of a key set is the sum of e^(score - lse)
+/// over it.
 #pragma once
 
 #include <algorithm>
@@ -16,11 +17,11 @@
 
 namespace sluice {
 
-/// mass[h] = share of query head h's attention that falls on the newest `newest` stream indices that
-/// `group` shows (where fewer of them are kept, on those), for a call of one query row with plain scores and every visible key of that group seen.
-/// lse: [num_qo_heads], what attend() wrote; mass: [num_qo_heads]. Meant for a handful of keys (EDAtt
-/// looks at two to four): plain loops in float32, one rotation of the query a segment and head.
-/// rotary may be null. Allocates nothing.
+/// mass[h] = share of query head h's attention that falls on the newest `newest` stream indices
+/// that `group` shows (where fewer of them are kept, on those), for a call of one query row with
+/// plain scores and every visible key of that group seen. lse: [num_qo_heads], what attend() wrote;
+/// mass: [num_qo_heads]. Meant for a handful of keys (EDAtt looks at two to four): plain loops in
+/// float32, one rotation of the query a segment and head. rotary may be null. Allocates nothing.
 /// Preconditions: one row; head_dim <= kMaxRotaryDim.
 template <class Key, class Value>
 void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Value>> segments,
@@ -44,8 +45,8 @@ void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Va
     const std::int64_t first = std::max<std::int64_t>(0, end - newest - rule.first_index);
     if (rule.group != group || first >= rule.visible) continue;
     if (rotary != nullptr) {
-      Position3 place = query.positions == nullptr ? on_all_axes(query.first_position)
-                                                   : query.positions[0];
+      Position3 place =
+          query.positions == nullptr ? on_all_axes(query.first_position) : query.positions[0];
       for (Position* axis : {&place.t, &place.h, &place.w}) *axis = rule.reader_position(*axis);
       rotary->angles(place, angles);
     }

@@ -16,10 +16,10 @@
 
 namespace sluice {
 
-/// Visibility of a sequence [source tokens | target tokens]. Source rows see the source causally and
-/// no target; target row t sees the first `prefix[t]` source tokens and the target causally. Either
-/// group may have sinks and a window of its own; the source's window ends, for a target row, at its
-/// prefix. Indices are those of the sequence. Holds a view: `prefix` must outlive it.
+/// Visibility of a sequence [source tokens | target tokens]. Source rows see the source causally
+/// and no target; target row t sees the first `prefix[t]` source tokens and the target causally.
+/// Either group may have sinks and a window of its own; the source's window ends, for a target row,
+/// at its prefix. Indices are those of the sequence. Holds a view: `prefix` must outlive it.
 class GroupPrefixMask {
  public:
   /// prefix: [target tokens], each 0 .. source_tokens, never falling.
@@ -106,8 +106,8 @@ class GroupPrefixMask {
 
 namespace detail {
 
-/// Row r predicts token r + 1, so it sees what that token's unit may see; the last row keeps its own.
-/// Rows before `first` are left alone.
+/// Row r predicts token r + 1, so it sees what that token's unit may see; the last row keeps its
+/// own. Rows before `first` are left alone.
 inline void shift_prefixes_by_one_row(std::span<std::int64_t> prefix, std::size_t first) {
   for (std::size_t row = first; row + 1 < prefix.size(); ++row) prefix[row] = prefix[row + 1];
 }
@@ -155,18 +155,19 @@ inline void wait_k_prefixes(std::int64_t k, std::span<const std::int64_t> source
 /// vision_start, frames, and the tokens that close the turn; the assistant's side is a preamble and
 /// then sentences.
 struct TaysSequence {
-  std::int64_t tokens_before_frames = 0;          ///< system prompt, question, vision_start
+  std::int64_t tokens_before_frames = 0;            ///< system prompt, question, vision_start
   std::span<const std::int64_t> frame_tokens{};     ///< tokens of each frame (group)
-  std::int64_t tokens_after_frames = 0;           ///< vision_end, end of turn, newline
-  std::int64_t preamble_tokens = 0;               ///< of the assistant's turn
+  std::int64_t tokens_after_frames = 0;             ///< vision_end, end of turn, newline
+  std::int64_t preamble_tokens = 0;                 ///< of the assistant's turn
   std::span<const std::int64_t> sentence_tokens{};  ///< of each sentence; the last may be unclosed
 };
 
-/// Visible user-side prefixes of the assistant's tokens, as TaYS' causal_mask_CoT computes them: the
-/// preamble sees frame 0, sentence i frames 0 .. i, the tokens behind the frames from sentence F - 1
-/// on (F frames); then the row shift, from the first sentence on. prefix: [preamble + sentences].
-/// Deviation: fewer sentences than frames are allowed (the released code cannot index them).
-/// \throws Error(kShape) if there is no frame or prefix has another length. Allocates nothing.
+/// Visible user-side prefixes of the assistant's tokens, as TaYS' causal_mask_CoT computes them:
+/// the preamble sees frame 0, sentence i frames 0 .. i, the tokens behind the frames from sentence
+/// F - 1 on (F frames); then the row shift, from the first sentence on. prefix: [preamble +
+/// sentences]. Deviation: fewer sentences than frames are allowed (the released code cannot index
+/// them). \throws Error(kShape) if there is no frame or prefix has another length. Allocates
+/// nothing.
 inline void tays_prefixes(const TaysSequence& sequence, std::span<std::int64_t> prefix) {
   const std::size_t frames = sequence.frame_tokens.size();
   if (frames == 0)

@@ -32,8 +32,9 @@ struct KeyInfo {
 enum class TileVisibility { kNone, kSome, kAll };
 
 /// Decides which keys a query sees inside the visible prefix of its segments. `classify` judges the
-/// tile of query indices [query_first, query_last] and key indices [key_first, key_last] (inclusive,
-/// one segment: one kind and group) so that masked tiles are skipped; it must agree with `visible`.
+/// tile of query indices [query_first, query_last] and key indices [key_first, key_last]
+/// (inclusive, one segment: one kind and group) so that masked tiles are skipped; it must agree
+/// with `visible`.
 template <class T>
 concept Visibility = requires(const T visibility, QueryInfo query, KeyInfo key,
                               std::int64_t index) {
@@ -71,9 +72,9 @@ struct CausalWindow {
 };
 
 /// What a reader in one of several groups sees (cache/group.hpp): of its own group, the keys that
-/// `own` shows it; of every other, the whole visible prefix of the segment. `bidirectional` shows the
-/// new tokens of a chunk to each other, later ones too (the first WRITE of group position encoding's
-/// released inference, core-algorithms 2.4).
+/// `own` shows it; of every other, the whole visible prefix of the segment. `bidirectional` shows
+/// the new tokens of a chunk to each other, later ones too (the first WRITE of group position
+/// encoding's released inference, core-algorithms 2.4).
 struct GroupCausalWindow {
   CausalWindow own{};
   std::int32_t own_group = 0;

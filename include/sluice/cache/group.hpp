@@ -84,8 +84,8 @@ class Group {
       held.store(0, std::memory_order_release);
       return r;
     }
-    throw Error(ErrorCode::kCapacity, {"too many readers", "Group", name_,
-                                       "at most " + std::to_string(kMaxReaders), ""});
+    throw Error(ErrorCode::kCapacity,
+                {"too many readers", "Group", name_, "at most " + std::to_string(kMaxReaders), ""});
   }
   /// The reader reads no more: the writer need not wait for it.
   void close_reader(int reader) {
@@ -113,8 +113,7 @@ class Group {
       }
       for (const Reader& reader : readers_) {
         const std::int64_t held = reader.held.load(std::memory_order_acquire);
-        if (held != kNobody)
-          room = std::min(room, held + retention.max_lead() - retention.total());
+        if (held != kNobody) room = std::min(room, held + retention.max_lead() - retention.total());
       }
     }
     return std::max<std::int64_t>(room, 0);
@@ -151,9 +150,9 @@ class GroupSet {
   /// Takes a group in. \throws Error(kConfig) unless its id is its place, or if the name is taken.
   Group<Key, Value>& add(std::unique_ptr<Group<Key, Value>> group) {
     if (group->id() != static_cast<std::int32_t>(groups_.size()))
-      throw Error(ErrorCode::kConfig, {"groups are numbered in order", "GroupSet", group->name(),
-                                       std::to_string(groups_.size()),
-                                       std::to_string(group->id())});
+      throw Error(ErrorCode::kConfig,
+                  {"groups are numbered in order", "GroupSet", group->name(),
+                   std::to_string(groups_.size()), std::to_string(group->id())});
     for (const auto& other : groups_)
       if (other->name() == group->name())
         throw Error(ErrorCode::kConfig,
@@ -221,9 +220,9 @@ int contiguous_views(const GroupSet<Key, Value>& groups, std::span<const Ordered
     throw Error(ErrorCode::kConfig, {"a reader sees its own group once", "contiguous_views",
                                      "order", "1 entry", std::to_string(own_entries)});
   if (views.size() + 1 < order.size())
-    throw Error(ErrorCode::kShape, {"no room for the views", "contiguous_views", "views",
-                                    std::to_string(order.size() - 1),
-                                    std::to_string(views.size())});
+    throw Error(ErrorCode::kShape,
+                {"no room for the views", "contiguous_views", "views",
+                 std::to_string(order.size() - 1), std::to_string(views.size())});
   const Position own_origin = groups[own].cache().write_position(0);
   Position start = 0;
   int written = 0;

@@ -42,8 +42,8 @@ struct LayerCacheConfig {
   const Rotary* rotary = nullptr;  ///< null: keys carry no rotation; must outlive the cache
 };
 
-/// A cache of one stream. Key and Value: float, f16 or bf16; layout [num_kv_heads, capacity, dim] in
-/// each layer.
+/// A cache of one stream. Key and Value: float, f16 or bf16; layout [num_kv_heads, capacity, dim]
+/// in each layer.
 ///
 /// Protocol of a step with T tokens: append(T); for each layer store() the T new keys and values,
 /// then attend over segments(); commit() (or rollback()). Only construction allocates. One thread
@@ -84,13 +84,13 @@ class KvCache {
   const Rotary* rotary(std::int64_t layer) const { return at(layer).rotary; }
   /// Stream index of the next token.
   std::int64_t total() const { return retentions_.front().total(); }
-  /// Position of the stream's token `index`, in the layers that use the first retention: models give
-  /// all their layers one origin.
+  /// Position of the stream's token `index`, in the layers that use the first retention: models
+  /// give all their layers one origin.
   Position write_position(std::int64_t index) const {
     return retentions_.front().write_position(index);
   }
-  /// Whether tokens may be stored at positions of the caller's choice: keys are rotated and read where
-  /// they stand, not at ranks that are counted from their indices.
+  /// Whether tokens may be stored at positions of the caller's choice: keys are rotated and read
+  /// where they stand, not at ranks that are counted from their indices.
   bool takes_positions() const {
     return std::all_of(retentions_.begin(), retentions_.end(), [](const Retention& retention) {
       return retention.config().key_form == KeyForm::kRotated &&
@@ -101,8 +101,7 @@ class KvCache {
   /// Tokens that may follow a snapshot before a row of it is overwritten, in any layer.
   std::int64_t max_lead() const {
     std::int64_t result = retentions_.front().max_lead();
-    for (const Retention& retention : retentions_)
-      result = std::min(result, retention.max_lead());
+    for (const Retention& retention : retentions_) result = std::min(result, retention.max_lead());
     return result;
   }
   /// Bytes of keys and values.
@@ -172,8 +171,7 @@ class KvCache {
              const float* rotation, std::int64_t begin, std::int64_t end) {
     const Layer& into = at(layer);
     const Retention& retention = retentions_[static_cast<std::size_t>(into.retention)];
-    const bool rotates =
-        into.rotary != nullptr && retention.config().key_form == KeyForm::kRotated;
+    const bool rotates = into.rotary != nullptr && retention.config().key_form == KeyForm::kRotated;
     for (std::int64_t t = begin; t < end; ++t) {
       const std::int64_t slot = retention.slot_of_newest(keys.tokens - t);
       for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
@@ -195,7 +193,8 @@ class KvCache {
     std::array<SegmentRule, kMaxSegments> rules;
     const int count = retention.rules(queries, rules);
     for (int i = 0; i < count; ++i)
-      out[static_cast<std::size_t>(i)] = stored(from, retention, rules[static_cast<std::size_t>(i)]);
+      out[static_cast<std::size_t>(i)] =
+          stored(from, retention, rules[static_cast<std::size_t>(i)]);
     return count;
   }
 
@@ -209,7 +208,8 @@ class KvCache {
     std::array<SegmentRule, kMaxSegments> rules;
     const int count = retention.snapshot_rules(snapshot, place, rules);
     for (int i = 0; i < count; ++i)
-      out[static_cast<std::size_t>(i)] = stored(from, retention, rules[static_cast<std::size_t>(i)]);
+      out[static_cast<std::size_t>(i)] =
+          stored(from, retention, rules[static_cast<std::size_t>(i)]);
     return count;
   }
 
@@ -267,14 +267,13 @@ class KvCache {
   struct Layer {
     int retention;
     const Rotary* rotary;
-    std::int64_t key_offset;    // elements
-    std::int64_t value_offset;  // elements
+    std::int64_t key_offset;                          // elements
+    std::int64_t value_offset;                        // elements
     std::shared_ptr<const RotaryTable> key_rotation;  // rows 0 .. capacity-1, for raw keys
   };
 
   /// A rule with this layer's storage.
-  SegmentType stored(const Layer& from, const Retention& retention,
-                     const SegmentRule& rule) const {
+  SegmentType stored(const Layer& from, const Retention& retention, const SegmentRule& rule) const {
     SegmentType segment;
     segment.rule = rule;
     segment.keys = key_row(from, retention, 0, rule.first_slot);
@@ -352,13 +351,17 @@ class KvCache {
 
   template <class T>
   static void put_element(ByteWriter& writer, const T& value) {
-    if constexpr (std::is_same_v<T, float>) writer.write<float>(value);
-    else writer.write<std::uint16_t>(value.bits);
+    if constexpr (std::is_same_v<T, float>)
+      writer.write<float>(value);
+    else
+      writer.write<std::uint16_t>(value.bits);
   }
   template <class T>
   static void get_element(ByteReader& reader, T& value) {
-    if constexpr (std::is_same_v<T, float>) value = reader.read<float>("cache row");
-    else value.bits = reader.read<std::uint16_t>("cache row");
+    if constexpr (std::is_same_v<T, float>)
+      value = reader.read<float>("cache row");
+    else
+      value.bits = reader.read<std::uint16_t>("cache row");
   }
 
   template <class T>
@@ -403,8 +406,8 @@ class KvCache {
   void check_shape(std::span<const RetentionConfig> retentions,
                    std::span<const LayerCacheConfig> layers) const {
     const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
-      throw Error(ErrorCode::kShape, {"cache shape does not fit", "KvCache", field, expected,
-                                      std::to_string(found)});
+      throw Error(ErrorCode::kShape,
+                  {"cache shape does not fit", "KvCache", field, expected, std::to_string(found)});
     };
     if (shape_.num_layers < 1) fail("num_layers", "at least 1", shape_.num_layers);
     if (shape_.num_kv_heads < 1) fail("num_kv_heads", "at least 1", shape_.num_kv_heads);

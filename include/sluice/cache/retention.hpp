@@ -88,8 +88,8 @@ struct RetentionConfig {
   }
 };
 
-/// Where a reader of another group stands, in that group's ranks: at min(p + shift, ceiling), p being
-/// the reader's position in its own group. {0, kNoCeiling}: every group counts for itself.
+/// Where a reader of another group stands, in that group's ranks: at min(p + shift, ceiling), p
+/// being the reader's position in its own group. {0, kNoCeiling}: every group counts for itself.
 struct ReaderPlace {
   Position shift = 0;
   Position ceiling = kNoCeiling;
@@ -205,10 +205,10 @@ class Retention {
   }
 
   /// StreamingLLM kv_cache.py, evict_range: removes the kept tokens with ranks [begin, end). Rows
-  /// behind the gap move down (or rows before it up, whichever is fewer): `move(from, to)` is called
-  /// for each, in an order in which no row is overwritten before it has moved.
-  /// Deviation: a range that touches the sinks is refused, so that no call drops them by accident.
-  /// \throws Error(kOrder) as evict_for_space; Error(kShape) for a range outside [sinks, size()];
+  /// behind the gap move down (or rows before it up, whichever is fewer): `move(from, to)` is
+  /// called for each, in an order in which no row is overwritten before it has moved. Deviation: a
+  /// range that touches the sinks is refused, so that no call drops them by accident. \throws
+  /// Error(kOrder) as evict_for_space; Error(kShape) for a range outside [sinks, size()];
   /// Error(kCapacity) when more than kMaxRuns runs would result. Nothing changes then.
   template <class Move>
   void evict_range(std::int64_t begin, std::int64_t end, Move&& move) {
@@ -243,9 +243,7 @@ class Retention {
     return rank < sinks ? rank : sinks + (tail_ + rank - sinks) % ring_slots();
   }
   /// Where the newest tokens are stored: token total() - back.
-  std::int64_t slot_of_newest(std::int64_t back) const {
-    return slot_of_rank(rank_count() - back);
-  }
+  std::int64_t slot_of_newest(std::int64_t back) const { return slot_of_rank(rank_count() - back); }
 
   /// Stream index of the kept token with rank `rank`: the trace of what a cache holds.
   std::int64_t index_of_rank(std::int64_t rank) const {
@@ -313,9 +311,10 @@ class Retention {
     return written;
   }
 
-  /// The runs that a reader of another group sees of the first `snapshot` tokens; returns how many of
-  /// `rules` were written. What token snapshot - 1 saw: the sinks and the last window_size tokens,
-  /// its own included, at the ranks that they had then (kInCache) or at their places in the text.
+  /// The runs that a reader of another group sees of the first `snapshot` tokens; returns how many
+  /// of `rules` were written. What token snapshot - 1 saw: the sinks and the last window_size
+  /// tokens, its own included, at the ranks that they had then (kInCache) or at their places in the
+  /// text.
   ///
   /// The answer follows from the configuration and the snapshot alone, so a reader may ask while
   /// another thread appends: nothing that append() or commit() changes is read. Rows of a snapshot
@@ -367,20 +366,20 @@ class Retention {
   std::int64_t max_lead() const {
     return unlimited() ? config_.capacity : ring_slots() - config_.window_size;
   }
-  /// Positions that `snapshot` tokens take up: the ranks of those that a reader sees, or in the text
-  /// (kInText) all of them, gaps included.
+  /// Positions that `snapshot` tokens take up: the ranks of those that a reader sees, or in the
+  /// text (kInText) all of them, gaps included.
   std::int64_t ranks(std::int64_t snapshot) const {
     const bool in_text = config_.position_rule == PositionRule::kInText;
     const std::int64_t most = config_.num_sink_tokens + config_.window_size;
     return in_text || unlimited() || snapshot < most ? snapshot : most;
   }
-  /// Where queries of this stream stand as readers of other groups: their own rank (kInCache), which
-  /// stops growing when the window is full, or their place in the text.
+  /// Where queries of this stream stand as readers of other groups: their own rank (kInCache),
+  /// which stops growing when the window is full, or their place in the text.
   ReaderPlace reader_place() const {
     if (config_.position_rule == PositionRule::kInText || unlimited() || !supports_snapshots())
       return {};
-    return {0, config_.origin + static_cast<Position>(config_.num_sink_tokens +
-                                                      config_.window_size - 1)};
+    return {0, config_.origin +
+                   static_cast<Position>(config_.num_sink_tokens + config_.window_size - 1)};
   }
 
   /// The window for visibility functors: unlimited for full caches and for kOnRequest.
@@ -526,12 +525,12 @@ class Retention {
     }
     if (sink) {
       // Once the window is full, every query stands right behind sinks + window in the cache.
-      rule.first_position = raw ? static_cast<Position>(rule.first_index)
-                                : write_position(rule.first_index);
+      rule.first_position =
+          raw ? static_cast<Position>(rule.first_index) : write_position(rule.first_index);
       rule.shift = raw ? -config_.origin : 0;
       if (in_cache && !unlimited())
-        rule.ceiling = (raw ? 0 : config_.origin) +
-                       static_cast<Position>(sinks + config_.window_size - 1);
+        rule.ceiling =
+            (raw ? 0 : config_.origin) + static_cast<Position>(sinks + config_.window_size - 1);
       return;
     }
     if (raw) {
@@ -546,8 +545,8 @@ class Retention {
 
   void require_on_request(const char* where) const {
     if (config_.eviction != Eviction::kOnRequest)
-      throw Error(ErrorCode::kOrder, {"this cache evicts by itself", where, "eviction",
-                                      "on request", "per query"});
+      throw Error(ErrorCode::kOrder,
+                  {"this cache evicts by itself", where, "eviction", "on request", "per query"});
     if (total_ != committed_)
       throw Error(ErrorCode::kOrder, {"uncommitted tokens", where, "appended tokens", "0",
                                       std::to_string(total_ - committed_)});
@@ -663,9 +662,9 @@ class Retention {
   RetentionConfig config_;
   std::array<Run, kMaxRuns + 1> runs_{};  // sorted, disjoint; the last one ends at total_
   int run_count_ = 0;
-  std::int64_t tail_ = 0;       // ring place of the oldest non-sink token
-  std::int64_t total_ = 0;      // tokens appended
-  std::int64_t committed_ = 0;  // of these, final
+  std::int64_t tail_ = 0;        // ring place of the oldest non-sink token
+  std::int64_t total_ = 0;       // tokens appended
+  std::int64_t committed_ = 0;   // of these, final
   std::int64_t high_water_ = 0;  // most tokens ever appended: older slots were overwritten
 };
 

@@ -24,8 +24,8 @@ class SpscRing {
 
   /// Producer: items that can be pushed now, at least.
   std::int64_t room() const noexcept {
-    return capacity() - (pushed_.load(std::memory_order_relaxed) -
-                         popped_.load(std::memory_order_acquire));
+    return capacity() -
+           (pushed_.load(std::memory_order_relaxed) - popped_.load(std::memory_order_acquire));
   }
   /// Producer. False when full: nothing was pushed then.
   bool try_push(const T& item) noexcept {

@@ -50,16 +50,16 @@ struct CacheOptions {
   /// Position of the stream's token 0: the target offset (phi) of group position encoding.
   Position origin = 0;
   /// Tokens that the stream may be ahead of what a reader of another group sees (cache/group.hpp);
-  /// a window's storage grows by what exceeds chunk - 1. A full cache has it all, but for layers with a
-  /// trained window.
+  /// a window's storage grows by what exceeds chunk - 1. A full cache has it all, but for layers
+  /// with a trained window.
   std::int64_t lead = 0;
 
   /// Tokens of one prefill step, the default resolved.
   std::int64_t chunk() const {
     if (chunk_size != 0) return chunk_size;
-    const std::int64_t most =
-        policy == CachePolicy::kFull || policy == CachePolicy::kRecompute ? capacity_needed()
-                                                                          : window_size;
+    const std::int64_t most = policy == CachePolicy::kFull || policy == CachePolicy::kRecompute
+                                  ? capacity_needed()
+                                  : window_size;
     return most < 512 ? most : 512;
   }
   /// Entries of a cache that never lets go (kFull, kRecompute).
@@ -101,9 +101,9 @@ inline CachePlan plan_cache(const DecoderConfig& model, const CacheOptions& opti
       config.capacity = config.num_sink_tokens + config.window_size + options.lead;
   };
   if (options.lead < 0 || options.lead > kMaxLead)
-    throw Error(ErrorCode::kConfig, {"cache configuration does not fit", "CacheOptions", "lead",
-                                     "0 to " + std::to_string(kMaxLead),
-                                     std::to_string(options.lead)});
+    throw Error(ErrorCode::kConfig,
+                {"cache configuration does not fit", "CacheOptions", "lead",
+                 "0 to " + std::to_string(kMaxLead), std::to_string(options.lead)});
   complete(base);
   static_cast<void>(Retention(base));  // the user's own numbers fail before any derived ones
 

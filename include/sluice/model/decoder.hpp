@@ -48,13 +48,13 @@ struct DecoderLayerWeights {
   std::vector<float> key_bias;
   std::vector<float> value_bias;
   std::vector<float> output_bias;
-  std::vector<float> query_norm;           ///< [head_dim] (Qwen3, Gemma 3)
-  std::vector<float> key_norm;             ///< [head_dim]
-  std::vector<float> post_attention_norm;  ///< [hidden_size], before the residual sum (Gemma 3)
-  std::vector<float> feed_forward_norm;    ///< [hidden_size]
-  WeightMatrix gate;                       ///< [intermediate_size, hidden_size]
-  WeightMatrix up;                         ///< [intermediate_size, hidden_size]
-  WeightMatrix down;                       ///< [hidden_size, intermediate_size]
+  std::vector<float> query_norm;              ///< [head_dim] (Qwen3, Gemma 3)
+  std::vector<float> key_norm;                ///< [head_dim]
+  std::vector<float> post_attention_norm;     ///< [hidden_size], before the residual sum (Gemma 3)
+  std::vector<float> feed_forward_norm;       ///< [hidden_size]
+  WeightMatrix gate;                          ///< [intermediate_size, hidden_size]
+  WeightMatrix up;                            ///< [intermediate_size, hidden_size]
+  WeightMatrix down;                          ///< [hidden_size, intermediate_size]
   std::vector<float> post_feed_forward_norm;  ///< [hidden_size] (Gemma 3)
 };
 
@@ -62,8 +62,8 @@ struct DecoderLayerWeights {
 struct DecoderWeights {
   WeightMatrix embedding;  ///< [vocab_size, hidden_size]
   std::vector<DecoderLayerWeights> layers;
-  std::vector<float> output_norm;  ///< [hidden_size]
-  WeightMatrix output;             ///< [vocab_size, hidden_size]; the embedding where tied
+  std::vector<float> output_norm;       ///< [hidden_size]
+  WeightMatrix output;                  ///< [vocab_size, hidden_size]; the embedding where tied
   std::shared_ptr<const void> storage;  ///< keeps the matrices' bytes alive
 };
 
@@ -85,8 +85,8 @@ struct DecoderInput {
 /// formed for chunks of one token.
 struct MassProbe {
   std::int64_t layer = 0;
-  std::int32_t group = 0;    ///< the group whose newest tokens are meant
-  std::int64_t newest = 0;   ///< how many tokens; 0: off
+  std::int32_t group = 0;   ///< the group whose newest tokens are meant
+  std::int64_t newest = 0;  ///< how many tokens; 0: off
 };
 
 /// A reader: who it is, and what it sees beside its own cache. Views must outlive the call.
@@ -138,24 +138,22 @@ class Decoder {
   KvCache<Key, Value> make_cache(const CachePlan& plan) const {
     for (const RetentionConfig& retention : plan.retentions)
       if (retention.origin != plan.retentions.front().origin)
-        throw Error(ErrorCode::kConfig,
-                    {"layers count from different positions", "Decoder::make_cache", "origin",
-                     std::to_string(plan.retentions.front().origin),
-                     std::to_string(retention.origin)});
+        throw Error(
+            ErrorCode::kConfig,
+            {"layers count from different positions", "Decoder::make_cache", "origin",
+             std::to_string(plan.retentions.front().origin), std::to_string(retention.origin)});
     std::vector<LayerCacheConfig> layers;
     for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
-      layers.push_back(
-          {plan.retention_of_layer[static_cast<std::size_t>(layer)], &rotary(layer)});
+      layers.push_back({plan.retention_of_layer[static_cast<std::size_t>(layer)], &rotary(layer)});
     return KvCache<Key, Value>(kv_shape(), plan.retentions, layers);
   }
 
-  /// A group of tokens of this model, for streams that read while they write. The model must outlive
-  /// it. \throws Error(kConfig) as Group does.
+  /// A group of tokens of this model, for streams that read while they write. The model must
+  /// outlive it. \throws Error(kConfig) as Group does.
   template <RotaryElement Key, RotaryElement Value = Key>
   std::unique_ptr<Group<Key, Value>> make_group(std::string name, std::int32_t id,
                                                 const CachePlan& plan) const {
-    return std::make_unique<Group<Key, Value>>(std::move(name), id,
-                                               make_cache<Key, Value>(plan));
+    return std::make_unique<Group<Key, Value>>(std::move(name), id, make_cache<Key, Value>(plan));
   }
 
   /// Feeds tokens and leaves the hidden states, final norm applied, in the workspace: row t belongs
@@ -171,9 +169,9 @@ class Decoder {
 
   /// The same for a reader among groups: the chunk is written to `cache` alone and sees, beside it,
   /// the first tokens of other groups' caches, in place. Writers of those may go on meanwhile.
-  /// Preconditions: all caches are of this model; the workspace has room for their keys and segments;
-  /// positions given explicitly need rotated keys in text positions (PositionRule::kInText, or a full
-  /// cache): ranks are counted, not given.
+  /// Preconditions: all caches are of this model; the workspace has room for their keys and
+  /// segments; positions given explicitly need rotated keys in text positions
+  /// (PositionRule::kInText, or a full cache): ranks are counted, not given.
   template <class Key, class Value>
   void forward(const DecoderInput& input, KvCache<Key, Value>& cache,
                const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
@@ -206,8 +204,7 @@ class Decoder {
   /// The segments that the newest `count` tokens see in a layer, other groups' first.
   template <class Key, class Value>
   static int gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
-                    const GroupReader<Key, Value>& reader,
-                    std::span<Segment<Key, Value>> segments);
+                    const GroupReader<Key, Value>& reader, std::span<Segment<Key, Value>> segments);
 
   void check_weights(const std::string& where) const;
 
@@ -249,8 +246,7 @@ class DecoderWorkspace {
                                .max_segments = max_segments};
     for (std::size_t r = 0; r < config.rotaries.size(); ++r) {
       const Rotary rotary(config.rotaries[r]);
-      attention_.push_back(
-          std::make_unique<AttentionWorkspace<cpu>>(&rotary, shape, team_size));
+      attention_.push_back(std::make_unique<AttentionWorkspace<cpu>>(&rotary, shape, team_size));
       write_rotation_.emplace_back(rotary, max_tokens);
     }
   }
@@ -261,7 +257,8 @@ class DecoderWorkspace {
     const auto width = static_cast<std::int64_t>(normed_.size()) / max_tokens_;
     return {normed_.data(), tokens_, width};
   }
-  /// What the last forward() with a MassProbe measured: the share of each query head. [num_qo_heads]
+  /// What the last forward() with a MassProbe measured: the share of each query head.
+  /// [num_qo_heads]
   std::span<const float> attention_mass() const { return mass_.span(); }
 
  private:
@@ -271,8 +268,8 @@ class DecoderWorkspace {
     return Buffer<float>(static_cast<std::size_t>(rows * cols));
   }
   static std::int64_t widest(const DecoderConfig& config) {
-    return std::max({config.hidden_size, config.intermediate_size,
-                     config.num_qo_heads * config.head_dim});
+    return std::max(
+        {config.hidden_size, config.intermediate_size, config.num_qo_heads * config.head_dim});
   }
 
   std::int64_t max_tokens_;
@@ -298,9 +295,9 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
                   MakeMask&& make_mask) const {
   const std::int64_t count = input.count();
   SLUICE_ASSERT(count >= 1 && count <= w.max_tokens_);
-  SLUICE_ASSERT(input.positions.empty() ||
-                (static_cast<std::int64_t>(input.positions.size()) == count &&
-                 cache.takes_positions()));
+  SLUICE_ASSERT(
+      input.positions.empty() ||
+      (static_cast<std::int64_t>(input.positions.size()) == count && cache.takes_positions()));
   const DecoderConfig& c = config_;
   const auto eps = static_cast<float>(c.norm_eps);
   const std::int64_t first_index = cache.total();
@@ -375,11 +372,11 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
 
     std::array<Segment<Key, Value>, kMaxSegments> segments;
     const std::span<const Segment<Key, Value>> seen(
-        segments.data(), static_cast<std::size_t>(gather<Key, Value>(l, count, cache, reader, segments)));
+        segments.data(),
+        static_cast<std::size_t>(gather<Key, Value>(l, count, cache, reader, segments)));
     const Retention& retention = cache.retention(l);
-    const auto mask =
-        make_mask(CausalWindow{std::min(retention.window(), layer_config.window_size),
-                               retention.config().num_sink_tokens});
+    const auto mask = make_mask(CausalWindow{std::min(retention.window(), layer_config.window_size),
+                                             retention.config().num_sink_tokens});
     const AttentionVariant<std::remove_const_t<decltype(mask)>> variant{
         static_cast<float>(c.sm_scale), mask};
     const AttentionQuery rows{{query.data, count, c.num_qo_heads, c.head_dim},
@@ -387,8 +384,7 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
                               first_position,
                               input.positions.empty() ? nullptr : input.positions.data()};
     const bool probed = reader.probe.newest > 0 && reader.probe.layer == l && count == 1;
-    attend(rows, seen, variant,
-           HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
+    attend(rows, seen, variant, HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
            probed ? w.lse_.data() : nullptr, *w.attention_[rotary_index], team, cpu{});
     if (probed)
       attention_mass(rows, seen, variant.sm_scale, &rotary(l), c.num_kv_heads, w.lse_.span(),

@@ -43,16 +43,17 @@ enum class FeedStatus : std::uint8_t {
 /// A source that is read and a target that is written meanwhile.
 ///
 /// Feeders: feed(), try_feed() and end_input() from any thread; units of several feeders are
-/// serialised, each whole. Consumer: one thread takes outputs, by next(), poll(), for_each() or as a
-/// range; several must take turns. stop() from any thread. What either side throws (a policy, memory
-/// at start) reaches the consumer, after the outputs that came before it.
+/// serialised, each whole. Consumer: one thread takes outputs, by next(), poll(), for_each() or as
+/// a range; several must take turns. stop() from any thread. What either side throws (a policy,
+/// memory at start) reaches the consumer, after the outputs that came before it.
 ///
-/// A slow consumer pauses the target, a slow target pauses the source, and a slow source lets feed()
-/// block: nothing is lost, and memory is what the constructor took. Steps take no lock; feeders share
-/// one among themselves.
+/// A slow consumer pauses the target, a slow target pauses the source, and a slow source lets
+/// feed() block: nothing is lost, and memory is what the constructor took. Steps take no lock;
+/// feeders share one among themselves.
 ///
 /// Same units and same answers of the policy: same tokens and logits, bit for bit, with threads or
-/// without (DuplexOptions::concurrent), for any number of threads a side, unless coalesce_units > 1.
+/// without (DuplexOptions::concurrent), for any number of threads a side, unless coalesce_units
+/// > 1.
 template <ReadWritePolicy Policy, RotaryElement Key = f16, RotaryElement Value = Key,
           GroupLayout Layout = GroupedLayout>
 class Duplex {
@@ -98,10 +99,10 @@ class Duplex {
     const auto count = static_cast<std::int64_t>(unit.size());
     const CacheOptions& source = options().source;
     if (source.policy == CachePolicy::kFull && fed_tokens_ + count > source.capacity)
-      throw Error(ErrorCode::kCapacity,
-                  {"the full source cache cannot hold that many tokens", "Duplex::feed", "unit",
-                   "at most " + std::to_string(source.capacity - fed_tokens_),
-                   std::to_string(count)});
+      throw Error(
+          ErrorCode::kCapacity,
+          {"the full source cache cannot hold that many tokens", "Duplex::feed", "unit",
+           "at most " + std::to_string(source.capacity - fed_tokens_), std::to_string(count)});
     if (is_finished() || stopping()) return FeedStatus::kStopped;
     const std::int64_t now = monotonic_ns();
     if (!engine_.queue().try_push(unit, now, last)) return FeedStatus::kFull;
@@ -112,8 +113,8 @@ class Duplex {
     return FeedStatus::kAccepted;
   }
 
-  /// Nothing follows. What was fed is still read; the policy learns it at the READ that finds nothing.
-  /// Again: without effect.
+  /// Nothing follows. What was fed is still read; the policy learns it at the READ that finds
+  /// nothing. Again: without effect.
   void end_input() {
     const std::lock_guard lock(feed_mutex_);
     end_locked();
@@ -214,8 +215,10 @@ class Duplex {
   using Progress = typename Engine::Progress;
 
   static Layout default_layout() {
-    if constexpr (std::is_same_v<Layout, GroupedLayout>) return GroupedLayout::group_positions();
-    else return Layout();
+    if constexpr (std::is_same_v<Layout, GroupedLayout>)
+      return GroupedLayout::group_positions();
+    else
+      return Layout();
   }
 
   bool stopping() const noexcept { return stopping_.load(std::memory_order_acquire); }
@@ -223,12 +226,13 @@ class Duplex {
   void check(std::span<const Token> unit) const {
     const auto fail = [](const std::string& field, const std::string& expected,
                          std::int64_t found) {
-      throw Error(ErrorCode::kShape, {"unit does not fit", "Duplex::feed", field, expected,
-                                      std::to_string(found)});
+      throw Error(ErrorCode::kShape,
+                  {"unit does not fit", "Duplex::feed", field, expected, std::to_string(found)});
     };
     const auto count = static_cast<std::int64_t>(unit.size());
     if (count < 1 || count > options().max_unit_tokens)
-      fail("unit", "1 to max_unit_tokens = " + std::to_string(options().max_unit_tokens) + " tokens",
+      fail("unit",
+           "1 to max_unit_tokens = " + std::to_string(options().max_unit_tokens) + " tokens",
            count);
     const std::int64_t vocab = engine_.model().config().vocab_size;
     for (std::size_t i = 0; i < unit.size(); ++i)
@@ -359,12 +363,12 @@ class Duplex {
   std::atomic<bool> finished_{false};
   std::atomic<DuplexEnd> reason_{DuplexEnd::kStopped};
   std::mutex feed_mutex_;
-  bool input_ended_ = false;        // under feed_mutex_
-  std::int64_t fed_tokens_ = 0;     // under feed_mutex_
+  bool input_ended_ = false;     // under feed_mutex_
+  std::int64_t fed_tokens_ = 0;  // under feed_mutex_
   mutable std::mutex error_mutex_;
-  std::exception_ptr error_;        // under error_mutex_
-  std::int64_t outputs_put_ = 0;    // the target thread's
-  std::jthread source_thread_;      // last: joined before the members above go
+  std::exception_ptr error_;      // under error_mutex_
+  std::int64_t outputs_put_ = 0;  // the target thread's
+  std::jthread source_thread_;    // last: joined before the members above go
   std::jthread target_thread_;
 };
 

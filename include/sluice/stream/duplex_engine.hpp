@@ -48,9 +48,9 @@ struct DuplexOptions {
   /// inference (its training is causal).
   bool bidirectional_prefix = false;
   SamplerOptions sampler;
-  /// When a candidate among these would become part of the target (kWrite, or kRead that keeps it), the
-  /// target ends without it. A policy that rather reads on answers kRead and drops it: hypotheses that
-  /// end with an end token do.
+  /// When a candidate among these would become part of the target (kWrite, or kRead that keeps it),
+  /// the target ends without it. A policy that rather reads on answers kRead and drops it:
+  /// hypotheses that end with an end token do.
   std::vector<Token> end_tokens;
   std::int64_t max_target_tokens = std::int64_t{1} << 62;
   /// The most tokens of one source unit.
@@ -62,7 +62,8 @@ struct DuplexOptions {
   std::int64_t max_lead_tokens = 0;
   std::int64_t max_lead_units = 1024;
   /// Units that one forward of the source may take together when they are waiting. Above 1 a late
-  /// source catches up faster, and results depend on timing to rounding: 1 is bit for bit repeatable.
+  /// source catches up faster, and results depend on timing to rounding: 1 is bit for bit
+  /// repeatable.
   std::int64_t coalesce_units = 1;
   /// Outputs that wait for their reader: the target pauses beyond it. At least 4.
   std::int64_t output_capacity = 1024;
@@ -118,13 +119,13 @@ constexpr std::string_view to_string(DuplexEnd end) {
   return "unknown";
 }
 
-/// State and steps. One thread at a time calls the source's functions, one those of the target; they
-/// may be the same. No step allocates, locks, or makes a virtual call; it throws only what the policy
-/// throws.
+/// State and steps. One thread at a time calls the source's functions, one those of the target;
+/// they may be the same. No step allocates, locks, or makes a virtual call; it throws only what the
+/// policy throws.
 ///
-/// The target sees a source snapshot: the units that its READs have shown it, whole units only, fixed
-/// until the next READ. Keys and values of a unit depend on the source alone, so the same answers of
-/// the policy give the same bits whenever the source side ran.
+/// The target sees a source snapshot: the units that its READs have shown it, whole units only,
+/// fixed until the next READ. Keys and values of a unit depend on the source alone, so the same
+/// answers of the policy give the same bits whenever the source side ran.
 template <ReadWritePolicy Policy, RotaryElement Key, RotaryElement Value, GroupLayout Layout>
 class DuplexEngine {
  public:
@@ -159,8 +160,8 @@ class DuplexEngine {
         units_(static_cast<std::size_t>(options.max_lead_units)),
         unit_tokens_(static_cast<std::size_t>(options.max_unit_tokens * options.coalesce_units)),
         positions_(explicit_positions()
-                       ? static_cast<std::size_t>(std::max(source_->cache().max_chunk(),
-                                                           target_->cache().max_chunk()))
+                       ? static_cast<std::size_t>(
+                             std::max(source_->cache().max_chunk(), target_->cache().max_chunk()))
                        : 0),
         outputs_(options.output_capacity),
         provisional_(static_cast<std::size_t>(max_provisional() + 1)),
@@ -194,8 +195,8 @@ class DuplexEngine {
       return Progress::kEnded;
     }
     const std::int64_t published = units_published_.load(std::memory_order_relaxed);
-    const std::int64_t unit_room = options_.max_lead_units -
-                                   (published - units_seen_.load(std::memory_order_acquire));
+    const std::int64_t unit_room =
+        options_.max_lead_units - (published - units_seen_.load(std::memory_order_acquire));
     const std::int64_t token_room = source_->room();
     std::int64_t units = 0;
     std::int64_t tokens = 0;
@@ -282,14 +283,14 @@ class DuplexEngine {
     bool last = false;
   };
 
-  /// GroupedLayout counts each group from its origin, as caches do by themselves. Any other layout's
-  /// answers are stored token by token, and depend on the order of arrival.
+  /// GroupedLayout counts each group from its origin, as caches do by themselves. Any other
+  /// layout's answers are stored token by token, and depend on the order of arrival.
   static constexpr bool explicit_positions() { return !std::is_same_v<Layout, GroupedLayout>; }
 
   static const DuplexOptions& checked(const DuplexOptions& options, const Decoder& model) {
     const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
-      throw Error(ErrorCode::kConfig, {"option out of range", "DuplexOptions", field, expected,
-                                       std::to_string(found)});
+      throw Error(ErrorCode::kConfig,
+                  {"option out of range", "DuplexOptions", field, expected, std::to_string(found)});
     };
     if (options.target_prefix.empty()) fail("target_prefix", "at least one token", 0);
     for (const auto* tokens : {&options.target_prefix, &options.end_tokens})
@@ -297,11 +298,10 @@ class DuplexEngine {
         if (token < 0 || token >= model.config().vocab_size)
           fail(tokens == &options.target_prefix ? "target_prefix" : "end_tokens",
                "tokens from 0 to " + std::to_string(model.config().vocab_size - 1), token);
-    for (const auto& [field, value] :
-         {std::pair{"max_target_tokens", options.max_target_tokens},
-          std::pair{"max_unit_tokens", options.max_unit_tokens},
-          std::pair{"max_lead_units", options.max_lead_units},
-          std::pair{"coalesce_units", options.coalesce_units}})
+    for (const auto& [field, value] : {std::pair{"max_target_tokens", options.max_target_tokens},
+                                       std::pair{"max_unit_tokens", options.max_unit_tokens},
+                                       std::pair{"max_lead_units", options.max_lead_units},
+                                       std::pair{"coalesce_units", options.coalesce_units}})
       if (value < 1) fail(field, "at least 1", value);
     if (options.max_unit_tokens > kMaxLead / 4)
       fail("max_unit_tokens", "at most " + std::to_string(kMaxLead / 4), options.max_unit_tokens);
@@ -313,8 +313,7 @@ class DuplexEngine {
       fail("output_capacity", "at least " + std::to_string(kMostOutputs + 1),
            options.output_capacity);
     if (options.queue_tokens < options.max_unit_tokens)
-      fail("queue_tokens",
-           "at least max_unit_tokens = " + std::to_string(options.max_unit_tokens),
+      fail("queue_tokens", "at least max_unit_tokens = " + std::to_string(options.max_unit_tokens),
            options.queue_tokens);
     if (options.max_lead_tokens != 0 && options.max_lead_tokens < options.max_unit_tokens)
       fail("max_lead_tokens",
@@ -330,15 +329,16 @@ class DuplexEngine {
                      cache == &options.source ? "source.policy" : "target.policy",
                      "sink-window, window or full", "recompute"});
     if (explicit_positions() && options.concurrent)
-      throw Error(ErrorCode::kConfig,
-                  {"positions of this layout depend on the order of arrival", "DuplexOptions",
-                   "concurrent", "false", "true"});
+      throw Error(ErrorCode::kConfig, {"positions of this layout depend on the order of arrival",
+                                       "DuplexOptions", "concurrent", "false", "true"});
     return options;
   }
 
   std::int64_t max_provisional() const {
-    if constexpr (requires { policy_.max_provisional(); }) return policy_.max_provisional();
-    else return 0;
+    if constexpr (requires { policy_.max_provisional(); })
+      return policy_.max_provisional();
+    else
+      return 0;
   }
 
   CachePlan source_plan() const {
@@ -370,11 +370,10 @@ class DuplexEngine {
 
   void check_caches() const {
     if (static_cast<std::int64_t>(options_.target_prefix.size()) > target_->cache().max_chunk())
-      throw Error(ErrorCode::kConfig, {"the prefix is fed in one step", "DuplexOptions",
-                                       "target_prefix",
-                                       "at most the target's chunk, " +
-                                           std::to_string(target_->cache().max_chunk()),
-                                       std::to_string(options_.target_prefix.size())});
+      throw Error(ErrorCode::kConfig,
+                  {"the prefix is fed in one step", "DuplexOptions", "target_prefix",
+                   "at most the target's chunk, " + std::to_string(target_->cache().max_chunk()),
+                   std::to_string(options_.target_prefix.size())});
     if (!explicit_positions()) return;
     for (const Group<Key, Value>* group : {source_.get(), target_.get()})
       if (!group->cache().takes_positions())
@@ -400,8 +399,8 @@ class DuplexEngine {
                   const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
                   ThreadTeam& team) {
     for (std::size_t done = 0; done < tokens.size();) {
-      const std::size_t count = std::min(
-          tokens.size() - done, static_cast<std::size_t>(group.cache().max_chunk()));
+      const std::size_t count =
+          std::min(tokens.size() - done, static_cast<std::size_t>(group.cache().max_chunk()));
       DecoderInput input{tokens.subspan(done, count)};
       if constexpr (explicit_positions()) {
         for (std::size_t t = 0; t < count; ++t)
@@ -424,8 +423,7 @@ class DuplexEngine {
       reading_ = false;
       return true;
     }
-    const UnitEnd unit =
-        units_[static_cast<std::size_t>(units_read_ % options_.max_lead_units)];
+    const UnitEnd unit = units_[static_cast<std::size_t>(units_read_ % options_.max_lead_units)];
     tokens_read_ = unit.tokens;
     source_ended_ = unit.last;
     ++units_read_;
@@ -440,8 +438,7 @@ class DuplexEngine {
   /// Feeds what is due (the prefix, a written token, one to be fed again) and predicts the next.
   Progress feed_target() {
     const auto count = static_cast<std::int64_t>(to_feed_.size());
-    if (target_->cache().status(count) != CacheStatus::kOk)
-      return finish(DuplexEnd::kTargetFull);
+    if (target_->cache().status(count) != CacheStatus::kOk) return finish(DuplexEnd::kTargetFull);
     const std::array<GroupView<Key, Value>, 1> sees{source_->view(tokens_read_)};
     GroupReader<Key, Value> reader{.own_group = kTargetGroup, .sees = sees};
     reader.bidirectional = options_.bidirectional_prefix && count > 1;
@@ -555,7 +552,8 @@ class DuplexEngine {
   /// returns how many those were. Their keys and values are the caller's to remove.
   std::int64_t settle(std::int64_t confirmed) {
     confirmed = std::clamp<std::int64_t>(confirmed, 0, num_provisional_);
-    for (std::int64_t i = 0; i < confirmed; ++i) make_final(provisional_[static_cast<std::size_t>(i)]);
+    for (std::int64_t i = 0; i < confirmed; ++i)
+      make_final(provisional_[static_cast<std::size_t>(i)]);
     const std::int64_t dropped = num_provisional_ - confirmed;
     if (confirmed > 0) put({.kind = DuplexOutput::Kind::kConfirmed, .count = confirmed});
     if (dropped > 0) {
@@ -570,7 +568,8 @@ class DuplexEngine {
   void take_back(std::int64_t tokens) {
     target_->cache().truncate(tokens);
     target_->publish();
-    if constexpr (explicit_positions()) layout_.retract(kTargetGroup, static_cast<Position>(tokens));
+    if constexpr (explicit_positions())
+      layout_.retract(kTargetGroup, static_cast<Position>(tokens));
   }
 
   void put(DuplexOutput output) {
@@ -595,9 +594,9 @@ class DuplexEngine {
   DecoderWorkspace target_workspace_;
   Sampler sampler_;
   UnitQueue queue_;
-  Buffer<UnitEnd> units_;       // [max_lead_units], unit u at u % max_lead_units
-  Buffer<Token> unit_tokens_;   // the source side's
-  Buffer<Position3> positions_; // of a chunk, for layouts that depend on the order
+  Buffer<UnitEnd> units_;        // [max_lead_units], unit u at u % max_lead_units
+  Buffer<Token> unit_tokens_;    // the source side's
+  Buffer<Position3> positions_;  // of a chunk, for layouts that depend on the order
   SpscRing<DuplexOutput> outputs_;
   Buffer<Token> provisional_;
   Buffer<float> logits_;  // [vocab_size]
@@ -617,12 +616,12 @@ class DuplexEngine {
   std::int64_t last_output_ns_ = 0;
   std::int64_t outputs_put_ = 0;
   std::optional<Token> candidate_;
-  Token last_kept_;                       // of the prefix and the final tokens
+  Token last_kept_;  // of the prefix and the final tokens
   std::array<Token, 1> refed_{};
-  std::span<const Token> to_feed_;        // due to be fed
+  std::span<const Token> to_feed_;  // due to be fed
   float newest_source_mass_ = 0;
-  bool reading_ = false;                  // a READ waits for its unit
-  bool source_ended_ = false;             // a READ found the end
+  bool reading_ = false;       // a READ waits for its unit
+  bool source_ended_ = false;  // a READ found the end
   DuplexEnd end_ = DuplexEnd::kRunning;
 };
 

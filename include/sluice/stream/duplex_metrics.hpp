@@ -29,15 +29,16 @@ struct DuplexReport {
   std::int64_t token_wait = 0;
   /// From one written token to the next, READs in between included.
   LatencySummary inter_token;
-  /// From the moment a source unit was fed to the first token written with it visible: one value for
-  /// each READ that a token follows. Time that a unit spent waiting to be read is part of it.
+  /// From the moment a source unit was fed to the first token written with it visible: one value
+  /// for each READ that a token follows. Time that a unit spent waiting to be read is part of it.
   LatencySummary unit_to_token;
   std::int64_t units_fed = 0;
   std::int64_t source_tokens = 0;   ///< read into the cache
   std::int64_t units_read = 0;      ///< seen by the target
   std::int64_t tokens_written = 0;  ///< provisional ones count when they are written
   std::int64_t tokens_retracted = 0;
-  std::int64_t target_forwards = 0;  ///< model calls of the target side: more than tokens by those fed again
+  std::int64_t target_forwards =
+      0;  ///< model calls of the target side: more than tokens by those fed again
   /// Sums of the time that each side spent in the model.
   double source_busy_ms = 0;
   double target_busy_ms = 0;
@@ -56,8 +57,8 @@ struct DuplexReport {
 /// construction only.
 class DuplexMetrics {
  public:
-  /// delay_capacity: target tokens of which the delay is kept, the first ones (an endless stream has
-  /// no AL).
+  /// delay_capacity: target tokens of which the delay is kept, the first ones (an endless stream
+  /// has no AL).
   explicit DuplexMetrics(std::int64_t delay_capacity)
       : delays_(static_cast<std::size_t>(std::max<std::int64_t>(delay_capacity, 0))) {}
 

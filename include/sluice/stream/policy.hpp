@@ -42,7 +42,8 @@ constexpr std::string_view to_string(Action action) {
 /// What happens at a READ to the candidate, the token that was predicted without the new source.
 enum class LastToken : std::uint8_t {
   /// The candidate is dropped; the keys and values of the last token of the target are removed and
-  /// it is fed again after the READ, so that the next token is predicted with the new source visible
+  /// it is fed again after the READ, so that the next token is predicted with the new source
+  /// visible
   /// (group position encoding's loop).
   kFeedAgain,
   /// The candidate is kept: it becomes part of the target and is fed after the READ
@@ -76,8 +77,8 @@ struct Decision {
 };
 
 /// What a policy is told. All of it but units_arrived and all_arrived follows from the policy's own
-/// earlier answers and the source, never from timing: a policy that does not look at these two gives
-/// the same target however fast source and target run.
+/// earlier answers and the source, never from timing: a policy that does not look at these two
+/// gives the same target however fast source and target run.
 struct PolicyState {
   std::int64_t units_read = 0;     ///< source units that the target sees
   std::int64_t tokens_read = 0;    ///< their tokens
@@ -95,16 +96,16 @@ struct PolicyState {
   std::optional<Token> candidate;
   /// Logits that the candidate was drawn from. [vocab_size]; empty without a candidate.
   std::span<const float> logits;
-  /// Share of attention on the newest source tokens when the candidate was predicted, mean over query
-  /// heads: for policies with newest_source_tokens() > 0.
+  /// Share of attention on the newest source tokens when the candidate was predicted, mean over
+  /// query heads: for policies with newest_source_tokens() > 0.
   float newest_source_mass = 0;
 };
 
 /// Answers the question. Optional members: `std::int64_t newest_source_tokens() const` and
 /// `std::int64_t probe_layer() const` (negative: from the last) ask for newest_source_mass;
 /// `std::int64_t max_provisional() const` says how many tokens may be provisional at once (0 if
-/// absent); `void reset()`. decide() runs on the target's thread; what it throws ends the stream and
-/// reaches the caller. It must not allocate if the step is not to.
+/// absent); `void reset()`. decide() runs on the target's thread; what it throws ends the stream
+/// and reaches the caller. It must not allocate if the step is not to.
 template <class T>
 concept ReadWritePolicy = requires(T policy, const PolicyState& state) {
   { policy.decide(state) } -> std::same_as<Decision>;
@@ -118,7 +119,8 @@ enum class UnitEdge : std::uint8_t {
   kReadInside,       ///< the candidate goes on with the unit, but one source unit more is due
 };
 
-/// Tells where target units end. tokens_in_unit: tokens of the unit so far, the candidate not counted.
+/// Tells where target units end. tokens_in_unit: tokens of the unit so far, the candidate not
+/// counted.
 template <class T>
 concept UnitBoundary = requires(const T boundary, Token candidate, std::int64_t tokens_in_unit) {
   { boundary.edge(candidate, tokens_in_unit) } -> std::same_as<UnitEdge>;
@@ -143,12 +145,13 @@ struct SeparatedUnits {
 };
 
 /// Words of text: a token that begins with a space begins a word; punctuation (. , : ; ? !) and
-/// overlong words end one. The classes come from the vocabulary, once, so that a step handles no text.
+/// overlong words end one. The classes come from the vocabulary, once, so that a step handles no
+/// text.
 ///
 /// Group position encoding's released rule looks at the decoded text since its buffer was cleared;
 /// it is the same for vocabularies whose tokens hold no space inside, but for one thing: its buffer
-/// is not cleared at punctuation, so that it reads there and again at the space that follows. That is
-/// `punctuation_ends_word = false`; by default a word with its punctuation is one READ.
+/// is not cleared at punctuation, so that it reads there and again at the space that follows. That
+/// is `punctuation_ends_word = false`; by default a word with its punctuation is one READ.
 struct WordUnits {
   /// [vocab_size], or shorter: tokens beyond it are inside words.
   std::vector<std::uint8_t> classes;
@@ -178,10 +181,10 @@ struct WordUnits {
   }
 };
 
-/// wait-k (Ma et al., arXiv 1810.08398; group position encoding, arXiv 2505.16983): the target begins
-/// when k source units are read beside the first `prompt_units`, and then reads one unit for each
-/// that it writes. At the end of a unit that is seen only from the next unit's first token the last
-/// token is fed again (LastToken::kFeedAgain); at one that its own last token shows, kept.
+/// wait-k (Ma et al., arXiv 1810.08398; group position encoding, arXiv 2505.16983): the target
+/// begins when k source units are read beside the first `prompt_units`, and then reads one unit for
+/// each that it writes. At the end of a unit that is seen only from the next unit's first token the
+/// last token is fed again (LastToken::kFeedAgain); at one that its own last token shows, kept.
 template <UnitBoundary Boundary>
 class WaitK {
  public:
@@ -190,9 +193,9 @@ class WaitK {
       : k_(k), prompt_units_(prompt_units), boundary_(std::move(boundary)) {
     const auto require = [](std::int64_t value, std::int64_t least, const char* field) {
       if (value < least)
-        throw Error(ErrorCode::kConfig, {"option out of range", "WaitK", field,
-                                         "at least " + std::to_string(least),
-                                         std::to_string(value)});
+        throw Error(ErrorCode::kConfig,
+                    {"option out of range", "WaitK", field, "at least " + std::to_string(least),
+                     std::to_string(value)});
     };
     require(k, 1, "k");
     require(prompt_units, 0, "prompt_units");
@@ -208,9 +211,7 @@ class WaitK {
         // The first token of the next unit will be predicted again: it belongs to that one.
         in_unit_ = 0;
         return Decision::read(LastToken::kFeedAgain);
-      case UnitEdge::kAfterCandidate:
-        in_unit_ = 0;
-        return Decision::read(LastToken::kKeep);
+      case UnitEdge::kAfterCandidate: in_unit_ = 0; return Decision::read(LastToken::kKeep);
       case UnitEdge::kReadInside: ++in_unit_; return Decision::read(LastToken::kKeep);
       case UnitEdge::kInside: break;
     }
@@ -227,8 +228,8 @@ class WaitK {
   std::int64_t in_unit_ = 0;  // tokens of the unit being written
 };
 
-/// StreamingThinker (arXiv 2510.17238): after the instruction and the question, one sentence is read
-/// each time a separator closes a reasoning unit; the separator is fed after the READ.
+/// StreamingThinker (arXiv 2510.17238): after the instruction and the question, one sentence is
+/// read each time a separator closes a reasoning unit; the separator is fed after the READ.
 class ReadUntilSeparator : public WaitK<SeparatedUnits> {
  public:
   /// first_units: read before the target begins (the instruction, the question, ...).
@@ -245,7 +246,8 @@ namespace detail {
 template <class Derived>
 class HypothesisPolicy {
  public:
-  HypothesisPolicy(const char* name, std::int64_t longest, std::int64_t first_units, Token end_token)
+  HypothesisPolicy(const char* name, std::int64_t longest, std::int64_t first_units,
+                   Token end_token)
       : longest_(longest), first_units_(first_units), end_token_(end_token) {
     if (longest < 1 || longest > 4096)
       throw Error(ErrorCode::kConfig, {"option out of range", name, "longest hypothesis",
@@ -277,8 +279,8 @@ class HypothesisPolicy {
 
 }  // namespace detail
 
-/// Local agreement (Liu et al., arXiv 2005.11185; n = 2): what the hypotheses of the last two source
-/// units begin with alike is final.
+/// Local agreement (Liu et al., arXiv 2005.11185; n = 2): what the hypotheses of the last two
+/// source units begin with alike is final.
 class LocalAgreement : public detail::HypothesisPolicy<LocalAgreement> {
  public:
   /// longest: tokens of a hypothesis; end_token closes one early (-1: none).
@@ -289,8 +291,7 @@ class LocalAgreement : public detail::HypothesisPolicy<LocalAgreement> {
 
   std::int64_t confirm(std::span<const Token> hypothesis) {
     std::size_t agreed = 0;
-    while (agreed < held_ && agreed < hypothesis.size() &&
-           previous_[agreed] == hypothesis[agreed])
+    while (agreed < held_ && agreed < hypothesis.size() && previous_[agreed] == hypothesis[agreed])
       ++agreed;
     held_ = hypothesis.size() - agreed;
     std::copy(hypothesis.begin() + static_cast<std::ptrdiff_t>(agreed), hypothesis.end(),
@@ -324,10 +325,11 @@ class HoldN : public detail::HypothesisPolicy<HoldN> {
   std::int64_t n_;
 };
 
-/// In the manner of EDAtt (Papi, Negri, Turchi, arXiv 2212.07850, section 3): a token is written while
-/// its attention to the newest `newest` source tokens stays below alpha; otherwise it leans on what
-/// has just arrived and waits for more. Deviations: decoder-only self-attention, whose mass is shared
-/// with the target, stands in for cross-attention; tokens, not encoder frames, are counted.
+/// In the manner of EDAtt (Papi, Negri, Turchi, arXiv 2212.07850, section 3): a token is written
+/// while its attention to the newest `newest` source tokens stays below alpha; otherwise it leans
+/// on what has just arrived and waits for more. Deviations: decoder-only self-attention, whose mass
+/// is shared with the target, stands in for cross-attention; tokens, not encoder frames, are
+/// counted.
 class AttentionGuided {
  public:
   /// layer: whose attention; negative: from the last.
@@ -362,9 +364,9 @@ class AttentionGuided {
   std::int64_t layer_;
 };
 
-/// Speak or stay silent at each frame (VideoLLM-online, arXiv 2406.11816, section 3.3): where a turn
-/// could begin, the stream is silent while the probability of the silence token exceeds `threshold`;
-/// a turn ends with that token. Either way the next frame is read then.
+/// Speak or stay silent at each frame (VideoLLM-online, arXiv 2406.11816, section 3.3): where a
+/// turn could begin, the stream is silent while the probability of the silence token exceeds
+/// `threshold`; a turn ends with that token. Either way the next frame is read then.
 class SpeakOrSilence {
  public:
   /// longest: tokens of a turn.

@@ -19,7 +19,7 @@ namespace sluice {
 
 /// A source unit in the queue.
 struct QueuedUnit {
-  std::int64_t first = 0;       ///< its first token, counted from the first ever pushed
+  std::int64_t first = 0;  ///< its first token, counted from the first ever pushed
   std::int64_t tokens = 0;
   std::int64_t arrival_ns = 0;  ///< when it was fed
   bool last = false;            ///< nothing follows
