@@ -200,6 +200,7 @@ Timing group_stream(const Model& model, std::int64_t m, std::int64_t k, std::int
                     bool concurrent, int threads) {
   DuplexOptions options;
   options.target_prefix = {kPrefix};
+  options.source.policy = options.target.policy = CachePolicy::kFull;
   options.source.capacity = m * units;
   options.target.capacity = k * units + 8;
   options.max_target_tokens = k * units;

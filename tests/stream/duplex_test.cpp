@@ -51,6 +51,7 @@ CacheOptions sink_window(std::int64_t sinks, std::int64_t window) {
 
 DuplexOptions options(bool concurrent, std::int64_t tokens = 40) {
   DuplexOptions options;
+  options.source.policy = options.target.policy = CachePolicy::kFull;
   options.target_prefix = {1, 2};
   options.max_target_tokens = tokens;
   options.max_unit_tokens = 4;

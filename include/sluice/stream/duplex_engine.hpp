@@ -38,10 +38,12 @@ namespace sluice {
 
 /// What a Duplex is made of.
 struct DuplexOptions {
-  /// What each group retains; origins come from the layout. Either may be endless
-  /// (CachePolicy::kSinkWindow, kWindow); kRecompute is refused.
-  CacheOptions source{.policy = CachePolicy::kFull};
-  CacheOptions target{.policy = CachePolicy::kFull};
+  /// What each group retains; origins come from the layout. Both are endless by default, sinks and
+  /// a window each: exact until the window is full. CachePolicy::kFull keeps everything up to a
+  /// capacity, as the published systems do, and takes the memory for it at once; kRecompute is
+  /// refused.
+  CacheOptions source;
+  CacheOptions target;
   /// Fed before the first target token is predicted (an assistant turn's opening); at least one.
   std::vector<Token> target_prefix;
   /// The prefix tokens see each other in both directions, as in group position encoding's released
