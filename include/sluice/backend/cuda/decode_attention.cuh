@@ -1,0 +1,809 @@
+// SPDX-License-Identifier: MIT
+/// Decode attention on the GPU: one launch rotates a step's query and key, appends key and value to
+/// the cache, and attends over sinks and window (or the full cache), with keys split over the chip
+/// and merged before the launch ends.
+///
+/// How it works. K and V go from memory straight into the registers in which the tensor cores want
+/// them: no shared memory, no barrier, every warp streams tiles of 16 slots by itself, and the
+/// order of slots does not matter to a softmax, so the ring's wrap costs nothing. Scores are
+/// formed transposed (keys x queries), which lets the up to 8 query heads of a KV head fill the
+/// narrow side of the matrix instruction, and so are outputs (channels x queries). Queries and
+/// probabilities enter as the sum of two 16-bit numbers, which keeps 16 bits of them (bf16; 22 for
+/// f16): the result is that of float32 queries, not of rounded ones. The new token's row is patched
+/// into the registers of the one warp whose tile holds its slot; no launch waits for another's
+/// store. Warps merge in shared memory, blocks through a scratch that the last block to arrive
+/// reads; the order of merging is that of the splits, so repeated runs give the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "sluice/backend/cuda/backend.cuh"
+#include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/memory.cuh"
+#include "sluice/core/element.hpp"
+
+namespace sluice {
+
+/// Extents of a layer's decode attention.
+struct DecodeAttentionShape {
+  std::int64_t num_qo_heads = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;  ///< of queries, keys, values and outputs: 64, 80, 96, 128 or 256
+};
+
+/// How a launch is cut: each KV head of a sequence is divided among `splits` blocks of `warps`
+/// warps, tile by tile. Which cut is best depends on the machine alone, no result's meaning does.
+struct DecodeSchedule {
+  int warps = 0;
+  int splits = 0;
+
+  friend bool operator==(const DecodeSchedule&, const DecodeSchedule&) = default;
+};
+
+/// The tensors of one layer's step, in device memory. Rows of channels are consecutive; strides
+/// are in elements. Cache rows must start at multiples of 16 bytes.
+template <class Element>
+struct DecodeAttentionTensors {
+  const void* query = nullptr;  ///< [batch, num_qo_heads, head_dim] of `input_type`, not rotated
+  const void* key = nullptr;    ///< [batch, num_kv_heads, head_dim] of `input_type`, not rotated
+  const void* value = nullptr;  ///< [batch, num_kv_heads, head_dim] of `input_type`
+  std::int64_t query_stride = 0;  ///< from sequence to sequence; the three may be one fused row
+  std::int64_t key_stride = 0;
+  std::int64_t value_stride = 0;
+  ElementType input_type = ElementType::kBF16;  ///< kF32, kF16 or kBF16
+
+  void* out = nullptr;      ///< [batch, num_qo_heads, head_dim] of `output_type`
+  float* lse = nullptr;     ///< [batch, num_qo_heads] or null
+  std::int64_t out_stride = 0;
+  ElementType output_type = ElementType::kBF16;  ///< kF32, kF16 or kBF16
+
+  Element* keys = nullptr;    ///< [batch, num_kv_heads, capacity, head_dim] by the strides
+  Element* values = nullptr;  ///< the same strides
+  std::int64_t sequence_stride = 0;
+  std::int64_t head_stride = 0;
+  std::int64_t token_stride = 0;
+};
+
+namespace detail {
+
+inline constexpr int kDecodeTile = 16;   // slots of a tile
+inline constexpr int kDecodeHeads = 8;   // query heads of a block: the narrow side of the product
+inline constexpr int kWarpSize = 32;
+/// Bytes that widen a shared row of queries so that two rows lie in different halves of the banks.
+template <int kHeadDim>
+inline constexpr int kQueryRow = (kHeadDim + 63) / 64 * 64 + 32;  // elements
+template <int kHeadDim>
+inline constexpr int kMaxDecodeWarps = kHeadDim > 128 ? 8 : 12;
+
+struct DecodeAttentionParams {
+  const void* query;
+  const void* key;
+  const void* value;
+  void* out;
+  float* lse;
+  std::uint16_t* keys;
+  std::uint16_t* values;
+  const DecodePlace* places;
+  const float* rows;
+  float* partials;  // [units, splits, kDecodeHeads, head_dim]
+  float2* states;   // [units, splits, kDecodeHeads]: maximum (log2), sum
+  int* arrivals;    // [units], zero between launches
+  std::int64_t query_stride;
+  std::int64_t key_stride;
+  std::int64_t value_stride;
+  std::int64_t out_stride;
+  std::int64_t sequence_stride;
+  std::int64_t head_stride;
+  std::int64_t token_stride;
+  int group;        // query heads per KV head
+  int query_tiles;  // blocks that share a KV head
+  int capacity;
+  int sinks;
+  int num_pairs;
+  bool interleaved;
+  ElementType input_type;
+  ElementType output_type;
+  float scale_log2;  // sm_scale * log2(e)
+};
+
+/// 16-bit arithmetic of one element type.
+template <class Element>
+struct Half;
+
+template <>
+struct Half<bf16> {
+  static __device__ float widen(std::uint16_t bits) {
+    return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
+  }
+  /// Two floats, rounded to nearest even, the first in the low half.
+  static __device__ std::uint32_t pack(float low, float high) {
+    std::uint32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+  }
+  static __device__ float low(std::uint32_t packed) { return __uint_as_float(packed << 16); }
+  static __device__ float high(std::uint32_t packed) {
+    return __uint_as_float(packed & 0xffff0000U);
+  }
+  static __device__ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                      std::uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Half<f16> {
+  static __device__ float widen(std::uint16_t bits) {
+    return __half2float(__ushort_as_half(bits));
+  }
+  static __device__ std::uint32_t pack(float low, float high) {
+    std::uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+    return result;
+  }
+  static __device__ float low(std::uint32_t packed) {
+    return widen(static_cast<std::uint16_t>(packed));
+  }
+  static __device__ float high(std::uint32_t packed) {
+    return widen(static_cast<std::uint16_t>(packed >> 16));
+  }
+  static __device__ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                      std::uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+/// Cache rows are read once per step: they should not push others out of the first-level cache.
+/// Volatile, so that loads stay where they are written: ahead of what hides them.
+__device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
+                                   std::integral_constant<int, 4>) {
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "l"(from));
+}
+__device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
+                                   std::integral_constant<int, 2>) {
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];"
+               : "=r"(to[0]), "=r"(to[1])
+               : "l"(from));
+}
+__device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
+                                   std::integral_constant<int, 1>) {
+  asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+}
+
+/// Transposes an 8 x 8 matrix of 16-bit elements across the warp.
+__device__ inline std::uint32_t transpose(std::uint32_t packed) {
+  std::uint32_t result;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(packed));
+  return result;
+}
+
+__device__ inline float load_input(const void* data, ElementType type, std::int64_t index) {
+  if (type == ElementType::kBF16)
+    return Half<bf16>::widen(static_cast<const std::uint16_t*>(data)[index]);
+  if (type == ElementType::kF16)
+    return Half<f16>::widen(static_cast<const std::uint16_t*>(data)[index]);
+  return static_cast<const float*>(data)[index];
+}
+
+__device__ inline void store_output(void* data, ElementType type, std::int64_t index, float4 x) {
+  if (type == ElementType::kF32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(data) + index) = x;
+  } else {
+    const bool brain = type == ElementType::kBF16;
+    const uint2 packed{brain ? Half<bf16>::pack(x.x, x.y) : Half<f16>::pack(x.x, x.y),
+                       brain ? Half<bf16>::pack(x.z, x.w) : Half<f16>::pack(x.z, x.w)};
+    *reinterpret_cast<uint2*>(static_cast<std::uint16_t*>(data) + index) = packed;
+  }
+}
+
+/// One pair of a head after rotation, and the channels it stands in. Pairs beyond the rotated ones
+/// pass through.
+struct RotatedPair {
+  int first;
+  int second;
+  float a;
+  float b;
+};
+
+__device__ inline RotatedPair rotate_pair(const DecodeAttentionParams& p, const float* row,
+                                          const void* data, std::int64_t head, int pair) {
+  RotatedPair x;
+  const bool rotated = pair < p.num_pairs;
+  const bool halves = rotated && !p.interleaved;
+  x.first = halves ? pair : 2 * pair;
+  x.second = halves ? pair + p.num_pairs : 2 * pair + 1;
+  const float a = load_input(data, p.input_type, head + x.first);
+  const float b = load_input(data, p.input_type, head + x.second);
+  const float cosine = rotated ? row[pair] : 1;
+  const float sine = rotated ? row[p.num_pairs + pair] : 0;
+  x.a = a * cosine - b * sine;
+  x.b = b * cosine + a * sine;
+  return x;
+}
+
+/// What a warp holds of 16 keys, rows g and g + 8 for lane 4 g + t: matrix A of K q^T. Channels are
+/// permuted within runs of 32 so that a lane's share of a row is 16 consecutive bytes; queries are
+/// read from shared memory by the same permutation.
+template <int kHeadDim>
+struct KeyFragment {
+  std::uint32_t r[2][kHeadDim / 8];
+
+  __device__ void load(const std::uint16_t* const (&row)[2], int t) {
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        stream_load(&r[half][4 * c], row[half] + 32 * c + 8 * t, std::integral_constant<int, 4>());
+    if constexpr (kHeadDim % 32 == 16) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        stream_load(&r[half][kHeadDim / 8 - 2], row[half] + kHeadDim / 32 * 32 + 4 * t,
+                    std::integral_constant<int, 2>());
+    }
+  }
+  /// Replaces row `half` by one in shared memory.
+  __device__ void patch(int half, const std::uint16_t* row, int t) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        const int whole = kHeadDim / 32 * 4;
+        const int channel = i < whole ? i / 4 * 32 + 8 * t + 2 * (i % 4)
+                                      : kHeadDim / 32 * 32 + 4 * t + 2 * (i - whole);
+        if (h == half) r[h][i] = *reinterpret_cast<const std::uint32_t*>(row + channel);
+      }
+    }
+  }
+};
+
+/// What a warp holds of 16 values, slots 2 t, 2 t + 1, 2 t + 8, 2 t + 9 for lane 4 g + t: lane's
+/// share of a row is consecutive again, register i holding two channels.
+template <int kHeadDim>
+struct ValueFragment {
+  static constexpr int kRegisters = kHeadDim / 16;
+  std::uint32_t r[4][kRegisters];
+
+  /// The first of register i's two channels; the other follows.
+  static __device__ constexpr int channel(int i, int g) {
+    const int whole = kHeadDim / 64 * 4;
+    if (i < whole) return i / 4 * 64 + 8 * g + 2 * (i % 4);
+    const int pairs = kRegisters - whole;  // registers of the rest: 1, 2 or 3
+    return kHeadDim / 64 * 64 + 2 * pairs * g + 2 * (i - whole);
+  }
+  __device__ void load(int j, const std::uint16_t* row, int g) {
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 64; ++c)
+      stream_load(&r[j][4 * c], row + 64 * c + 8 * g, std::integral_constant<int, 4>());
+    constexpr int kRest = kHeadDim % 64 / 16;
+    static_assert(kRest < 3, "no vector load of three registers");
+    if constexpr (kRest > 0)
+      stream_load(&r[j][kHeadDim / 64 * 4], row + kHeadDim / 64 * 64 + 2 * kRest * g,
+                  std::integral_constant<int, kRest>());
+  }
+};
+
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
+  using H = Half<Element>;
+  constexpr int kRow = kQueryRow<kHeadDim>;
+  constexpr int kChannelTiles = kHeadDim / 16;
+  const float kInfinity = __int_as_float(0x7f800000);
+
+  // Queries by place (own, sinks), part (high, low) and head; scaled into base-2 scores.
+  __shared__ __align__(16) std::uint16_t queries[2][2][kDecodeHeads][kRow];
+  __shared__ __align__(16) std::uint16_t new_rows[2][kHeadDim];  // key, value
+  __shared__ int last_block;
+  extern __shared__ __align__(16) float merged[];  // [warps, heads, head_dim], then states
+
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  const int splits = static_cast<int>(gridDim.x);
+  const int split = static_cast<int>(blockIdx.x);
+  const int kv_head = static_cast<int>(blockIdx.y) / p.query_tiles;
+  const int query_tile = static_cast<int>(blockIdx.y) % p.query_tiles;
+  const std::int64_t sequence = blockIdx.z;
+  const std::int64_t unit = sequence * gridDim.y + blockIdx.y;
+  const int tid = static_cast<int>(threadIdx.x);
+  const int warp = tid / kWarpSize;
+  const int lane = tid % kWarpSize;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int heads = min(kDecodeHeads, p.group - query_tile * kDecodeHeads);
+  const std::int64_t first_head =
+      static_cast<std::int64_t>(kv_head) * p.group + query_tile * kDecodeHeads;
+
+  std::uint16_t* const keys = p.keys + sequence * p.sequence_stride + kv_head * p.head_stride;
+  std::uint16_t* const values = p.values + sequence * p.sequence_stride + kv_head * p.head_stride;
+
+  KeyFragment<kHeadDim> key;
+  ValueFragment<kHeadDim> value;
+  // Slots beyond the capacity are read as the last one and masked.
+  const auto load_keys = [&](int tile) {
+    const std::uint16_t* rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      rows[half] = keys + min(tile * kDecodeTile + g + 8 * half, p.capacity - 1) * p.token_stride;
+    key.load(rows, t);
+  };
+  const auto value_slot = [&](int j) { return 2 * t + (j & 1) + 8 * (j >> 1); };  // within a tile
+  const auto load_values = [&](int tile) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      value.load(j,
+                 values + min(tile * kDecodeTile + value_slot(j), p.capacity - 1) * p.token_stride,
+                 g);
+  };
+
+  // Which slots are in use is not known yet, but the first tile most likely is, and old rows may be
+  // read before the previous kernel ends: nothing but this launch writes the cache.
+  int tile = split * warps + warp;
+  load_keys(tile);
+  load_values(tile);
+
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const DecodePlace place = p.places[sequence];
+  const int tiles = (place.extent + kDecodeTile - 1) / kDecodeTile;
+  const int active = min(splits, (tiles + warps - 1) / warps);  // blocks that have a tile
+  if (place.extent <= 0) {
+    // Idle: sees nothing. Full: there is no right answer, so the wrong one is made obvious.
+    if (split != 0) return;
+    const float nothing = place.extent == 0 ? 0 : __int_as_float(0x7fc00000);
+    for (int e = tid; e < heads * kHeadDim / 4; e += static_cast<int>(blockDim.x))
+      store_output(p.out, p.output_type,
+                   sequence * p.out_stride + first_head * kHeadDim + std::int64_t{4} * e,
+                   {nothing, nothing, nothing, nothing});
+    if (p.lse != nullptr && tid < heads)
+      p.lse[sequence * gridDim.y / p.query_tiles * p.group + first_head + tid] =
+          place.extent == 0 ? -kInfinity : nothing;
+    return;
+  }
+  if (split >= active) return;
+
+  const int ring = p.capacity - p.sinks;
+  const bool all_live = place.live >= place.extent - p.sinks;
+  const int new_tile = place.slot / kDecodeTile;
+  const bool owns_new = new_tile / warps % splits == split;
+  const bool has_sinks = split * warps * kDecodeTile < p.sinks;
+
+  // Rotates the queries, and the key where this block appends it.
+  {
+    const float* own_row = p.rows + sequence * 4 * p.num_pairs;  // [2 (cos, sin), num_pairs]
+    const float* sink_row = own_row + 2 * p.num_pairs;
+    const std::int64_t query = sequence * p.query_stride + first_head * kHeadDim;
+#pragma unroll 2
+    for (int e = tid; e < kDecodeHeads * kHeadDim / 2; e += static_cast<int>(blockDim.x)) {
+      const int head = e / (kHeadDim / 2);
+      const int pair = e % (kHeadDim / 2);
+      for (int which = 0; which < (has_sinks ? 2 : 1); ++which) {
+        RotatedPair x{2 * pair, 2 * pair + 1, 0, 0};
+        if (head < heads)
+          x = rotate_pair(p, which == 0 ? own_row : sink_row, p.query,
+                          query + std::int64_t{head} * kHeadDim, pair);
+        const float a = x.a * p.scale_log2;
+        const float b = x.b * p.scale_log2;
+        const std::uint32_t high = H::pack(a, b);
+        const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
+        queries[which][0][head][x.first] = static_cast<std::uint16_t>(high);
+        queries[which][0][head][x.second] = static_cast<std::uint16_t>(high >> 16);
+        queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
+        queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
+      }
+    }
+    if (owns_new) {
+      const std::int64_t new_key =
+          sequence * p.key_stride + static_cast<std::int64_t>(kv_head) * kHeadDim;
+      const std::int64_t new_value =
+          sequence * p.value_stride + static_cast<std::int64_t>(kv_head) * kHeadDim;
+      for (int pair = tid; pair < kHeadDim / 2; pair += static_cast<int>(blockDim.x)) {
+        const RotatedPair x = rotate_pair(p, own_row, p.key, new_key, pair);
+        const std::uint32_t k = H::pack(x.a, x.b);
+        const std::uint32_t v = H::pack(load_input(p.value, p.input_type, new_value + 2 * pair),
+                                        load_input(p.value, p.input_type, new_value + 2 * pair + 1));
+        new_rows[0][x.first] = static_cast<std::uint16_t>(k);
+        new_rows[0][x.second] = static_cast<std::uint16_t>(k >> 16);
+        *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = v;
+        if (query_tile == 0) {  // blocks that share a KV head append once
+          std::uint16_t* const to = keys + place.slot * p.token_stride;
+          to[x.first] = static_cast<std::uint16_t>(k);
+          to[x.second] = static_cast<std::uint16_t>(k >> 16);
+          *reinterpret_cast<std::uint32_t*>(values + place.slot * p.token_stride + 2 * pair) = v;
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  // Scores, [16 slots, 8 heads]: slots g, g + 8; heads 2 t, 2 t + 1.
+  const auto scores = [&](int which, float (&s)[4]) {
+    float high[2][4] = {};  // two chains: matrix instructions wait for their accumulator
+    float low[2][4] = {};
+    const std::uint16_t* const q_high = queries[which][0][g];
+    const std::uint16_t* const q_low = queries[which][1][g];
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c) {
+      const uint4 qh = *reinterpret_cast<const uint4*>(q_high + 32 * c + 8 * t);
+      const uint4 ql = *reinterpret_cast<const uint4*>(q_low + 32 * c + 8 * t);
+      const std::uint32_t a0[4] = {key.r[0][4 * c], key.r[1][4 * c], key.r[0][4 * c + 1],
+                                   key.r[1][4 * c + 1]};
+      const std::uint32_t a1[4] = {key.r[0][4 * c + 2], key.r[1][4 * c + 2], key.r[0][4 * c + 3],
+                                   key.r[1][4 * c + 3]};
+      H::multiply_add(high[0], a0, qh.x, qh.y);
+      H::multiply_add(low[0], a0, ql.x, ql.y);
+      H::multiply_add(high[1], a1, qh.z, qh.w);
+      H::multiply_add(low[1], a1, ql.z, ql.w);
+    }
+    if constexpr (kHeadDim % 32 == 16) {
+      constexpr int i = kHeadDim / 8 - 2;
+      constexpr int base = kHeadDim / 32 * 32;
+      const uint2 qh = *reinterpret_cast<const uint2*>(q_high + base + 4 * t);
+      const uint2 ql = *reinterpret_cast<const uint2*>(q_low + base + 4 * t);
+      const std::uint32_t a[4] = {key.r[0][i], key.r[1][i], key.r[0][i + 1], key.r[1][i + 1]};
+      H::multiply_add(high[0], a, qh.x, qh.y);
+      H::multiply_add(low[0], a, ql.x, ql.y);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] = (high[0][i] + high[1][i]) + (low[0][i] + low[1][i]);
+  };
+  const auto visible = [&](int slot) {
+    if (slot >= place.extent) return false;
+    if (slot < p.sinks) return true;
+    const int age = place.newest - (slot - p.sinks);
+    return (age < 0 ? age + ring : age) < place.live;
+  };
+
+  // Heads 2 t and 2 t + 1: running maximum (the same in all lanes of a t), own share of the sum.
+  float maximum[2] = {-kInfinity, -kInfinity};
+  float sum[2] = {0, 0};
+  float out[kChannelTiles][4] = {};  // channels x heads: (c, 2t), (c, 2t+1), (c+1, 2t), (c+1, 2t+1)
+
+  for (; tile < tiles;) {
+    const int slot0 = tile * kDecodeTile;
+    const int next = tile + warps * splits;
+    const bool plain = slot0 >= p.sinks && slot0 + kDecodeTile <= place.extent && all_live &&
+                       tile != new_tile;
+    if (tile == new_tile) {
+      const int row = place.slot - slot0;
+      if (g == row % 8) key.patch(row / 8, new_rows[0], t);
+    }
+    float s[4];
+    scores(0, s);
+    if (!plain) {
+      if (slot0 < p.sinks) {
+        float at_sinks[4];
+        scores(1, at_sinks);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (slot0 + g + 8 * (i / 2) < p.sinks) s[i] = at_sinks[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (!visible(slot0 + g + 8 * (i / 2))) s[i] = -kInfinity;
+    }
+    if (next < tiles) load_keys(next);
+
+    std::uint32_t high[2];  // probabilities, heads x slots: rows are heads after transposing
+    std::uint32_t low[2];
+    float factor[2];
+    float probability[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float most = fmaxf(s[i], s[i + 2]);
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 4));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 8));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 16));
+      most = fmaxf(most, maximum[i]);
+      const float base = most == -kInfinity ? 0 : most;  // nothing seen yet: e^-inf, not NaN
+      factor[i] = exp2f(maximum[i] - base);
+      maximum[i] = most;
+      probability[i] = exp2f(s[i] - base);
+      probability[i + 2] = exp2f(s[i + 2] - base);
+      sum[i] = sum[i] * factor[i] + (probability[i] + probability[i + 2]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float a = probability[2 * half];
+      const float b = probability[2 * half + 1];
+      const std::uint32_t rounded = H::pack(a, b);
+      high[half] = transpose(rounded);
+      low[half] = transpose(H::pack(a - H::low(rounded), b - H::high(rounded)));
+    }
+    if (__any_sync(0xffffffffU, factor[0] != 1 || factor[1] != 1)) {
+#pragma unroll
+      for (int i = 0; i < kChannelTiles; ++i) {
+        out[i][0] *= factor[0];
+        out[i][1] *= factor[1];
+        out[i][2] *= factor[0];
+        out[i][3] *= factor[1];
+      }
+    }
+    if (!plain) {
+      // A slot that nobody sees may hold anything, NaN included, and 0 * NaN is not 0.
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int slot = slot0 + value_slot(j);
+        const bool is_new = slot == place.slot;
+        const bool seen = visible(slot);
+#pragma unroll
+        for (int i = 0; i < ValueFragment<kHeadDim>::kRegisters; ++i) {
+          if (!seen) value.r[j][i] = 0;
+          if (is_new)
+            value.r[j][i] = *reinterpret_cast<const std::uint32_t*>(
+                &new_rows[1][ValueFragment<kHeadDim>::channel(i, g)]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kChannelTiles; ++i) {
+      const std::uint32_t a[4] = {__byte_perm(value.r[0][i], value.r[1][i], 0x5410),
+                                  __byte_perm(value.r[0][i], value.r[1][i], 0x7632),
+                                  __byte_perm(value.r[2][i], value.r[3][i], 0x5410),
+                                  __byte_perm(value.r[2][i], value.r[3][i], 0x7632)};
+      H::multiply_add(out[i], a, high[0], high[1]);
+      H::multiply_add(out[i], a, low[0], low[1]);
+    }
+    if (next < tiles) load_values(next);
+    tile = next;
+  }
+
+  // Warps leave their part in shared memory.
+  float2* const warp_states = reinterpret_cast<float2*>(merged + warps * heads * kHeadDim);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    sum[i] += __shfl_xor_sync(0xffffffffU, sum[i], 4);
+    sum[i] += __shfl_xor_sync(0xffffffffU, sum[i], 8);
+    sum[i] += __shfl_xor_sync(0xffffffffU, sum[i], 16);
+    const int head = 2 * t + i;
+    if (head >= heads) continue;
+    if (g == 0) warp_states[warp * heads + head] = {maximum[i], sum[i]};
+    float* const row = merged + (warp * heads + head) * kHeadDim;
+#pragma unroll
+    for (int c = 0; c < kChannelTiles; ++c)
+      *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {out[c][i],
+                                                                                 out[c][i + 2]};
+  }
+  __syncthreads();
+
+  // Sums parts from `count` places, in order. A part's weight is 2^(its maximum - the highest).
+  const auto merge = [&](int count, const auto& state_of, const auto& part_of, float4& total) {
+    float most = -kInfinity;
+    float weight_sum = 0;
+    total = {0, 0, 0, 0};
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const float2 state = state_of(i);
+      const float4 part = part_of(i);
+      const float grown = fmaxf(most, state.x);
+      const float base = grown == -kInfinity ? 0 : grown;
+      const float keep = exp2f(most - base);
+      const float take = exp2f(state.x - base);
+      most = grown;
+      weight_sum = weight_sum * keep + state.y * take;
+      total.x = total.x * keep + part.x * take;
+      total.y = total.y * keep + part.y * take;
+      total.z = total.z * keep + part.z * take;
+      total.w = total.w * keep + part.w * take;
+    }
+    return float2{most, weight_sum};
+  };
+  const auto finish = [&](int head, int channel, float2 state, float4 total) {
+    const float scale = state.y > 0 ? 1 / state.y : (state.y == 0 ? 0 : state.y);
+    store_output(p.out, p.output_type,
+                 sequence * p.out_stride + (first_head + head) * kHeadDim + channel,
+                 {total.x * scale, total.y * scale, total.z * scale, total.w * scale});
+    if (p.lse != nullptr && channel == 0)
+      p.lse[sequence * (gridDim.y / p.query_tiles) * p.group + first_head + head] =
+          (state.x + log2f(state.y)) * 0.693147180559945309F;
+  };
+
+  const int quads = heads * (kHeadDim / 4);
+  for (int e = tid; e < quads; e += static_cast<int>(blockDim.x)) {
+    const int head = e / (kHeadDim / 4);
+    const int channel = e % (kHeadDim / 4) * 4;
+    float4 total;
+    const float2 state = merge(
+        warps, [&](int i) { return warp_states[i * heads + head]; },
+        [&](int i) {
+          return *reinterpret_cast<const float4*>(merged + (i * heads + head) * kHeadDim + channel);
+        },
+        total);
+    if (active == 1) {
+      finish(head, channel, state, total);
+    } else {
+      const std::int64_t part = (unit * splits + split) * kDecodeHeads + head;
+      *reinterpret_cast<float4*>(p.partials + part * kHeadDim + channel) = total;
+      if (channel == 0) p.states[part] = state;
+    }
+  }
+  if (active == 1) return;
+
+  // The block that arrives last merges all; it leaves the counter as it found it.
+  __threadfence();
+  __syncthreads();
+  if (tid == 0) {
+    const bool last = atomicAdd(p.arrivals + unit, 1) == active - 1;
+    if (last) p.arrivals[unit] = 0;
+    __threadfence();
+    last_block = last ? 1 : 0;
+  }
+  __syncthreads();
+  if (last_block == 0) return;
+  for (int e = tid; e < quads; e += static_cast<int>(blockDim.x)) {
+    const int head = e / (kHeadDim / 4);
+    const int channel = e % (kHeadDim / 4) * 4;
+    const std::int64_t first = unit * splits * kDecodeHeads + head;
+    float4 total;
+    const float2 state = merge(
+        active, [&](int i) { return __ldcg(p.states + first + i * kDecodeHeads); },
+        [&](int i) {
+          return __ldcg(reinterpret_cast<const float4*>(
+              p.partials + (first + i * kDecodeHeads) * kHeadDim + channel));
+        },
+        total);
+    finish(head, channel, state, total);
+  }
+}
+
+}  // namespace detail
+
+/// Scratch and schedule of decode_attention() for one shape; layers of a step share it. Only
+/// construction allocates.
+///
+/// `overlap`: launches may start before the kernel before them in the stream has ended (programmatic
+/// dependent launch, sm_90 and later) and fetch old cache rows meanwhile; everything else waits.
+/// The kernel directly before must then not write this layer's cache itself (a layer's own previous
+/// step is never the kernel directly before: DecodeStep::advance() lies between).
+template <class Element, int kHeadDim>
+class DecodeAttentionPlan {
+  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16>,
+                "the CUDA backend caches bf16 or f16");
+  static_assert(kHeadDim == 64 || kHeadDim == 80 || kHeadDim == 96 || kHeadDim == 128 ||
+                    kHeadDim == 256,
+                "head sizes 64, 80, 96, 128 and 256 are built");
+
+ public:
+  /// \throws Error(kConfig, kShape) when extents do not fit; Error(kDevice).
+  DecodeAttentionPlan(const DecodeAttentionShape& shape, const DecodeStepConfig& step, bool overlap,
+                      DecodeSchedule schedule = {})
+      : shape_(shape), overlap_(overlap) {
+    const auto require = [](bool good, const char* field, const std::string& expected,
+                            std::int64_t found) {
+      if (!good)
+        throw Error(ErrorCode::kShape, {"decode attention does not fit", "DecodeAttentionShape",
+                                        field, expected, std::to_string(found)});
+    };
+    require(shape.head_dim == kHeadDim, "head_dim", std::to_string(kHeadDim), shape.head_dim);
+    require(shape.num_kv_heads >= 1, "num_kv_heads", "at least 1", shape.num_kv_heads);
+    require(shape.num_qo_heads >= 1 && shape.num_qo_heads % shape.num_kv_heads == 0,
+            "num_qo_heads", "a multiple of num_kv_heads", shape.num_qo_heads);
+    group_ = static_cast<int>(shape.num_qo_heads / shape.num_kv_heads);
+    query_tiles_ = (group_ + detail::kDecodeHeads - 1) / detail::kDecodeHeads;
+    units_ = step.batch_size * shape.num_kv_heads * query_tiles_;
+
+    int device = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    int major = 0;
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               "cudaDeviceGetAttribute");
+    overlap_ = overlap_ && major >= 9;
+
+    schedule_ = schedule == DecodeSchedule{} ? choose(units_, step, multiprocessors_) : schedule;
+    require(schedule_.warps >= 1 && schedule_.warps <= detail::kMaxDecodeWarps<kHeadDim> &&
+                schedule_.splits >= 1,
+            "schedule", "1 to " + std::to_string(detail::kMaxDecodeWarps<kHeadDim>) + " warps",
+            schedule_.warps);
+    const std::int64_t parts = units_ * schedule_.splits * detail::kDecodeHeads;
+    partials_ = Buffer<float, cuda>(static_cast<std::size_t>(parts * kHeadDim));
+    states_ = Buffer<float2, cuda>(static_cast<std::size_t>(parts));
+    arrivals_ = Buffer<int, cuda>(static_cast<std::size_t>(units_));
+    const int heads = std::min(group_, detail::kDecodeHeads);
+    shared_bytes_ = static_cast<std::size_t>(schedule_.warps * heads) *
+                    (kHeadDim * sizeof(float) + sizeof(float2));
+    check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes_)),
+               "cudaFuncSetAttribute");
+  }
+
+  const DecodeAttentionShape& shape() const { return shape_; }
+  const DecodeSchedule& schedule() const { return schedule_; }
+
+  /// The schedule for `units` KV heads (times sequences) on a chip of `multiprocessors`.
+  static DecodeSchedule choose(std::int64_t units, const DecodeStepConfig& step,
+                               int multiprocessors) {
+    const std::int64_t tiles =
+        (step.capacity + detail::kDecodeTile - 1) / detail::kDecodeTile;
+    constexpr int kWarps = 4;
+    const std::int64_t blocks = 3 * multiprocessors;  // resident at once, by registers
+    const std::int64_t most = std::max<std::int64_t>(1, blocks / units);
+    const std::int64_t rounds = (tiles + kWarps * most - 1) / (kWarps * most);
+    const std::int64_t splits = (tiles + kWarps * rounds - 1) / (kWarps * rounds);
+    return {kWarps, static_cast<int>(splits)};
+  }
+
+  /// Launches one layer's step. `step` says where the sequences stand and is not changed. May be
+  /// captured into a graph. Preconditions: alignment and extents as DecodeAttentionTensors says.
+  /// \throws Error(kDevice) if the launch is refused.
+  void launch(const DecodeStep& step, const DecodeAttentionTensors<Element>& x, float sm_scale,
+              cudaStream_t stream) const {
+    const DecodeStepConfig& config = step.config();
+    const detail::DecodeAttentionParams params{
+        .query = x.query,
+        .key = x.key,
+        .value = x.value,
+        .out = x.out,
+        .lse = x.lse,
+        .keys = reinterpret_cast<std::uint16_t*>(x.keys),
+        .values = reinterpret_cast<std::uint16_t*>(x.values),
+        .places = step.places(),
+        .rows = step.rows(),
+        .partials = const_cast<float*>(partials_.data()),
+        .states = const_cast<float2*>(states_.data()),
+        .arrivals = const_cast<int*>(arrivals_.data()),
+        .query_stride = x.query_stride,
+        .key_stride = x.key_stride,
+        .value_stride = x.value_stride,
+        .out_stride = x.out_stride,
+        .sequence_stride = x.sequence_stride,
+        .head_stride = x.head_stride,
+        .token_stride = x.token_stride,
+        .group = group_,
+        .query_tiles = query_tiles_,
+        .capacity = static_cast<int>(config.capacity),
+        .sinks = static_cast<int>(config.num_sink_tokens),
+        .num_pairs = step.rotary_dim() / 2,
+        .interleaved = config.interleaved,
+        .input_type = x.input_type,
+        .output_type = x.output_type,
+        .scale_log2 = sm_scale * 1.44269504088896340736F};
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(static_cast<unsigned>(schedule_.splits),
+                          static_cast<unsigned>(shape_.num_kv_heads * query_tiles_),
+                          static_cast<unsigned>(config.batch_size));
+    launch.blockDim = dim3(static_cast<unsigned>(schedule_.warps * detail::kWarpSize));
+    launch.dynamicSmemBytes = shared_bytes_;
+    launch.stream = stream;
+    launch.attrs = &attribute;
+    launch.numAttrs = overlap_ ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&launch, kernel(), params), "decode_attention_kernel");
+  }
+
+ private:
+  using Kernel = void (*)(detail::DecodeAttentionParams);
+  static Kernel kernel() { return detail::decode_attention_kernel<Element, kHeadDim>; }
+
+  DecodeAttentionShape shape_;
+  bool overlap_;
+  int group_ = 1;
+  int query_tiles_ = 1;
+  int multiprocessors_ = 0;
+  std::int64_t units_ = 0;
+  DecodeSchedule schedule_;
+  std::size_t shared_bytes_ = 0;
+  Buffer<float, cuda> partials_;
+  Buffer<float2, cuda> states_;
+  Buffer<int, cuda> arrivals_;
+};
+
+}  // namespace sluice
