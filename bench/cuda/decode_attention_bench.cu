@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
-#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -143,14 +142,18 @@ void measure(const BenchCase& c, bool sweep) {
     const int tiles = static_cast<int>((capacity + 15) / 16);
     const int tiles_of_heads = (c.num_qo_heads / c.num_kv_heads + 7) / 8;
     const int units = c.batch * c.num_kv_heads * tiles_of_heads;
-    for (const int warps : {2, 4, 6, 8, 12}) {
-      std::set<int> seen;
-      for (int per_warp = 1; per_warp <= tiles; per_warp += 1 + per_warp / 8) {
-        const int splits = (tiles + warps * per_warp - 1) / (warps * per_warp);
-        const double warps_per_chip = static_cast<double>(splits) * warps * units / 132;
-        if (seen.insert(splits).second && splits <= 512 && warps_per_chip >= 2 &&
-            warps_per_chip <= (units >= 64 ? 80 : 24))
-          schedules.push_back({warps, splits});
+    for (const int warps : {4, 5, 6, 7, 8, 9, 11, 12}) {
+      for (const int cluster : {1, 2, 4, 8, 16}) {
+        const double most = units >= 64 ? 80 : 24;  // warps per multiprocessor, waves included
+        for (int splits = cluster; splits <= 512; splits += cluster) {
+          const double resident = static_cast<double>(splits) * warps * units / 132;
+          const int rounds = (tiles + warps * splits - 1) / (warps * splits);
+          const int before =
+              splits == cluster ? 0 : (tiles + warps * (splits - cluster) - 1) /
+                                          (warps * (splits - cluster));
+          if (rounds == before || resident < 2.5 || resident > most) continue;
+          schedules.push_back({warps, splits, cluster});
+        }
       }
     }
   }
@@ -177,16 +180,16 @@ void measure(const BenchCase& c, bool sweep) {
       };
       double spread = 0;
       const double one = time_graph(record, 1, 3, &spread);
-      const int replays = std::max(1, static_cast<int>((sweep ? 2000 : 10000) / one));
-      const double time = time_graph(record, replays, sweep ? 5 : 15, &spread) / c.layers;
+      const int replays = std::max(1, static_cast<int>((sweep ? 1500 : 10000) / one));
+      const double time = time_graph(record, replays, sweep ? 3 : 15, &spread) / c.layers;
       const double bytes = 4.0 * static_cast<double>(per_layer);
       std::printf(
           "{\"bench\": \"decode_attention\", \"case\": \"%s\", \"batch\": %d, \"heads\": \"%d:%d\", "
-          "\"head_dim\": 128, \"keys\": %lld, \"type\": \"bf16\", \"warps\": %d, \"splits\": %d, "
+          "\"head_dim\": 128, \"keys\": %lld, \"type\": \"bf16\", \"warps\": %d, \"splits\": %d, \"cluster\": %d, "
           "\"default\": %s, \"overlap\": %s, \"layers\": %d, \"us\": %.3f, \"spread_us\": %.3f, "
           "\"tb_per_s\": %.3f}\n",
           c.name, c.batch, c.num_qo_heads, c.num_kv_heads, static_cast<long long>(capacity),
-          plan.schedule().warps, plan.schedule().splits,
+          plan.schedule().warps, plan.schedule().splits, plan.schedule().cluster,
           schedule == DecodeSchedule{} ? "true" : "false", overlap ? "true" : "false", c.layers,
           time, spread / c.layers, bytes / time * 1e-6);
       std::fflush(stdout);

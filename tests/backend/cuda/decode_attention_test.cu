@@ -49,7 +49,8 @@ std::string describe(const Case& c) {
          (s.in_text ? ", in text" : ", in cache") + ", rotary " + std::to_string(s.rotary_dim) +
          (s.interleaved ? " interleaved" : " halves") + ", batch " + std::to_string(c.batch) +
          ", warps " + std::to_string(c.schedule.warps) + ", splits " +
-         std::to_string(c.schedule.splits) + ", input " + std::string(to_string(c.input)) +
+         std::to_string(c.schedule.splits) + ", cluster " + std::to_string(c.schedule.cluster) +
+         ", input " + std::string(to_string(c.input)) +
          ", output " + std::string(to_string(c.output));
 }
 
@@ -277,7 +278,8 @@ Case random_case(Random& random, int head_dim) {
                  static_cast<std::int64_t>(random.next() % static_cast<std::uint64_t>(most + 1))}));
   }
   c.steps = 6;
-  c.schedule = {pick(random, {1, 2, 3, 4, 8}), pick(random, {1, 2, 3, 5, 16})};
+  const int cluster = pick(random, {1, 1, 2, 4, 8});
+  c.schedule = {pick(random, {1, 2, 3, 4, 8}), cluster * pick(random, {1, 2, 3, 5}), cluster};
   c.input = pick(random, {ElementType::kF32, ElementType::kBF16, ElementType::kF16});
   c.output = pick(random, {ElementType::kF32, ElementType::kF32, ElementType::kBF16, ElementType::kF16});
   c.heads_first = random.next() % 3 != 0;
@@ -323,7 +325,7 @@ TYPED_TEST(DecodeAttention, Small) {
     c.batch = 2;
     c.starts = {0, 200};
     c.steps = 3;
-    c.schedule = {2, 2};
+    c.schedule = ratio == 1 ? DecodeSchedule{2, 2, 1} : DecodeSchedule{2, 4, ratio == 5 ? 2 : 4};
     check<Element, kHeadDim>(c, 5);
     if (testing::Test::HasFatalFailure()) return;
   }

@@ -11,8 +11,9 @@
 /// probabilities enter as the sum of two 16-bit numbers, which keeps 16 bits of them (bf16; 22 for
 /// f16): the result is that of float32 queries, not of rounded ones. The new token's row is patched
 /// into the registers of the one warp whose tile holds its slot; no launch waits for another's
-/// store. Warps merge in shared memory, blocks through a scratch that the last block to arrive
-/// reads; the order of merging is that of the splits, so repeated runs give the same bits.
+/// store. Warps merge in shared memory, blocks of a cluster in that of their first, clusters through
+/// a scratch that the last to arrive reads; the order of merging is that of the splits, so repeated
+/// runs give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -40,16 +41,18 @@ struct DecodeAttentionShape {
 };
 
 /// How a launch is cut: each KV head of a sequence is divided among `splits` blocks of `warps`
-/// warps, tile by tile. Which cut is best depends on the machine alone, no result's meaning does.
+/// warps, tile by tile; `cluster` blocks merge through shared memory (sm_90; a divisor of splits).
+/// Which cut is best depends on the machine alone, no result's meaning does.
 struct DecodeSchedule {
   int warps = 0;
   int splits = 0;
+  int cluster = 1;
 
   friend bool operator==(const DecodeSchedule&, const DecodeSchedule&) = default;
 };
 
 /// The tensors of one layer's step, in device memory. Rows of channels are consecutive; strides
-/// are in elements. Cache rows must start at multiples of 16 bytes.
+/// are in elements. Every row must start at a multiple of 16 bytes.
 template <class Element>
 struct DecodeAttentionTensors {
   const void* query = nullptr;  ///< [batch, num_qo_heads, head_dim] of `input_type`, not rotated
@@ -93,8 +96,8 @@ struct DecodeAttentionParams {
   std::uint16_t* values;
   const DecodePlace* places;
   const float* rows;
-  float* partials;  // [units, splits, kDecodeHeads, head_dim]
-  float2* states;   // [units, splits, kDecodeHeads]: maximum (log2), sum
+  float* partials;  // [units, clusters, kDecodeHeads, head_dim]
+  float2* states;   // [units, clusters, kDecodeHeads]: maximum (log2), sum
   int* arrivals;    // [units], zero between launches
   std::int64_t query_stride;
   std::int64_t key_stride;
@@ -109,6 +112,7 @@ struct DecodeAttentionParams {
   int sinks;
   int num_pairs;
   bool interleaved;
+  bool early;  // launched before the previous kernel's end
   ElementType input_type;
   ElementType output_type;
   float scale_log2;  // sm_scale * log2(e)
@@ -120,9 +124,6 @@ struct Half;
 
 template <>
 struct Half<bf16> {
-  static __device__ float widen(std::uint16_t bits) {
-    return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
-  }
   /// Two floats, rounded to nearest even, the first in the low half.
   static __device__ std::uint32_t pack(float low, float high) {
     std::uint32_t result;
@@ -193,12 +194,28 @@ __device__ inline std::uint32_t transpose(std::uint32_t packed) {
   return result;
 }
 
-__device__ inline float load_input(const void* data, ElementType type, std::int64_t index) {
+/// Widens 16 bytes of inputs: 4 or 8 of them.
+__device__ inline void widen_input(float* to, ElementType type, uint4 x) {
+  const auto widen = [to](auto half) {
+    using H = decltype(half);
+    return [to](uint4 y) {
+      reinterpret_cast<float4*>(to)[0] = {H::low(y.x), H::high(y.x), H::low(y.y), H::high(y.y)};
+      reinterpret_cast<float4*>(to)[1] = {H::low(y.z), H::high(y.z), H::low(y.w), H::high(y.w)};
+    };
+  };
   if (type == ElementType::kBF16)
-    return Half<bf16>::widen(static_cast<const std::uint16_t*>(data)[index]);
-  if (type == ElementType::kF16)
-    return Half<f16>::widen(static_cast<const std::uint16_t*>(data)[index]);
-  return static_cast<const float*>(data)[index];
+    widen(Half<bf16>{})(x);
+  else if (type == ElementType::kF16)
+    widen(Half<f16>{})(x);
+  else
+    *reinterpret_cast<uint4*>(to) = x;
+}
+
+/// e^(x ln 2), to two units in the last place; 0 for -infinity.
+__device__ inline float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 __device__ inline void store_output(void* data, ElementType type, std::int64_t index, float4 x) {
@@ -221,15 +238,16 @@ struct RotatedPair {
   float b;
 };
 
+/// head: [head_dim]; row: [2 (cos, sin), num_pairs].
 __device__ inline RotatedPair rotate_pair(const DecodeAttentionParams& p, const float* row,
-                                          const void* data, std::int64_t head, int pair) {
+                                          const float* head, int pair) {
   RotatedPair x;
   const bool rotated = pair < p.num_pairs;
   const bool halves = rotated && !p.interleaved;
   x.first = halves ? pair : 2 * pair;
   x.second = halves ? pair + p.num_pairs : 2 * pair + 1;
-  const float a = load_input(data, p.input_type, head + x.first);
-  const float b = load_input(data, p.input_type, head + x.second);
+  const float a = head[x.first];
+  const float b = head[x.second];
   const float cosine = rotated ? row[pair] : 1;
   const float sine = rotated ? row[p.num_pairs + pair] : 0;
   x.a = a * cosine - b * sine;
@@ -310,7 +328,9 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   __shared__ __align__(16) std::uint16_t queries[2][2][kDecodeHeads][kRow];
   __shared__ __align__(16) std::uint16_t new_rows[2][kHeadDim];  // key, value
   __shared__ int last_block;
-  extern __shared__ __align__(16) float merged[];  // [warps, heads, head_dim], then states
+  // First the step's inputs as they came; in the end the warps' parts [warps, heads, head_dim] and
+  // states [warps, heads], then the same of a cluster's blocks.
+  extern __shared__ __align__(16) unsigned char dynamic[];
 
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int splits = static_cast<int>(gridDim.x);
@@ -327,6 +347,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   const int heads = min(kDecodeHeads, p.group - query_tile * kDecodeHeads);
   const std::int64_t first_head =
       static_cast<std::int64_t>(kv_head) * p.group + query_tile * kDecodeHeads;
+  const int threads = static_cast<int>(blockDim.x);
+  const ClusterPlace cluster = cluster_place();
 
   std::uint16_t* const keys = p.keys + sequence * p.sequence_stride + kv_head * p.head_stride;
   std::uint16_t* const values = p.values + sequence * p.sequence_stride + kv_head * p.head_stride;
@@ -350,28 +372,92 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
                  g);
   };
 
-  // Which slots are in use is not known yet, but the first tile most likely is, and old rows may be
-  // read before the previous kernel ends: nothing but this launch writes the cache.
-  int tile = split * warps + warp;
-  load_keys(tile);
-  load_values(tile);
+  // Asks for a tile that is two ahead: it comes as far as the second-level cache.
+  const auto prefetch = [&](int tile) {
+    constexpr int kLines = (kHeadDim + 63) / 64;  // of 128 bytes, per row
+#pragma unroll
+    for (int i = 0; i < (kDecodeTile * kLines + kWarpSize - 1) / kWarpSize; ++i) {
+      const int line = i * kWarpSize + lane;
+      const std::int64_t at =
+          min(tile * kDecodeTile + line / kLines % kDecodeTile, p.capacity - 1) * p.token_stride +
+          line % kLines * 64;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + at));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(values + at));
+    }
+  };
 
+  // Tiles go round the blocks, then round their warps. Which slots are in use is not known yet, but
+  // the first tile most likely is, and if this launch is early, old rows may be fetched before the
+  // previous kernel ends: nothing but this launch writes the cache.
+  int tile = warp * splits + split;
+  if (p.early) {
+    load_keys(tile);
+    load_values(tile);
+  }
   wait_for_previous_kernel();
   let_next_kernel_start();
 
-  const DecodePlace place = p.places[sequence];
+  // Everything that the step brings comes in one round of loads, ahead of the cache's rows, which
+  // would hold it up: queries, key, value, rotations.
+  DecodePlace place;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(place.extent), "=r"(place.slot), "=r"(place.live), "=r"(place.newest)
+               : "l"(p.places + sequence));
+  const int per_vector = p.input_type == ElementType::kF32 ? 4 : 8;
+  const int head_vectors = kHeadDim / per_vector;
+  const int input_vectors = (heads + 2) * head_vectors;
+  const int vectors = input_vectors + p.num_pairs;  // rows: [2 (own, sinks), 2 (cos, sin), pairs]
+  float* const inputs = reinterpret_cast<float*>(dynamic);  // [heads + 2 (key, value), head_dim]
+  const float* const own_row = inputs + (heads + 2) * kHeadDim;
+  const auto load_vector = [&](int i) {
+    const int head = i / head_vectors;
+    const void* data = head < heads ? p.query : (head == heads ? p.key : p.value);
+    const std::int64_t stride =
+        head < heads ? p.query_stride : (head == heads ? p.key_stride : p.value_stride);
+    const std::int64_t first = sequence * stride + (head < heads ? first_head : kv_head) * kHeadDim;
+    const int vector = head < heads ? i : i - head * head_vectors;
+    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(data) +
+                                                       first * (16 / per_vector)) +
+                        vector;
+    if (i >= input_vectors)
+      from = reinterpret_cast<const uint4*>(p.rows + sequence * 4 * p.num_pairs) + i - input_vectors;
+    uint4 x;  // volatile, to stay ahead of the cache's rows
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from));
+    return x;
+  };
+  const auto store_vector = [&](int i, uint4 x) {
+    if (i < input_vectors)
+      widen_input(inputs + i * per_vector, p.input_type, x);
+    else
+      reinterpret_cast<uint4*>(inputs + (heads + 2) * kHeadDim)[i - input_vectors] = x;
+  };
+  uint4 input[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (tid + i * threads < vectors) input[i] = load_vector(tid + i * threads);
+  if (!p.early) {
+    load_keys(tile);
+    load_values(tile);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    if (tid + i * threads < vectors) store_vector(tid + i * threads, input[i]);
+  for (int i = tid + 2 * threads; i < vectors; i += threads) store_vector(i, load_vector(i));
+
   const int tiles = (place.extent + kDecodeTile - 1) / kDecodeTile;
-  const int active = min(splits, (tiles + warps - 1) / warps);  // blocks that have a tile
+  const int active = min(splits, tiles);  // blocks that have a tile
   if (place.extent <= 0) {
     // Idle: sees nothing. Full: there is no right answer, so the wrong one is made obvious.
     if (split != 0) return;
     const float nothing = place.extent == 0 ? 0 : __int_as_float(0x7fc00000);
-    for (int e = tid; e < heads * kHeadDim / 4; e += static_cast<int>(blockDim.x))
+    for (int e = tid; e < heads * kHeadDim / 4; e += threads)
       store_output(p.out, p.output_type,
                    sequence * p.out_stride + first_head * kHeadDim + std::int64_t{4} * e,
                    {nothing, nothing, nothing, nothing});
     if (p.lse != nullptr && tid < heads)
-      p.lse[sequence * gridDim.y / p.query_tiles * p.group + first_head + tid] =
+      p.lse[sequence * (gridDim.y / p.query_tiles) * p.group + first_head + tid] =
           place.extent == 0 ? -kInfinity : nothing;
     return;
   }
@@ -380,63 +466,54 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   const int ring = p.capacity - p.sinks;
   const bool all_live = place.live >= place.extent - p.sinks;
   const int new_tile = place.slot / kDecodeTile;
-  const bool owns_new = new_tile / warps % splits == split;
-  const bool has_sinks = split * warps * kDecodeTile < p.sinks;
+  const bool owns_new = new_tile % splits == split;
+  const bool has_sinks = split * kDecodeTile < p.sinks;
+  __syncthreads();
 
   // Rotates the queries, and the key where this block appends it.
-  {
-    const float* own_row = p.rows + sequence * 4 * p.num_pairs;  // [2 (cos, sin), num_pairs]
-    const float* sink_row = own_row + 2 * p.num_pairs;
-    const std::int64_t query = sequence * p.query_stride + first_head * kHeadDim;
-#pragma unroll 2
-    for (int e = tid; e < kDecodeHeads * kHeadDim / 2; e += static_cast<int>(blockDim.x)) {
-      const int head = e / (kHeadDim / 2);
-      const int pair = e % (kHeadDim / 2);
-      for (int which = 0; which < (has_sinks ? 2 : 1); ++which) {
-        RotatedPair x{2 * pair, 2 * pair + 1, 0, 0};
-        if (head < heads)
-          x = rotate_pair(p, which == 0 ? own_row : sink_row, p.query,
-                          query + std::int64_t{head} * kHeadDim, pair);
-        const float a = x.a * p.scale_log2;
-        const float b = x.b * p.scale_log2;
-        const std::uint32_t high = H::pack(a, b);
-        const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
-        queries[which][0][head][x.first] = static_cast<std::uint16_t>(high);
-        queries[which][0][head][x.second] = static_cast<std::uint16_t>(high >> 16);
-        queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
-        queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
-      }
-    }
-    if (owns_new) {
-      const std::int64_t new_key =
-          sequence * p.key_stride + static_cast<std::int64_t>(kv_head) * kHeadDim;
-      const std::int64_t new_value =
-          sequence * p.value_stride + static_cast<std::int64_t>(kv_head) * kHeadDim;
-      for (int pair = tid; pair < kHeadDim / 2; pair += static_cast<int>(blockDim.x)) {
-        const RotatedPair x = rotate_pair(p, own_row, p.key, new_key, pair);
-        const std::uint32_t k = H::pack(x.a, x.b);
-        const std::uint32_t v = H::pack(load_input(p.value, p.input_type, new_value + 2 * pair),
-                                        load_input(p.value, p.input_type, new_value + 2 * pair + 1));
-        new_rows[0][x.first] = static_cast<std::uint16_t>(k);
-        new_rows[0][x.second] = static_cast<std::uint16_t>(k >> 16);
-        *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = v;
-        if (query_tile == 0) {  // blocks that share a KV head append once
-          std::uint16_t* const to = keys + place.slot * p.token_stride;
-          to[x.first] = static_cast<std::uint16_t>(k);
-          to[x.second] = static_cast<std::uint16_t>(k >> 16);
-          *reinterpret_cast<std::uint32_t*>(values + place.slot * p.token_stride + 2 * pair) = v;
-        }
+  const int query_pairs = heads * (kHeadDim / 2);
+  for (int e = tid; e < (has_sinks ? 2 : 1) * query_pairs; e += threads) {
+    const int which = e < query_pairs ? 0 : 1;
+    const int head = (e - which * query_pairs) / (kHeadDim / 2);
+    const int pair = e % (kHeadDim / 2);
+    const RotatedPair x =
+        rotate_pair(p, own_row + which * 2 * p.num_pairs, inputs + head * kHeadDim, pair);
+    const float a = x.a * p.scale_log2;
+    const float b = x.b * p.scale_log2;
+    const std::uint32_t high = H::pack(a, b);
+    const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
+    queries[which][0][head][x.first] = static_cast<std::uint16_t>(high);
+    queries[which][0][head][x.second] = static_cast<std::uint16_t>(high >> 16);
+    queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
+    queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
+  }
+  if (owns_new) {
+    for (int pair = tid; pair < kHeadDim / 2; pair += threads) {
+      const RotatedPair x = rotate_pair(p, own_row, inputs + heads * kHeadDim, pair);
+      const std::uint32_t k = H::pack(x.a, x.b);
+      const float* const in_value = inputs + (heads + 1) * kHeadDim;
+      const std::uint32_t v = H::pack(in_value[2 * pair], in_value[2 * pair + 1]);
+      new_rows[0][x.first] = static_cast<std::uint16_t>(k);
+      new_rows[0][x.second] = static_cast<std::uint16_t>(k >> 16);
+      *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = v;
+      if (query_tile == 0) {  // blocks that share a KV head append once
+        std::uint16_t* const to = keys + place.slot * p.token_stride;
+        to[x.first] = static_cast<std::uint16_t>(k);
+        to[x.second] = static_cast<std::uint16_t>(k >> 16);
+        *reinterpret_cast<std::uint32_t*>(values + place.slot * p.token_stride + 2 * pair) = v;
       }
     }
   }
   __syncthreads();
+  if (cluster.size > 1) cluster_arrive();  // this block has done with the inputs in shared memory
 
   // Scores, [16 slots, 8 heads]: slots g, g + 8; heads 2 t, 2 t + 1.
   const auto scores = [&](int which, float (&s)[4]) {
     float high[2][4] = {};  // two chains: matrix instructions wait for their accumulator
     float low[2][4] = {};
-    const std::uint16_t* const q_high = queries[which][0][g];
-    const std::uint16_t* const q_low = queries[which][1][g];
+    const int head = min(g, heads - 1);  // columns without a head repeat the last, and are dropped
+    const std::uint16_t* const q_high = queries[which][0][head];
+    const std::uint16_t* const q_low = queries[which][1][head];
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
       const uint4 qh = *reinterpret_cast<const uint4*>(q_high + 32 * c + 8 * t);
@@ -474,7 +551,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   float sum[2] = {0, 0};
   float out[kChannelTiles][4] = {};  // channels x heads: (c, 2t), (c, 2t+1), (c+1, 2t), (c+1, 2t+1)
 
-  for (; tile < tiles;) {
+  if (tile + warps * splits < tiles) prefetch(tile + warps * splits);
+  while (tile < tiles) {
     const int slot0 = tile * kDecodeTile;
     const int next = tile + warps * splits;
     const bool plain = slot0 >= p.sinks && slot0 + kDecodeTile <= place.extent && all_live &&
@@ -498,6 +576,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
         if (!visible(slot0 + g + 8 * (i / 2))) s[i] = -kInfinity;
     }
     if (next < tiles) load_keys(next);
+    if (next + warps * splits < tiles) prefetch(next + warps * splits);
 
     std::uint32_t high[2];  // probabilities, heads x slots: rows are heads after transposing
     std::uint32_t low[2];
@@ -511,10 +590,10 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
       most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 16));
       most = fmaxf(most, maximum[i]);
       const float base = most == -kInfinity ? 0 : most;  // nothing seen yet: e^-inf, not NaN
-      factor[i] = exp2f(maximum[i] - base);
+      factor[i] = power_of_two(maximum[i] - base);
       maximum[i] = most;
-      probability[i] = exp2f(s[i] - base);
-      probability[i + 2] = exp2f(s[i + 2] - base);
+      probability[i] = power_of_two(s[i] - base);
+      probability[i + 2] = power_of_two(s[i + 2] - base);
       sum[i] = sum[i] * factor[i] + (probability[i] + probability[i + 2]);
     }
 #pragma unroll
@@ -564,7 +643,11 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   }
 
   // Warps leave their part in shared memory.
-  float2* const warp_states = reinterpret_cast<float2*>(merged + warps * heads * kHeadDim);
+  float* const warp_parts = reinterpret_cast<float*>(dynamic);
+  float2* const warp_states = reinterpret_cast<float2*>(warp_parts + warps * heads * kHeadDim);
+  float* const block_parts = reinterpret_cast<float*>(warp_states + (warps * heads + 1) / 2 * 2);
+  float2* const block_states =
+      reinterpret_cast<float2*>(block_parts + cluster.size * heads * kHeadDim);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     sum[i] += __shfl_xor_sync(0xffffffffU, sum[i], 4);
@@ -573,7 +656,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int head = 2 * t + i;
     if (head >= heads) continue;
     if (g == 0) warp_states[warp * heads + head] = {maximum[i], sum[i]};
-    float* const row = merged + (warp * heads + head) * kHeadDim;
+    float* const row = warp_parts + (warp * heads + head) * kHeadDim;
 #pragma unroll
     for (int c = 0; c < kChannelTiles; ++c)
       *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {out[c][i],
@@ -581,25 +664,41 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   }
   __syncthreads();
 
-  // Sums parts from `count` places, in order. A part's weight is 2^(its maximum - the highest).
-  const auto merge = [&](int count, const auto& state_of, const auto& part_of, float4& total) {
+  // Adds `count` parts up, in order, a batch of loads at a time. A part's weight is 2^(its maximum -
+  // the highest).
+  const auto merge = [&](auto batch, int count, const auto& state_of, const auto& part_of,
+                         float4& total) {
+    constexpr int kBatch = decltype(batch)::value;
     float most = -kInfinity;
     float weight_sum = 0;
     total = {0, 0, 0, 0};
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) {
-      const float2 state = state_of(i);
-      const float4 part = part_of(i);
-      const float grown = fmaxf(most, state.x);
+    for (int first = 0; first < count; first += kBatch) {
+      float2 states[kBatch];
+      float4 parts[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int from = min(first + i, count - 1);
+        states[i] = state_of(from);
+        parts[i] = part_of(from);
+        if (first + i >= count) states[i] = {-kInfinity, 0};
+      }
+      float grown = most;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) grown = fmaxf(grown, states[i].x);
       const float base = grown == -kInfinity ? 0 : grown;
-      const float keep = exp2f(most - base);
-      const float take = exp2f(state.x - base);
+      const float keep = power_of_two(most - base);
       most = grown;
-      weight_sum = weight_sum * keep + state.y * take;
-      total.x = total.x * keep + part.x * take;
-      total.y = total.y * keep + part.y * take;
-      total.z = total.z * keep + part.z * take;
-      total.w = total.w * keep + part.w * take;
+      weight_sum *= keep;
+      total = {total.x * keep, total.y * keep, total.z * keep, total.w * keep};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float weight = power_of_two(states[i].x - base);
+        weight_sum += states[i].y * weight;
+        total.x += parts[i].x * weight;
+        total.y += parts[i].y * weight;
+        total.z += parts[i].z * weight;
+        total.w += parts[i].w * weight;
+      }
     }
     return float2{most, weight_sum};
   };
@@ -612,46 +711,80 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
       p.lse[sequence * (gridDim.y / p.query_tiles) * p.group + first_head + head] =
           (state.x + log2f(state.y)) * 0.693147180559945309F;
   };
+  const int clusters = splits / cluster.size;
+  const int this_cluster = split / cluster.size;
+  const int active_clusters = (active + cluster.size - 1) / cluster.size;
+  const int blocks = min(cluster.size, active - this_cluster * cluster.size);
+  const auto leave = [&](int head, int channel, float2 state, float4 total) {
+    if (active_clusters == 1) {
+      finish(head, channel, state, total);
+    } else {
+      const std::int64_t part = (unit * clusters + this_cluster) * kDecodeHeads + head;
+      *reinterpret_cast<float4*>(p.partials + part * kHeadDim + channel) = total;
+      if (channel == 0) p.states[part] = state;
+    }
+  };
 
   const int quads = heads * (kHeadDim / 4);
-  for (int e = tid; e < quads; e += static_cast<int>(blockDim.x)) {
+  if (cluster.size > 1) cluster_wait();  // the first block's memory may be written
+  for (int e = tid; e < quads; e += threads) {
     const int head = e / (kHeadDim / 4);
     const int channel = e % (kHeadDim / 4) * 4;
     float4 total;
     const float2 state = merge(
-        warps, [&](int i) { return warp_states[i * heads + head]; },
+        std::integral_constant<int, 4>(), warps, [&](int i) { return warp_states[i * heads + head]; },
         [&](int i) {
-          return *reinterpret_cast<const float4*>(merged + (i * heads + head) * kHeadDim + channel);
+          return *reinterpret_cast<const float4*>(warp_parts + (i * heads + head) * kHeadDim +
+                                                  channel);
         },
         total);
-    if (active == 1) {
-      finish(head, channel, state, total);
+    if (blocks == 1) {
+      leave(head, channel, state, total);
     } else {
-      const std::int64_t part = (unit * splits + split) * kDecodeHeads + head;
-      *reinterpret_cast<float4*>(p.partials + part * kHeadDim + channel) = total;
-      if (channel == 0) p.states[part] = state;
+      const int place_there = cluster.rank * heads + head;
+      cluster_store(reinterpret_cast<float4*>(block_parts + place_there * kHeadDim + channel), 0,
+                    total);
+      if (channel == 0) cluster_store(block_states + place_there, 0, state);
     }
   }
-  if (active == 1) return;
+  if (blocks > 1) {
+    cluster_arrive();
+    if (cluster.rank != 0) return;
+    cluster_wait();
+    for (int e = tid; e < quads; e += threads) {
+      const int head = e / (kHeadDim / 4);
+      const int channel = e % (kHeadDim / 4) * 4;
+      float4 total;
+      const float2 state = merge(
+          std::integral_constant<int, 8>(), blocks, [&](int i) { return block_states[i * heads + head]; },
+          [&](int i) {
+            return *reinterpret_cast<const float4*>(block_parts + (i * heads + head) * kHeadDim +
+                                                    channel);
+          },
+          total);
+      leave(head, channel, state, total);
+    }
+  }
+  if (active_clusters == 1) return;
 
-  // The block that arrives last merges all; it leaves the counter as it found it.
-  __threadfence();
+  // The cluster that arrives last merges all; it leaves the counter as it found it.
   __syncthreads();
   if (tid == 0) {
-    const bool last = atomicAdd(p.arrivals + unit, 1) == active - 1;
+    __threadfence();
+    const bool last = atomicAdd(p.arrivals + unit, 1) == active_clusters - 1;
     if (last) p.arrivals[unit] = 0;
     __threadfence();
     last_block = last ? 1 : 0;
   }
   __syncthreads();
   if (last_block == 0) return;
-  for (int e = tid; e < quads; e += static_cast<int>(blockDim.x)) {
+  for (int e = tid; e < quads; e += threads) {
     const int head = e / (kHeadDim / 4);
     const int channel = e % (kHeadDim / 4) * 4;
-    const std::int64_t first = unit * splits * kDecodeHeads + head;
+    const std::int64_t first = unit * clusters * kDecodeHeads + head;
     float4 total;
     const float2 state = merge(
-        active, [&](int i) { return __ldcg(p.states + first + i * kDecodeHeads); },
+        std::integral_constant<int, 8>(), active_clusters, [&](int i) { return __ldcg(p.states + first + i * kDecodeHeads); },
         [&](int i) {
           return __ldcg(reinterpret_cast<const float4*>(
               p.partials + (first + i * kDecodeHeads) * kHeadDim + channel));
@@ -707,20 +840,36 @@ class DecodeAttentionPlan {
     overlap_ = overlap_ && major >= 9;
 
     schedule_ = schedule == DecodeSchedule{} ? choose(units_, step, multiprocessors_) : schedule;
-    require(schedule_.warps >= 1 && schedule_.warps <= detail::kMaxDecodeWarps<kHeadDim> &&
-                schedule_.splits >= 1,
-            "schedule", "1 to " + std::to_string(detail::kMaxDecodeWarps<kHeadDim>) + " warps",
+    if (major < 9) schedule_.cluster = 1;
+    require(schedule_.warps >= 1 && schedule_.warps <= detail::kMaxDecodeWarps<kHeadDim>,
+            "schedule.warps", "1 to " + std::to_string(detail::kMaxDecodeWarps<kHeadDim>),
             schedule_.warps);
-    const std::int64_t parts = units_ * schedule_.splits * detail::kDecodeHeads;
+    require(schedule_.cluster >= 1 && schedule_.cluster <= 16, "schedule.cluster", "1 to 16",
+            schedule_.cluster);
+    require(schedule_.splits >= 1 && schedule_.splits % schedule_.cluster == 0, "schedule.splits",
+            "a multiple of schedule.cluster", schedule_.splits);
+    const std::int64_t parts =
+        units_ * (schedule_.splits / schedule_.cluster) * detail::kDecodeHeads;
     partials_ = Buffer<float, cuda>(static_cast<std::size_t>(parts * kHeadDim));
     states_ = Buffer<float2, cuda>(static_cast<std::size_t>(parts));
     arrivals_ = Buffer<int, cuda>(static_cast<std::size_t>(units_));
     const int heads = std::min(group_, detail::kDecodeHeads);
-    shared_bytes_ = static_cast<std::size_t>(schedule_.warps * heads) *
-                    (kHeadDim * sizeof(float) + sizeof(float2));
+    const auto parts_bytes = [&](int count) {
+      const auto rows = static_cast<std::size_t>((count * heads + 1) / 2 * 2);
+      return rows * (kHeadDim * sizeof(float) + sizeof(float2));
+    };
+    const std::size_t input_bytes =
+        static_cast<std::size_t>((heads + 2) * kHeadDim) * sizeof(float) +
+        4 * step.frequencies.size() * sizeof(float);
+    shared_bytes_ = std::max(input_bytes, parts_bytes(schedule_.warps) +
+                                              (schedule_.cluster > 1 ? parts_bytes(schedule_.cluster)
+                                                                     : 0));
     check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes_)),
                "cudaFuncSetAttribute");
+    if (schedule_.cluster > 8)
+      check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 "cudaFuncSetAttribute");
   }
 
   const DecodeAttentionShape& shape() const { return shape_; }
@@ -771,12 +920,22 @@ class DecodeAttentionPlan {
         .sinks = static_cast<int>(config.num_sink_tokens),
         .num_pairs = step.rotary_dim() / 2,
         .interleaved = config.interleaved,
+        .early = overlap_,
         .input_type = x.input_type,
         .output_type = x.output_type,
         .scale_log2 = sm_scale * 1.44269504088896340736F};
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    unsigned count = 0;
+    if (overlap_) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (schedule_.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count].val.clusterDim.x = static_cast<unsigned>(schedule_.cluster);
+      attributes[count].val.clusterDim.y = 1;
+      attributes[count++].val.clusterDim.z = 1;
+    }
     cudaLaunchConfig_t launch{};
     launch.gridDim = dim3(static_cast<unsigned>(schedule_.splits),
                           static_cast<unsigned>(shape_.num_kv_heads * query_tiles_),
@@ -784,8 +943,8 @@ class DecodeAttentionPlan {
     launch.blockDim = dim3(static_cast<unsigned>(schedule_.warps * detail::kWarpSize));
     launch.dynamicSmemBytes = shared_bytes_;
     launch.stream = stream;
-    launch.attrs = &attribute;
-    launch.numAttrs = overlap_ ? 1 : 0;
+    launch.attrs = attributes;
+    launch.numAttrs = count;
     check_cuda(cudaLaunchKernelEx(&launch, kernel(), params), "decode_attention_kernel");
   }
 
