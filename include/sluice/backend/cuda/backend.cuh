@@ -3,6 +3,7 @@
 /// architecture they are compiled for. Nothing reachable from here includes Eigen.
 #pragma once
 
+#include <cstdint>
 #include <source_location>
 #include <string>
 
@@ -62,11 +63,12 @@ __device__ inline ClusterPlace cluster_place() {
   return place;
 }
 
-/// The barrier of a cluster in its two halves; threads that have ended are not waited for. What a
-/// thread wrote before arriving is visible after waiting.
+/// The barrier of a cluster in its two halves; threads that have ended are not waited for. It orders
+/// reads before, and barriers made before, against what other blocks do after it; it publishes no
+/// stores.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ inline void cluster_wait() {
@@ -75,28 +77,63 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
-/// Stores into the shared memory of the cluster's block `rank`, at the address that `to` has here.
-__device__ inline void cluster_store(float4* to, int rank, float4 x) {
+/// A barrier in shared memory that opens once, when the announced number of bytes has arrived from
+/// other blocks. One thread makes it, before cluster_arrive(); one announces.
+__device__ inline void byte_barrier_init(std::uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  const auto here = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(x.x), "f"(x.y),
-               "f"(x.z), "f"(x.w)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
                : "memory");
-#else
-  *to = x;
 #endif
 }
-__device__ inline void cluster_store(float2* to, int rank, float2 x) {
+__device__ inline void byte_barrier_expect(std::uint64_t* barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
-  const auto here = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(x.x), "f"(x.y)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(barrier))),
+               "r"(bytes)
                : "memory");
-#else
-  *to = x;
+#endif
+}
+__device__ inline void byte_barrier_wait(std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  int open = 0;
+  while (open == 0)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t}"
+        : "=r"(open)
+        : "r"(address)
+        : "memory");
+#endif
+}
+
+/// Stores into the shared memory of the cluster's first block, at the address that `to` has here,
+/// and counts the bytes at its `barrier`. The store and its announcement travel together.
+template <class T>
+__device__ void send_to_first_block(T* to, T x, std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  unsigned barrier_there;
+  asm("mapa.shared::cluster.u32 %0, %1, 0;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))));
+  asm("mapa.shared::cluster.u32 %0, %1, 0;"
+      : "=r"(barrier_there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))));
+  if constexpr (sizeof(T) == 16)
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
+            "r"(there),
+        "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier_there)
+        : "memory");
+  else
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+            there),
+        "f"(x.x), "f"(x.y), "r"(barrier_there)
+        : "memory");
 #endif
 }
 

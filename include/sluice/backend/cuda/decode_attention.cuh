@@ -83,6 +83,8 @@ inline constexpr int kWarpSize = 32;
 /// Bytes that widen a shared row of queries so that two rows lie in different halves of the banks.
 template <int kHeadDim>
 inline constexpr int kQueryRow = (kHeadDim + 63) / 64 * 64 + 32;  // elements
+/// Floats that widen a row of a warp's part, so that heads do not meet in one bank.
+inline constexpr int kPartPadding = 8;
 template <int kHeadDim>
 inline constexpr int kMaxDecodeWarps = kHeadDim > 128 ? 8 : 12;
 
@@ -187,6 +189,17 @@ __device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
   asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
 }
 
+/// Copies 16 bytes to shared memory beside the registers' loads: waiting for it does not wait for
+/// them.
+__device__ inline void copy_async(uint4* to, const uint4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+
 /// Transposes an 8 x 8 matrix of 16-bit elements across the warp.
 __device__ inline std::uint32_t transpose(std::uint32_t packed) {
   std::uint32_t result;
@@ -277,15 +290,16 @@ struct KeyFragment {
   }
   /// Replaces row `half` by one in shared memory.
   __device__ void patch(int half, const std::uint16_t* row, int t) {
+    constexpr int kWhole = kHeadDim / 32 * 4;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
-        const int whole = kHeadDim / 32 * 4;
-        const int channel = i < whole ? i / 4 * 32 + 8 * t + 2 * (i % 4)
-                                      : kHeadDim / 32 * 32 + 4 * t + 2 * (i - whole);
-        if (h == half) r[h][i] = *reinterpret_cast<const std::uint32_t*>(row + channel);
-      }
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+      const int channel = i < kWhole ? i / 4 * 32 + 8 * t + 2 * (i % 4)
+                                     : kHeadDim / 32 * 32 + 4 * t + 2 * (i - kWhole);
+      const auto fresh = *reinterpret_cast<const std::uint32_t*>(row + channel);
+      if (half == 0)
+        r[0][i] = fresh;
+      else
+        r[1][i] = fresh;
     }
   }
 };
@@ -322,12 +336,14 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   using H = Half<Element>;
   constexpr int kRow = kQueryRow<kHeadDim>;
   constexpr int kChannelTiles = kHeadDim / 16;
+  constexpr int kPart = kHeadDim + kPartPadding;
   const float kInfinity = __int_as_float(0x7f800000);
 
   // Queries by place (own, sinks), part (high, low) and head; scaled into base-2 scores.
   __shared__ __align__(16) std::uint16_t queries[2][2][kDecodeHeads][kRow];
   __shared__ __align__(16) std::uint16_t new_rows[2][kHeadDim];  // key, value
   __shared__ int last_block;
+  __shared__ std::uint64_t arrived;  // bytes from the other blocks of the cluster
   // First the step's inputs as they came; in the end the warps' parts [warps, heads, head_dim] and
   // states [warps, heads], then the same of a cluster's blocks.
   extern __shared__ __align__(16) unsigned char dynamic[];
@@ -372,19 +388,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
                  g);
   };
 
-  // Asks for a tile that is two ahead: it comes as far as the second-level cache.
-  const auto prefetch = [&](int tile) {
-    constexpr int kLines = (kHeadDim + 63) / 64;  // of 128 bytes, per row
-#pragma unroll
-    for (int i = 0; i < (kDecodeTile * kLines + kWarpSize - 1) / kWarpSize; ++i) {
-      const int line = i * kWarpSize + lane;
-      const std::int64_t at =
-          min(tile * kDecodeTile + line / kLines % kDecodeTile, p.capacity - 1) * p.token_stride +
-          line % kLines * 64;
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + at));
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(values + at));
-    }
-  };
+  if (cluster.size > 1 && tid == 0) byte_barrier_init(&arrived);
 
   // Tiles go round the blocks, then round their warps. Which slots are in use is not known yet, but
   // the first tile most likely is, and if this launch is early, old rows may be fetched before the
@@ -409,7 +413,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   const int vectors = input_vectors + p.num_pairs;  // rows: [2 (own, sinks), 2 (cos, sin), pairs]
   float* const inputs = reinterpret_cast<float*>(dynamic);  // [heads + 2 (key, value), head_dim]
   const float* const own_row = inputs + (heads + 2) * kHeadDim;
-  const auto load_vector = [&](int i) {
+  uint4* const raw = reinterpret_cast<uint4*>(inputs + (heads + 2) * kHeadDim + 4 * p.num_pairs);
+  for (int i = tid; i < vectors; i += threads) {
     const int head = i / head_vectors;
     const void* data = head < heads ? p.query : (head == heads ? p.key : p.value);
     const std::int64_t stride =
@@ -421,30 +426,20 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
                         vector;
     if (i >= input_vectors)
       from = reinterpret_cast<const uint4*>(p.rows + sequence * 4 * p.num_pairs) + i - input_vectors;
-    uint4 x;  // volatile, to stay ahead of the cache's rows
-    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "l"(from));
-    return x;
-  };
-  const auto store_vector = [&](int i, uint4 x) {
-    if (i < input_vectors)
-      widen_input(inputs + i * per_vector, p.input_type, x);
-    else
-      reinterpret_cast<uint4*>(inputs + (heads + 2) * kHeadDim)[i - input_vectors] = x;
-  };
-  uint4 input[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (tid + i * threads < vectors) input[i] = load_vector(tid + i * threads);
+    copy_async(raw + i, from);
+  }
+  copies_commit();
   if (!p.early) {
     load_keys(tile);
     load_values(tile);
   }
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-    if (tid + i * threads < vectors) store_vector(tid + i * threads, input[i]);
-  for (int i = tid + 2 * threads; i < vectors; i += threads) store_vector(i, load_vector(i));
+  copies_wait();  // each thread widens what it copied itself
+  for (int i = tid; i < vectors; i += threads) {
+    if (i < input_vectors)
+      widen_input(inputs + i * per_vector, p.input_type, raw[i]);
+    else
+      reinterpret_cast<uint4*>(inputs + (heads + 2) * kHeadDim)[i - input_vectors] = raw[i];
+  }
 
   const int tiles = (place.extent + kDecodeTile - 1) / kDecodeTile;
   const int active = min(splits, tiles);  // blocks that have a tile
@@ -505,7 +500,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     }
   }
   __syncthreads();
-  if (cluster.size > 1) cluster_arrive();  // this block has done with the inputs in shared memory
+  if (cluster.size > 1) cluster_arrive();  // this block has done with its inputs in shared memory
 
   // Scores, [16 slots, 8 heads]: slots g, g + 8; heads 2 t, 2 t + 1.
   const auto scores = [&](int which, float (&s)[4]) {
@@ -551,32 +546,27 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   float sum[2] = {0, 0};
   float out[kChannelTiles][4] = {};  // channels x heads: (c, 2t), (c, 2t+1), (c+1, 2t), (c+1, 2t+1)
 
-  if (tile + warps * splits < tiles) prefetch(tile + warps * splits);
   while (tile < tiles) {
     const int slot0 = tile * kDecodeTile;
     const int next = tile + warps * splits;
-    const bool plain = slot0 >= p.sinks && slot0 + kDecodeTile <= place.extent && all_live &&
-                       tile != new_tile;
-    if (tile == new_tile) {
-      const int row = place.slot - slot0;
-      if (g == row % 8) key.patch(row / 8, new_rows[0], t);
-    }
+    const bool whole = slot0 + kDecodeTile <= place.extent && all_live;  // every slot is visible
+    const int new_slot = tile == new_tile ? place.slot - slot0 : -1;
+    if (new_slot >= 0 && g == new_slot % 8) key.patch(new_slot / 8, new_rows[0], t);
     float s[4];
     scores(0, s);
-    if (!plain) {
-      if (slot0 < p.sinks) {
-        float at_sinks[4];
-        scores(1, at_sinks);
+    if (slot0 < p.sinks) {
+      float at_sinks[4];
+      scores(1, at_sinks);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (slot0 + g + 8 * (i / 2) < p.sinks) s[i] = at_sinks[i];
-      }
+      for (int i = 0; i < 4; ++i)
+        if (slot0 + g + 8 * (i / 2) < p.sinks) s[i] = at_sinks[i];
+    }
+    if (!whole) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (!visible(slot0 + g + 8 * (i / 2))) s[i] = -kInfinity;
     }
     if (next < tiles) load_keys(next);
-    if (next + warps * splits < tiles) prefetch(next + warps * splits);
 
     std::uint32_t high[2];  // probabilities, heads x slots: rows are heads after transposing
     std::uint32_t low[2];
@@ -613,20 +603,23 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
         out[i][3] *= factor[1];
       }
     }
-    if (!plain) {
+    if (!whole) {
       // A slot that nobody sees may hold anything, NaN included, and 0 * NaN is not 0.
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int slot = slot0 + value_slot(j);
-        const bool is_new = slot == place.slot;
-        const bool seen = visible(slot);
+        if (visible(slot0 + value_slot(j))) continue;
 #pragma unroll
-        for (int i = 0; i < ValueFragment<kHeadDim>::kRegisters; ++i) {
-          if (!seen) value.r[j][i] = 0;
-          if (is_new)
-            value.r[j][i] = *reinterpret_cast<const std::uint32_t*>(
-                &new_rows[1][ValueFragment<kHeadDim>::channel(i, g)]);
-        }
+        for (int i = 0; i < ValueFragment<kHeadDim>::kRegisters; ++i) value.r[j][i] = 0;
+      }
+    }
+    if (new_slot >= 0) {
+#pragma unroll
+      for (int i = 0; i < ValueFragment<kHeadDim>::kRegisters; ++i) {
+        const auto fresh = *reinterpret_cast<const std::uint32_t*>(
+            &new_rows[1][ValueFragment<kHeadDim>::channel(i, g)]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (value_slot(j) == new_slot) value.r[j][i] = fresh;
       }
     }
 #pragma unroll
@@ -644,7 +637,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
 
   // Warps leave their part in shared memory.
   float* const warp_parts = reinterpret_cast<float*>(dynamic);
-  float2* const warp_states = reinterpret_cast<float2*>(warp_parts + warps * heads * kHeadDim);
+  float2* const warp_states = reinterpret_cast<float2*>(warp_parts + warps * heads * kPart);
   float* const block_parts = reinterpret_cast<float*>(warp_states + (warps * heads + 1) / 2 * 2);
   float2* const block_states =
       reinterpret_cast<float2*>(block_parts + cluster.size * heads * kHeadDim);
@@ -656,9 +649,14 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int head = 2 * t + i;
     if (head >= heads) continue;
     if (g == 0) warp_states[warp * heads + head] = {maximum[i], sum[i]};
-    float* const row = warp_parts + (warp * heads + head) * kHeadDim;
+    float* const row = warp_parts + (warp * heads + head) * kPart;
+    constexpr int kPaired = kHeadDim / 64 * 4;  // registers whose channels come four in a row
 #pragma unroll
-    for (int c = 0; c < kChannelTiles; ++c)
+    for (int c = 0; c < kPaired; c += 2)
+      *reinterpret_cast<float4*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {
+          out[c][i], out[c][i + 2], out[c + 1][i], out[c + 1][i + 2]};
+#pragma unroll
+    for (int c = kPaired; c < kChannelTiles; ++c)
       *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {out[c][i],
                                                                                  out[c][i + 2]};
   }
@@ -732,25 +730,34 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int channel = e % (kHeadDim / 4) * 4;
     float4 total;
     const float2 state = merge(
-        std::integral_constant<int, 4>(), warps, [&](int i) { return warp_states[i * heads + head]; },
+        std::integral_constant<int, 6>(), warps, [&](int i) { return warp_states[i * heads + head]; },
         [&](int i) {
-          return *reinterpret_cast<const float4*>(warp_parts + (i * heads + head) * kHeadDim +
-                                                  channel);
+          return *reinterpret_cast<const float4*>(warp_parts + (i * heads + head) * kPart + channel);
         },
         total);
     if (blocks == 1) {
       leave(head, channel, state, total);
+      continue;
+    }
+    float4* const part = reinterpret_cast<float4*>(
+        block_parts + (cluster.rank * heads + head) * kHeadDim + channel);
+    float2* const part_state = block_states + cluster.rank * heads + head;
+    if (cluster.rank == 0) {
+      *part = total;
+      if (channel == 0) *part_state = state;
     } else {
-      const int place_there = cluster.rank * heads + head;
-      cluster_store(reinterpret_cast<float4*>(block_parts + place_there * kHeadDim + channel), 0,
-                    total);
-      if (channel == 0) cluster_store(block_states + place_there, 0, state);
+      send_to_first_block(part, total, &arrived);
+      if (channel == 0) send_to_first_block(part_state, state, &arrived);
     }
   }
   if (blocks > 1) {
-    cluster_arrive();
     if (cluster.rank != 0) return;
-    cluster_wait();
+    if (tid == 0)
+      byte_barrier_expect(&arrived, (blocks - 1) * heads *
+                                        (kHeadDim * static_cast<int>(sizeof(float)) +
+                                         static_cast<int>(sizeof(float2))));
+    __syncthreads();
+    byte_barrier_wait(&arrived);
     for (int e = tid; e < quads; e += threads) {
       const int head = e / (kHeadDim / 4);
       const int channel = e % (kHeadDim / 4) * 4;
@@ -856,11 +863,11 @@ class DecodeAttentionPlan {
     const int heads = std::min(group_, detail::kDecodeHeads);
     const auto parts_bytes = [&](int count) {
       const auto rows = static_cast<std::size_t>((count * heads + 1) / 2 * 2);
-      return rows * (kHeadDim * sizeof(float) + sizeof(float2));
+      return rows * ((kHeadDim + detail::kPartPadding) * sizeof(float) + sizeof(float2));
     };
-    const std::size_t input_bytes =
-        static_cast<std::size_t>((heads + 2) * kHeadDim) * sizeof(float) +
-        4 * step.frequencies.size() * sizeof(float);
+    const std::size_t input_bytes =  // as they came, and widened
+        2 * (static_cast<std::size_t>((heads + 2) * kHeadDim) + 4 * step.frequencies.size()) *
+        sizeof(float);
     shared_bytes_ = std::max(input_bytes, parts_bytes(schedule_.warps) +
                                               (schedule_.cluster > 1 ? parts_bytes(schedule_.cluster)
                                                                      : 0));
