@@ -50,17 +50,23 @@ __device__ inline void let_next_kernel_start() {
 /// Blocks that run at the same time on neighbouring multiprocessors and may write each other's
 /// shared memory. Before sm_90 every block is a cluster of its own.
 struct ClusterPlace {
-  int rank = 0;
-  int size = 1;
+  int rank;   ///< of this block in its cluster
+  int size;   ///< blocks of a cluster
+  int index;  ///< of this cluster along x
+  int count;  ///< clusters along x
 };
 
 __device__ inline ClusterPlace cluster_place() {
-  ClusterPlace place;
 #if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(place.rank));
+  ClusterPlace place;
+  asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(place.rank));
   asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(place.size));
-#endif
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(place.index));
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(place.count));
   return place;
+#else
+  return {0, 1, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
+#endif
 }
 
 /// The barrier of a cluster in its two halves; threads that have ended are not waited for. It orders

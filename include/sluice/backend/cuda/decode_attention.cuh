@@ -191,7 +191,7 @@ __device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
 
 /// Copies 16 bytes to shared memory beside the registers' loads: waiting for it does not wait for
 /// them.
-__device__ inline void copy_async(uint4* to, const uint4* from) {
+__device__ inline void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
                    static_cast<unsigned>(__cvta_generic_to_shared(to))),
                "l"(from)
@@ -351,8 +351,12 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   const int warps = static_cast<int>(blockDim.x) / kWarpSize;
   const int splits = static_cast<int>(gridDim.x);
   const int split = static_cast<int>(blockIdx.x);
-  const int kv_head = static_cast<int>(blockIdx.y) / p.query_tiles;
-  const int query_tile = static_cast<int>(blockIdx.y) % p.query_tiles;
+  int kv_head = static_cast<int>(blockIdx.y);
+  int query_tile = 0;
+  if (p.query_tiles > 1) {
+    kv_head /= p.query_tiles;
+    query_tile = static_cast<int>(blockIdx.y) - kv_head * p.query_tiles;
+  }
   const std::int64_t sequence = blockIdx.z;
   const std::int64_t unit = sequence * gridDim.y + blockIdx.y;
   const int tid = static_cast<int>(threadIdx.x);
@@ -408,38 +412,29 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
                : "=r"(place.extent), "=r"(place.slot), "=r"(place.live), "=r"(place.newest)
                : "l"(p.places + sequence));
   const int per_vector = p.input_type == ElementType::kF32 ? 4 : 8;
-  const int head_vectors = kHeadDim / per_vector;
-  const int input_vectors = (heads + 2) * head_vectors;
-  const int vectors = input_vectors + p.num_pairs;  // rows: [2 (own, sinks), 2 (cos, sin), pairs]
+  const int inputs_count = (heads + 2) * kHeadDim;
   float* const inputs = reinterpret_cast<float*>(dynamic);  // [heads + 2 (key, value), head_dim]
-  const float* const own_row = inputs + (heads + 2) * kHeadDim;
-  uint4* const raw = reinterpret_cast<uint4*>(inputs + (heads + 2) * kHeadDim + 4 * p.num_pairs);
-  for (int i = tid; i < vectors; i += threads) {
-    const int head = i / head_vectors;
-    const void* data = head < heads ? p.query : (head == heads ? p.key : p.value);
-    const std::int64_t stride =
-        head < heads ? p.query_stride : (head == heads ? p.key_stride : p.value_stride);
-    const std::int64_t first = sequence * stride + (head < heads ? first_head : kv_head) * kHeadDim;
-    const int vector = head < heads ? i : i - head * head_vectors;
-    const uint4* from = reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(data) +
-                                                       first * (16 / per_vector)) +
-                        vector;
-    if (i >= input_vectors)
-      from = reinterpret_cast<const uint4*>(p.rows + sequence * 4 * p.num_pairs) + i - input_vectors;
-    copy_async(raw + i, from);
+  float* const own_row = inputs + inputs_count;  // [2 (own, sinks), 2 (cos, sin), num_pairs]
+  uint4* const raw = reinterpret_cast<uint4*>(own_row + 4 * p.num_pairs);  // inputs as they come
+  for (int i = tid; i * per_vector < inputs_count; i += threads) {
+    const int head = i * per_vector / kHeadDim;
+    const void* data = p.query;
+    std::int64_t first = sequence * p.query_stride + first_head * kHeadDim + i * per_vector;
+    if (head >= heads) {
+      const bool is_key = head == heads;
+      data = is_key ? p.key : p.value;
+      first = sequence * (is_key ? p.key_stride : p.value_stride) +
+              (kv_head - head) * kHeadDim + i * per_vector;
+    }
+    copy_async(raw + i, static_cast<const unsigned char*>(data) + first * (16 / per_vector));
   }
+  for (int i = tid; i < p.num_pairs; i += threads)
+    copy_async(own_row + 4 * i, p.rows + (sequence * p.num_pairs + i) * 4);
   copies_commit();
-  if (!p.early) {
-    load_keys(tile);
-    load_values(tile);
-  }
+  if (!p.early) load_keys(tile);
   copies_wait();  // each thread widens what it copied itself
-  for (int i = tid; i < vectors; i += threads) {
-    if (i < input_vectors)
-      widen_input(inputs + i * per_vector, p.input_type, raw[i]);
-    else
-      reinterpret_cast<uint4*>(inputs + (heads + 2) * kHeadDim)[i - input_vectors] = raw[i];
-  }
+  for (int i = tid; i * per_vector < inputs_count; i += threads)
+    widen_input(inputs + i * per_vector, p.input_type, raw[i]);
 
   const int tiles = (place.extent + kDecodeTile - 1) / kDecodeTile;
   const int active = min(splits, tiles);  // blocks that have a tile
@@ -461,44 +456,35 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   const int ring = p.capacity - p.sinks;
   const bool all_live = place.live >= place.extent - p.sinks;
   const int new_tile = place.slot / kDecodeTile;
-  const bool owns_new = new_tile % splits == split;
   const bool has_sinks = split * kDecodeTile < p.sinks;
   __syncthreads();
 
-  // Rotates the queries, and the key where this block appends it.
-  const int query_pairs = heads * (kHeadDim / 2);
-  for (int e = tid; e < (has_sinks ? 2 : 1) * query_pairs; e += threads) {
-    const int which = e < query_pairs ? 0 : 1;
-    const int head = (e - which * query_pairs) / (kHeadDim / 2);
+  // Rotates queries and key; rows: own queries, the key (and the value beside it), sinks' queries.
+  const int pairs = (has_sinks ? 2 * heads + 1 : heads + 1) * (kHeadDim / 2);
+  for (int e = tid; e < pairs; e += threads) {
+    const int row = e / (kHeadDim / 2);
     const int pair = e % (kHeadDim / 2);
+    const int which = row > heads ? 1 : 0;
+    const int head = which == 1 ? row - heads - 1 : row;
     const RotatedPair x =
         rotate_pair(p, own_row + which * 2 * p.num_pairs, inputs + head * kHeadDim, pair);
-    const float a = x.a * p.scale_log2;
-    const float b = x.b * p.scale_log2;
+    const float scale = row == heads ? 1 : p.scale_log2;
+    const float a = x.a * scale;
+    const float b = x.b * scale;
     const std::uint32_t high = H::pack(a, b);
-    const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
-    queries[which][0][head][x.first] = static_cast<std::uint16_t>(high);
-    queries[which][0][head][x.second] = static_cast<std::uint16_t>(high >> 16);
-    queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
-    queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
-  }
-  if (owns_new) {
-    for (int pair = tid; pair < kHeadDim / 2; pair += threads) {
-      const RotatedPair x = rotate_pair(p, own_row, inputs + heads * kHeadDim, pair);
-      const std::uint32_t k = H::pack(x.a, x.b);
-      const float* const in_value = inputs + (heads + 1) * kHeadDim;
-      const std::uint32_t v = H::pack(in_value[2 * pair], in_value[2 * pair + 1]);
-      new_rows[0][x.first] = static_cast<std::uint16_t>(k);
-      new_rows[0][x.second] = static_cast<std::uint16_t>(k >> 16);
-      *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = v;
-      if (query_tile == 0) {  // blocks that share a KV head append once
-        std::uint16_t* const to = keys + place.slot * p.token_stride;
-        to[x.first] = static_cast<std::uint16_t>(k);
-        to[x.second] = static_cast<std::uint16_t>(k >> 16);
-        *reinterpret_cast<std::uint32_t*>(values + place.slot * p.token_stride + 2 * pair) = v;
-      }
+    std::uint16_t* const to = row == heads ? new_rows[0] : queries[which][0][head];
+    to[x.first] = static_cast<std::uint16_t>(high);
+    to[x.second] = static_cast<std::uint16_t>(high >> 16);
+    if (row == heads) {
+      const float2 v = *reinterpret_cast<const float2*>(inputs + (heads + 1) * kHeadDim + 2 * pair);
+      *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = H::pack(v.x, v.y);
+    } else {
+      const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
+      queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
+      queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
     }
   }
+  if (!p.early) load_values(tile);
   __syncthreads();
   if (cluster.size > 1) cluster_arrive();  // this block has done with its inputs in shared memory
 
@@ -551,7 +537,18 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int next = tile + warps * splits;
     const bool whole = slot0 + kDecodeTile <= place.extent && all_live;  // every slot is visible
     const int new_slot = tile == new_tile ? place.slot - slot0 : -1;
-    if (new_slot >= 0 && g == new_slot % 8) key.patch(new_slot / 8, new_rows[0], t);
+    if (new_slot >= 0) {
+      if (g == new_slot % 8) key.patch(new_slot / 8, new_rows[0], t);
+      if (query_tile == 0) {  // appends; blocks that share a KV head do so once
+        for (int i = lane; i < kHeadDim / 4; i += kWarpSize) {
+          const bool is_key = i < kHeadDim / 8;
+          const int channel = (is_key ? i : i - kHeadDim / 8) * 8;
+          *reinterpret_cast<uint4*>((is_key ? keys : values) + place.slot * p.token_stride +
+                                    channel) =
+              *reinterpret_cast<const uint4*>(&new_rows[is_key ? 0 : 1][channel]);
+        }
+      }
+    }
     float s[4];
     scores(0, s);
     if (slot0 < p.sinks) {
@@ -701,23 +698,21 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     return float2{most, weight_sum};
   };
   const auto finish = [&](int head, int channel, float2 state, float4 total) {
-    const float scale = state.y > 0 ? 1 / state.y : (state.y == 0 ? 0 : state.y);
+    const float scale = state.y == 0 ? 0 : __fdividef(1, state.y);
     store_output(p.out, p.output_type,
                  sequence * p.out_stride + (first_head + head) * kHeadDim + channel,
                  {total.x * scale, total.y * scale, total.z * scale, total.w * scale});
     if (p.lse != nullptr && channel == 0)
       p.lse[sequence * (gridDim.y / p.query_tiles) * p.group + first_head + head] =
-          (state.x + log2f(state.y)) * 0.693147180559945309F;
+          (state.x + __log2f(state.y)) * 0.693147180559945309F;
   };
-  const int clusters = splits / cluster.size;
-  const int this_cluster = split / cluster.size;
-  const int active_clusters = (active + cluster.size - 1) / cluster.size;
-  const int blocks = min(cluster.size, active - this_cluster * cluster.size);
+  const bool alone = active <= cluster.size;  // no other cluster has a part
+  const int blocks = min(cluster.size, active - (split - cluster.rank));
   const auto leave = [&](int head, int channel, float2 state, float4 total) {
-    if (active_clusters == 1) {
+    if (alone) {
       finish(head, channel, state, total);
     } else {
-      const std::int64_t part = (unit * clusters + this_cluster) * kDecodeHeads + head;
+      const std::int64_t part = (unit * cluster.count + cluster.index) * kDecodeHeads + head;
       *reinterpret_cast<float4*>(p.partials + part * kHeadDim + channel) = total;
       if (channel == 0) p.states[part] = state;
     }
@@ -772,7 +767,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
       leave(head, channel, state, total);
     }
   }
-  if (active_clusters == 1) return;
+  if (alone) return;
+  const int active_clusters = (active + cluster.size - 1) / cluster.size;
 
   // The cluster that arrives last merges all; it leaves the counter as it found it.
   __syncthreads();
@@ -788,7 +784,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   for (int e = tid; e < quads; e += threads) {
     const int head = e / (kHeadDim / 4);
     const int channel = e % (kHeadDim / 4) * 4;
-    const std::int64_t first = unit * clusters * kDecodeHeads + head;
+    const std::int64_t first = unit * cluster.count * kDecodeHeads + head;
     float4 total;
     const float2 state = merge(
         std::integral_constant<int, 8>(), active_clusters, [&](int i) { return __ldcg(p.states + first + i * kDecodeHeads); },
@@ -846,7 +842,7 @@ class DecodeAttentionPlan {
                "cudaDeviceGetAttribute");
     overlap_ = overlap_ && major >= 9;
 
-    schedule_ = schedule == DecodeSchedule{} ? choose(units_, step, multiprocessors_) : schedule;
+    schedule_ = schedule == DecodeSchedule{} ? choose(units_, step, multiprocessors_, major >= 9) : schedule;
     if (major < 9) schedule_.cluster = 1;
     require(schedule_.warps >= 1 && schedule_.warps <= detail::kMaxDecodeWarps<kHeadDim>,
             "schedule.warps", "1 to " + std::to_string(detail::kMaxDecodeWarps<kHeadDim>),
@@ -882,17 +878,20 @@ class DecodeAttentionPlan {
   const DecodeAttentionShape& shape() const { return shape_; }
   const DecodeSchedule& schedule() const { return schedule_; }
 
-  /// The schedule for `units` KV heads (times sequences) on a chip of `multiprocessors`.
+  /// The schedule for `units` KV heads (times sequences), as measured on an H100: a block on every
+  /// multiprocessor if there are units enough, else clusters of 8, which are worth more than the
+  /// idle half of the chip until a warp would go round 8 times.
   static DecodeSchedule choose(std::int64_t units, const DecodeStepConfig& step,
-                               int multiprocessors) {
-    const std::int64_t tiles =
-        (step.capacity + detail::kDecodeTile - 1) / detail::kDecodeTile;
-    constexpr int kWarps = 4;
-    const std::int64_t blocks = 3 * multiprocessors;  // resident at once, by registers
-    const std::int64_t most = std::max<std::int64_t>(1, blocks / units);
-    const std::int64_t rounds = (tiles + kWarps * most - 1) / (kWarps * most);
-    const std::int64_t splits = (tiles + kWarps * rounds - 1) / (kWarps * rounds);
-    return {kWarps, static_cast<int>(splits)};
+                               int multiprocessors, bool clusters) {
+    const std::int64_t tiles = (step.capacity + detail::kDecodeTile - 1) / detail::kDecodeTile;
+    constexpr std::int64_t kWarps = detail::kMaxDecodeWarps<kHeadDim>;
+    std::int64_t splits = 1;
+    while (splits < 16 && 2 * splits * units <= multiprocessors && 2 * splits <= tiles) splits *= 2;
+    if (splits == 16 && tiles <= 8 * 8 * kWarps) splits = 8;
+    const std::int64_t rounds = (tiles + splits * kWarps - 1) / (splits * kWarps);
+    const std::int64_t warps = (tiles + splits * rounds - 1) / (splits * rounds);
+    const std::int64_t cluster = !clusters ? 1 : splits == 16 ? 2 : splits;
+    return {static_cast<int>(warps), static_cast<int>(splits), static_cast<int>(cluster)};
   }
 
   /// Launches one layer's step. `step` says where the sequences stand and is not changed. May be
