@@ -31,14 +31,10 @@ struct BenchCase {
 };
 
 constexpr BenchCase kCases[] = {
-    {"1028", 1, 32, 8, 4, 1024, 32},
-    {"4100", 1, 32, 8, 4, 4096, 32},
-    {"32772", 1, 32, 8, 4, 32768, 16},
-    {"batch8x4096", 8, 32, 8, 4, 4092, 16},
-    {"batch64x4096", 64, 32, 8, 4, 4092, 8},
-    {"1028-mha", 1, 32, 32, 4, 1024, 32},
-    {"4100-ratio7", 1, 28, 4, 4, 4096, 32},
-    {"4100-ratio16", 1, 32, 2, 4, 4096, 64},
+    {"1028", 1, 32, 8, 4, 1024, 32},         {"4100", 1, 32, 8, 4, 4096, 32},
+    {"32772", 1, 32, 8, 4, 32768, 16},       {"batch8x4096", 8, 32, 8, 4, 4092, 16},
+    {"batch64x4096", 64, 32, 8, 4, 4092, 8}, {"1028-mha", 1, 32, 32, 4, 1024, 32},
+    {"4100-ratio7", 1, 28, 4, 4, 4096, 32},  {"4100-ratio16", 1, 32, 2, 4, 4096, 64},
 };
 
 __global__ void fill_random(std::uint16_t* data, std::int64_t count, std::uint64_t salt) {
@@ -58,8 +54,8 @@ __global__ void fill_random(std::uint16_t* data, std::int64_t count, std::uint64
 __global__ void do_nothing() {}
 
 /// Reads everything once, adds it up and writes next to nothing.
-__global__ void __launch_bounds__(512) read_all(const uint4* data, std::int64_t count,
-                                                std::uint32_t* sink) {
+__global__ void __launch_bounds__(512)
+    read_all(const uint4* data, std::int64_t count, std::uint32_t* sink) {
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   std::uint32_t sum = 0;
   std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -148,9 +144,9 @@ void measure(const BenchCase& c, bool sweep) {
         for (int splits = cluster; splits <= 512; splits += cluster) {
           const double resident = static_cast<double>(splits) * warps * units / 132;
           const int rounds = (tiles + warps * splits - 1) / (warps * splits);
-          const int before =
-              splits == cluster ? 0 : (tiles + warps * (splits - cluster) - 1) /
-                                          (warps * (splits - cluster));
+          const int before = splits == cluster ? 0
+                                               : (tiles + warps * (splits - cluster) - 1) /
+                                                     (warps * (splits - cluster));
           if (rounds == before || resident < 2.5 || resident > most) continue;
           schedules.push_back({warps, splits, cluster});
         }
@@ -184,8 +180,10 @@ void measure(const BenchCase& c, bool sweep) {
       const double time = time_graph(record, replays, sweep ? 3 : 15, &spread) / c.layers;
       const double bytes = 4.0 * static_cast<double>(per_layer);
       std::printf(
-          "{\"bench\": \"decode_attention\", \"case\": \"%s\", \"batch\": %d, \"heads\": \"%d:%d\", "
-          "\"head_dim\": 128, \"keys\": %lld, \"type\": \"bf16\", \"warps\": %d, \"splits\": %d, \"cluster\": %d, "
+          "{\"bench\": \"decode_attention\", \"case\": \"%s\", \"batch\": %d, \"heads\": "
+          "\"%d:%d\", "
+          "\"head_dim\": 128, \"keys\": %lld, \"type\": \"bf16\", \"warps\": %d, \"splits\": %d, "
+          "\"cluster\": %d, "
           "\"default\": %s, \"overlap\": %s, \"layers\": %d, \"us\": %.3f, \"spread_us\": %.3f, "
           "\"tb_per_s\": %.3f}\n",
           c.name, c.batch, c.num_qo_heads, c.num_kv_heads, static_cast<long long>(capacity),
@@ -221,10 +219,10 @@ void measure_machine() {
         2, 9, &spread);
     best = std::max(best, static_cast<double>(bytes) / time * 1e-6);
   }
-  std::printf("{\"bench\": \"machine\", \"device\": \"%s\", \"multiprocessors\": %d, "
-              "\"l2_bytes\": %d, \"empty_kernel_us\": %.3f, \"read_tb_per_s\": %.3f}\n",
-              properties.name, properties.multiProcessorCount, properties.l2CacheSize, empty / 32,
-              best);
+  std::printf(
+      "{\"bench\": \"machine\", \"device\": \"%s\", \"multiprocessors\": %d, "
+      "\"l2_bytes\": %d, \"empty_kernel_us\": %.3f, \"read_tb_per_s\": %.3f}\n",
+      properties.name, properties.multiProcessorCount, properties.l2CacheSize, empty / 32, best);
   std::fflush(stdout);
 }
 

@@ -4,6 +4,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <span>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -50,8 +53,8 @@ std::string describe(const Case& c) {
          (s.interleaved ? " interleaved" : " halves") + ", batch " + std::to_string(c.batch) +
          ", warps " + std::to_string(c.schedule.warps) + ", splits " +
          std::to_string(c.schedule.splits) + ", cluster " + std::to_string(c.schedule.cluster) +
-         ", input " + std::string(to_string(c.input)) +
-         ", output " + std::string(to_string(c.output));
+         ", input " + std::string(to_string(c.input)) + ", output " +
+         std::string(to_string(c.output));
 }
 
 std::vector<float> random_floats(Random& random, std::size_t count) {
@@ -226,13 +229,15 @@ void check(const Case& c, std::uint64_t seed) {
       double error = 0;
       double norm = 0;
       for (std::size_t e = 0; e < expected_out.size(); ++e) {
-        const double difference = static_cast<double>(out[b * expected_out.size() + e]) - expected_out[e];
+        const double difference =
+            static_cast<double>(out[b * expected_out.size() + e]) - expected_out[e];
         error += difference * difference;
         norm += expected_out[e] * expected_out[e];
       }
       // Queries and probabilities carry 16 bits (bf16) or 22 (f16): 2^-17 of scores up to about 20.
-      const double bound = c.output == ElementType::kF32 ? 2e-4
-                           : c.output == ElementType::kBF16 ? 3e-3 : 4e-4;
+      const double bound = c.output == ElementType::kF32    ? 2e-4
+                           : c.output == ElementType::kBF16 ? 3e-3
+                                                            : 4e-4;
       ASSERT_LE(std::sqrt(error), bound * std::sqrt(norm)) << "step " << i << ", sequence " << b;
       for (std::size_t h = 0; h < qo_heads; ++h)
         ASSERT_NEAR(found_lse[b * qo_heads + h], expected_lse[h], 5e-4)
@@ -259,8 +264,9 @@ Case random_case(Random& random, int head_dim) {
   s.num_sink_tokens = pick(random, {0, 1, 2, 3, 4, 17, 40});
   const bool full = random.next() % 5 == 0;
   s.window_size = full ? 0 : pick<std::int64_t>(random, {1, 2, 15, 16, 17, 65, 127, 128, 129, 300});
-  s.capacity = full ? s.num_sink_tokens + 150
-                    : s.num_sink_tokens + s.window_size + pick<std::int64_t>(random, {0, 0, 0, 3, 20});
+  s.capacity =
+      full ? s.num_sink_tokens + 150
+           : s.num_sink_tokens + s.window_size + pick<std::int64_t>(random, {0, 0, 0, 3, 20});
   s.in_text = random.next() % 2 == 0;
   s.origin = pick(random, {0.0, 0.5, 7.0, 1e8});
   s.rotary_dim = pick(random, {0, 2, head_dim / 2, head_dim, head_dim, head_dim});
@@ -281,24 +287,24 @@ Case random_case(Random& random, int head_dim) {
   const int cluster = pick(random, {1, 1, 2, 4, 8});
   c.schedule = {pick(random, {1, 2, 3, 4, 8}), cluster * pick(random, {1, 2, 3, 5}), cluster};
   c.input = pick(random, {ElementType::kF32, ElementType::kBF16, ElementType::kF16});
-  c.output = pick(random, {ElementType::kF32, ElementType::kF32, ElementType::kBF16, ElementType::kF16});
+  c.output =
+      pick(random, {ElementType::kF32, ElementType::kF32, ElementType::kBF16, ElementType::kF16});
   c.heads_first = random.next() % 3 != 0;
   return c;
 }
 
 template <class Parameters>
 class DecodeAttention : public testing::Test {};
-using Kernels =
-    testing::Types<std::tuple<bf16, std::integral_constant<int, 64>>,
-                   std::tuple<bf16, std::integral_constant<int, 80>>,
-                   std::tuple<bf16, std::integral_constant<int, 96>>,
-                   std::tuple<bf16, std::integral_constant<int, 128>>,
-                   std::tuple<bf16, std::integral_constant<int, 256>>,
-                   std::tuple<f16, std::integral_constant<int, 64>>,
-                   std::tuple<f16, std::integral_constant<int, 80>>,
-                   std::tuple<f16, std::integral_constant<int, 96>>,
-                   std::tuple<f16, std::integral_constant<int, 128>>,
-                   std::tuple<f16, std::integral_constant<int, 256>>>;
+using Kernels = testing::Types<std::tuple<bf16, std::integral_constant<int, 64>>,
+                               std::tuple<bf16, std::integral_constant<int, 80>>,
+                               std::tuple<bf16, std::integral_constant<int, 96>>,
+                               std::tuple<bf16, std::integral_constant<int, 128>>,
+                               std::tuple<bf16, std::integral_constant<int, 256>>,
+                               std::tuple<f16, std::integral_constant<int, 64>>,
+                               std::tuple<f16, std::integral_constant<int, 80>>,
+                               std::tuple<f16, std::integral_constant<int, 96>>,
+                               std::tuple<f16, std::integral_constant<int, 128>>,
+                               std::tuple<f16, std::integral_constant<int, 256>>>;
 TYPED_TEST_SUITE(DecodeAttention, Kernels);
 
 TYPED_TEST(DecodeAttention, EqualsTheReferenceOverRandomShapes) {
@@ -319,9 +325,15 @@ TYPED_TEST(DecodeAttention, Small) {
   constexpr int kHeadDim = std::tuple_element_t<1, TypeParam>::value;
   for (const int ratio : {1, 5, 16}) {
     Case c;
-    c.sequence = {.num_qo_heads = 2 * ratio, .num_kv_heads = 2, .head_dim = kHeadDim,
-                  .num_sink_tokens = 3, .window_size = 70, .capacity = 73,
-                  .rotary_dim = kHeadDim, .interleaved = ratio == 5, .sm_scale = 0.1F};
+    c.sequence = {.num_qo_heads = 2 * ratio,
+                  .num_kv_heads = 2,
+                  .head_dim = kHeadDim,
+                  .num_sink_tokens = 3,
+                  .window_size = 70,
+                  .capacity = 73,
+                  .rotary_dim = kHeadDim,
+                  .interleaved = ratio == 5,
+                  .sm_scale = 0.1F};
     c.batch = 2;
     c.starts = {0, 200};
     c.steps = 3;
@@ -337,9 +349,15 @@ TEST(DecodeAttentionWindows, AroundAHundredAndTwentyEight) {
     for (std::int64_t sinks = 0; sinks <= 4; ++sinks) {
       for (const bool in_text : {false, true}) {
         Case c;
-        c.sequence = {.num_qo_heads = 8, .num_kv_heads = 2, .head_dim = 128,
-                      .num_sink_tokens = sinks, .window_size = window, .capacity = sinks + window,
-                      .in_text = in_text, .rotary_dim = 128, .sm_scale = 0.0883883476F};
+        c.sequence = {.num_qo_heads = 8,
+                      .num_kv_heads = 2,
+                      .head_dim = 128,
+                      .num_sink_tokens = sinks,
+                      .window_size = window,
+                      .capacity = sinks + window,
+                      .in_text = in_text,
+                      .rotary_dim = 128,
+                      .sm_scale = 0.0883883476F};
         c.batch = 3;
         c.starts = {0, sinks + window - 2, 1000};
         c.steps = 5;
@@ -353,8 +371,14 @@ TEST(DecodeAttentionWindows, AroundAHundredAndTwentyEight) {
 TEST(DecodeAttentionFirstToken, StreamsFromAnEmptyCacheAcrossTwoWraps) {
   SKIP_WITHOUT_DEVICE();
   Case c;
-  c.sequence = {.num_qo_heads = 4, .num_kv_heads = 1, .head_dim = 64, .num_sink_tokens = 2,
-                .window_size = 21, .capacity = 23, .rotary_dim = 64, .sm_scale = 0.125F};
+  c.sequence = {.num_qo_heads = 4,
+                .num_kv_heads = 1,
+                .head_dim = 64,
+                .num_sink_tokens = 2,
+                .window_size = 21,
+                .capacity = 23,
+                .rotary_dim = 64,
+                .sm_scale = 0.125F};
   c.starts = {0};
   c.steps = 70;
   c.schedule = {1, 2};
@@ -364,8 +388,13 @@ TEST(DecodeAttentionFirstToken, StreamsFromAnEmptyCacheAcrossTwoWraps) {
 TEST(DecodeStep, AnglesAreExactFarOut) {
   SKIP_WITHOUT_DEVICE();
   for (const double origin : {0.0, 0.5, 1e8, 4.5e9}) {
-    OracleConfig s{.head_dim = 128, .num_sink_tokens = 4, .window_size = 100, .capacity = 104,
-                   .origin = origin, .rotary_dim = 128, .theta = 500000};
+    OracleConfig s{.head_dim = 128,
+                   .num_sink_tokens = 4,
+                   .window_size = 100,
+                   .capacity = 104,
+                   .origin = origin,
+                   .rotary_dim = 128,
+                   .theta = 500000};
     const DecodeOracle oracle(s);
     Case c;
     c.sequence = s;
@@ -442,7 +471,10 @@ struct TwoLayers {
   bool overlap;
 
   static DecodeStepConfig make(const std::vector<double>& frequencies) {
-    return {.num_sink_tokens = 4, .window_size = 256, .capacity = 260, .batch_size = kBatch,
+    return {.num_sink_tokens = 4,
+            .window_size = 256,
+            .capacity = 260,
+            .batch_size = kBatch,
             .frequencies = frequencies};
   }
   TwoLayers(const std::vector<double>& frequencies, bool overlap_)
@@ -459,27 +491,31 @@ struct TwoLayers {
     const std::vector<std::int64_t> totals{0, 100, 5000};
     step.set_totals(totals);
   }
+  void attend(int layer, cudaStream_t stream) {
+    DecodeAttentionTensors<bf16> x;
+    x.query = input.data();
+    x.key = input.data() + 8 * 128;
+    x.value = input.data() + 10 * 128;
+    x.query_stride = x.key_stride = x.value_stride = kFused;
+    x.out = output.data();
+    x.output_type = ElementType::kF32;
+    x.out_stride = 8 * 128;
+    x.lse = lse.data();
+    x.keys = reinterpret_cast<bf16*>(keys.data()) + layer * kCache;
+    x.values = reinterpret_cast<bf16*>(values.data()) + layer * kCache;
+    x.sequence_stride = 2 * 260 * 128;
+    x.head_stride = 260 * 128;
+    x.token_stride = 128;
+    plan.launch(step, x, 0.0883883476F, stream);
+  }
   void run(cudaStream_t stream) {
     for (int layer = 0; layer < 2; ++layer) {
       draw_inputs<<<kBatch, 128, 0, stream>>>(step.totals_data(), input.data(), kFused,
                                               static_cast<std::uint64_t>(layer));
-      DecodeAttentionTensors<bf16> x;
-      x.query = input.data();
-      x.key = input.data() + 8 * 128;
-      x.value = input.data() + 10 * 128;
-      x.query_stride = x.key_stride = x.value_stride = kFused;
-      x.out = output.data();
-      x.output_type = ElementType::kF32;
-      x.out_stride = 8 * 128;
-      x.lse = lse.data();
-      x.keys = reinterpret_cast<bf16*>(keys.data()) + layer * kCache;
-      x.values = reinterpret_cast<bf16*>(values.data()) + layer * kCache;
-      x.sequence_stride = 2 * 260 * 128;
-      x.head_stride = 260 * 128;
-      x.token_stride = 128;
-      plan.launch(step, x, 0.0883883476F, stream);
+      attend(layer, stream);
       digest_output<<<kOut / 128, 128, 0, stream>>>(
-          reinterpret_cast<const std::uint32_t*>(output.data()), digest.data() + layer * kOut, kOut);
+          reinterpret_cast<const std::uint32_t*>(output.data()), digest.data() + layer * kOut,
+          kOut);
     }
     step.advance(stream, overlap);
     check_cuda(cudaGetLastError(), "a step's launches");
@@ -521,6 +557,35 @@ TEST(DecodeGraph, ReplaysForThreeThousandStepsAsLaunchesOneByOne) {
     check_cuda(cudaGraphDestroy(graph), "destroy");
     check_cuda(cudaStreamDestroy(stream), "destroy");
   }
+}
+
+/// Nothing but attention and advance() in the stream: every launch starts under the one before it,
+/// and fetches rows that the launch before that one wrote.
+TEST(DecodeGraph, AChainOfOverlappingLaunchesIsExact) {
+  SKIP_WITHOUT_DEVICE();
+  const std::vector<double> frequencies = plain_frequencies();
+  constexpr int kSteps = 1200;
+  std::vector<std::vector<float>> outputs[2];
+  std::vector<std::uint16_t> caches[2];
+  for (const bool overlap : {false, true}) {
+    TwoLayers model(frequencies, overlap);
+    draw_inputs<<<TwoLayers::kBatch, 128>>>(model.step.totals_data(), model.input.data(),
+                                            TwoLayers::kFused, 99);
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    cudaStream_t stream = nullptr;
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    for (int i = 0; i < kSteps; ++i) {
+      model.attend(0, stream);
+      if (i % 2 == 0) model.attend(1, stream);  // and one layer alone
+      model.step.advance(stream, overlap);
+      if (i % 100 == 99) outputs[overlap].push_back(model.output.download(stream));
+    }
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+    caches[overlap] = model.keys.download();
+    check_cuda(cudaStreamDestroy(stream), "destroy");
+  }
+  EXPECT_EQ(outputs[0], outputs[1]);
+  EXPECT_EQ(caches[0], caches[1]);
 }
 
 TEST(DecodeIdle, SequencesSeeNothingAndStay) {

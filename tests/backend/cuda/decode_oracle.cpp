@@ -71,7 +71,9 @@ void DecodeOracle::skip(std::int64_t tokens) {
   }
 }
 
-std::int64_t DecodeOracle::total() const { return state_->retention.total(); }
+std::int64_t DecodeOracle::total() const {
+  return state_->retention.total();
+}
 
 std::int64_t DecodeOracle::append() {
   state_->retention.append(1);
@@ -106,8 +108,8 @@ void DecodeOracle::attend(const float* query, const float* keys, const float* va
     segments.push_back(segment);
   }
   const std::int64_t index = state_->retention.total() - 1;
-  const AttentionVariant<> variant{
-      c.sm_scale, CausalWindow{state_->retention.window(), c.num_sink_tokens}};
+  const AttentionVariant<> variant{c.sm_scale,
+                                   CausalWindow{state_->retention.window(), c.num_sink_tokens}};
   attend_reference(HeadsView<const float>(query, 1, c.num_qo_heads, c.head_dim), index,
                    state_->retention.write_position(index),
                    std::span<const Segment<float>>(segments), variant,
@@ -115,6 +117,8 @@ void DecodeOracle::attend(const float* query, const float* keys, const float* va
                    HeadsView<double>(out, 1, c.num_qo_heads, c.head_dim), lse);
 }
 
-void DecodeOracle::commit() { state_->retention.commit(); }
+void DecodeOracle::commit() {
+  state_->retention.commit();
+}
 
 }  // namespace sluice_test

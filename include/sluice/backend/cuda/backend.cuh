@@ -22,10 +22,9 @@ struct cuda : generic_backend {};
 inline void check_cuda(cudaError_t status, const char* call,
                        std::source_location at = std::source_location::current()) {
   if (status == cudaSuccess) return;
-  throw Error(ErrorCode::kDevice,
-              {std::string(cudaGetErrorString(status)),
-               std::string(at.file_name()) + ":" + std::to_string(at.line()), call, "cudaSuccess",
-               cudaGetErrorName(status)});
+  throw Error(ErrorCode::kDevice, {std::string(cudaGetErrorString(status)),
+                                   std::string(at.file_name()) + ":" + std::to_string(at.line()),
+                                   call, "cudaSuccess", cudaGetErrorName(status)});
 }
 
 namespace detail {
@@ -69,9 +68,9 @@ __device__ inline ClusterPlace cluster_place() {
 #endif
 }
 
-/// The barrier of a cluster in its two halves; threads that have ended are not waited for. It orders
-/// reads before, and barriers made before, against what other blocks do after it; it publishes no
-/// stores.
+/// The barrier of a cluster in its two halves; threads that have ended are not waited for. It
+/// orders reads before, and barriers made before, against what other blocks do after it; it
+/// publishes no stores.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -87,9 +86,10 @@ __device__ inline void cluster_wait() {
 /// other blocks. One thread makes it, before cluster_arrive(); one announces.
 __device__ inline void byte_barrier_init(std::uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
+      : "memory");
 #endif
 }
 __device__ inline void byte_barrier_expect(std::uint64_t* barrier, int bytes) {
@@ -130,8 +130,8 @@ __device__ void send_to_first_block(T* to, T x, std::uint64_t* barrier) {
       : "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))));
   if constexpr (sizeof(T) == 16)
     asm volatile(
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-            "r"(there),
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(there),
         "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier_there)
         : "memory");
   else

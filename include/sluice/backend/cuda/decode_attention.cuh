@@ -11,15 +11,13 @@
 /// probabilities enter as the sum of two 16-bit numbers, which keeps 16 bits of them (bf16; 22 for
 /// f16): the result is that of float32 queries, not of rounded ones. The new token's row is patched
 /// into the registers of the one warp whose tile holds its slot; no launch waits for another's
-/// store. Warps merge in shared memory, blocks of a cluster in that of their first, clusters through
-/// a scratch that the last to arrive reads; the order of merging is that of the splits, so repeated
-/// runs give the same bits.
+/// store. Warps merge in shared memory, blocks of a cluster in that of their first, clusters
+/// through a scratch that the last to arrive reads; the order of merging is that of the splits, so
+/// repeated runs give the same bits.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <span>
 #include <string>
 #include <type_traits>
 
@@ -55,16 +53,16 @@ struct DecodeSchedule {
 /// are in elements. Every row must start at a multiple of 16 bytes.
 template <class Element>
 struct DecodeAttentionTensors {
-  const void* query = nullptr;  ///< [batch, num_qo_heads, head_dim] of `input_type`, not rotated
-  const void* key = nullptr;    ///< [batch, num_kv_heads, head_dim] of `input_type`, not rotated
-  const void* value = nullptr;  ///< [batch, num_kv_heads, head_dim] of `input_type`
+  const void* query = nullptr;    ///< [batch, num_qo_heads, head_dim] of `input_type`, not rotated
+  const void* key = nullptr;      ///< [batch, num_kv_heads, head_dim] of `input_type`, not rotated
+  const void* value = nullptr;    ///< [batch, num_kv_heads, head_dim] of `input_type`
   std::int64_t query_stride = 0;  ///< from sequence to sequence; the three may be one fused row
   std::int64_t key_stride = 0;
   std::int64_t value_stride = 0;
   ElementType input_type = ElementType::kBF16;  ///< kF32, kF16 or kBF16
 
-  void* out = nullptr;      ///< [batch, num_qo_heads, head_dim] of `output_type`
-  float* lse = nullptr;     ///< [batch, num_qo_heads] or null
+  void* out = nullptr;   ///< [batch, num_qo_heads, head_dim] of `output_type`
+  float* lse = nullptr;  ///< [batch, num_qo_heads] or null
   std::int64_t out_stride = 0;
   ElementType output_type = ElementType::kBF16;  ///< kF32, kF16 or kBF16
 
@@ -77,8 +75,8 @@ struct DecodeAttentionTensors {
 
 namespace detail {
 
-inline constexpr int kDecodeTile = 16;   // slots of a tile
-inline constexpr int kDecodeHeads = 8;   // query heads of a block: the narrow side of the product
+inline constexpr int kDecodeTile = 16;  // slots of a tile
+inline constexpr int kDecodeHeads = 8;  // query heads of a block: the narrow side of the product
 inline constexpr int kWarpSize = 32;
 /// Bytes that widen a shared row of queries so that two rows lie in different halves of the banks.
 template <int kHeadDim>
@@ -147,9 +145,7 @@ struct Half<bf16> {
 
 template <>
 struct Half<f16> {
-  static __device__ float widen(std::uint16_t bits) {
-    return __half2float(__ushort_as_half(bits));
-  }
+  static __device__ float widen(std::uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
   static __device__ std::uint32_t pack(float low, float high) {
     std::uint32_t result;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
@@ -197,8 +193,12 @@ __device__ inline void copy_async(void* to, const void* from) {
                "l"(from)
                : "memory");
 }
-__device__ inline void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+__device__ inline void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ inline void copies_wait() {
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
 
 /// Transposes an 8 x 8 matrix of 16-bit elements across the warp.
 __device__ inline std::uint32_t transpose(std::uint32_t packed) {
@@ -383,13 +383,14 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
       rows[half] = keys + min(tile * kDecodeTile + g + 8 * half, p.capacity - 1) * p.token_stride;
     key.load(rows, t);
   };
-  const auto value_slot = [&](int j) { return 2 * t + (j & 1) + 8 * (j >> 1); };  // within a tile
+  const auto value_slot = [&](int j) {
+    return 2 * t + (j & 1) + 8 * (j >> 1);
+  };  // within a tile
   const auto load_values = [&](int tile) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      value.load(j,
-                 values + min(tile * kDecodeTile + value_slot(j), p.capacity - 1) * p.token_stride,
-                 g);
+      value.load(
+          j, values + min(tile * kDecodeTile + value_slot(j), p.capacity - 1) * p.token_stride, g);
   };
 
   if (cluster.size > 1 && tid == 0) byte_barrier_init(&arrived);
@@ -423,8 +424,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     if (head >= heads) {
       const bool is_key = head == heads;
       data = is_key ? p.key : p.value;
-      first = sequence * (is_key ? p.key_stride : p.value_stride) +
-              (kv_head - head) * kHeadDim + i * per_vector;
+      first = sequence * (is_key ? p.key_stride : p.value_stride) + (kv_head - head) * kHeadDim +
+              i * per_vector;
     }
     copy_async(raw + i, static_cast<const unsigned char*>(data) + first * (16 / per_vector));
   }
@@ -489,7 +490,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   if (cluster.size > 1) cluster_arrive();  // this block has done with its inputs in shared memory
 
   // Scores, [16 slots, 8 heads]: slots g, g + 8; heads 2 t, 2 t + 1.
-  const auto scores = [&](int which, float (&s)[4]) {
+  const auto scores = [&](int which, float(&s)[4]) {
     float high[2][4] = {};  // two chains: matrix instructions wait for their accumulator
     float low[2][4] = {};
     const int head = min(g, heads - 1);  // columns without a head repeat the last, and are dropped
@@ -655,12 +656,12 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
 #pragma unroll
     for (int c = kPaired; c < kChannelTiles; ++c)
       *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {out[c][i],
-                                                                                 out[c][i + 2]};
+                                                                                  out[c][i + 2]};
   }
   __syncthreads();
 
-  // Adds `count` parts up, in order, a batch of loads at a time. A part's weight is 2^(its maximum -
-  // the highest).
+  // Adds `count` parts up, in order, a batch of loads at a time. A part's weight is
+  // 2^(its maximum - the highest).
   const auto merge = [&](auto batch, int count, const auto& state_of, const auto& part_of,
                          float4& total) {
     constexpr int kBatch = decltype(batch)::value;
@@ -725,17 +726,19 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int channel = e % (kHeadDim / 4) * 4;
     float4 total;
     const float2 state = merge(
-        std::integral_constant<int, 6>(), warps, [&](int i) { return warp_states[i * heads + head]; },
+        std::integral_constant<int, 6>(), warps,
+        [&](int i) { return warp_states[i * heads + head]; },
         [&](int i) {
-          return *reinterpret_cast<const float4*>(warp_parts + (i * heads + head) * kPart + channel);
+          return *reinterpret_cast<const float4*>(warp_parts + (i * heads + head) * kPart +
+                                                  channel);
         },
         total);
     if (blocks == 1) {
       leave(head, channel, state, total);
       continue;
     }
-    float4* const part = reinterpret_cast<float4*>(
-        block_parts + (cluster.rank * heads + head) * kHeadDim + channel);
+    float4* const part =
+        reinterpret_cast<float4*>(block_parts + (cluster.rank * heads + head) * kHeadDim + channel);
     float2* const part_state = block_states + cluster.rank * heads + head;
     if (cluster.rank == 0) {
       *part = total;
@@ -758,7 +761,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
       const int channel = e % (kHeadDim / 4) * 4;
       float4 total;
       const float2 state = merge(
-          std::integral_constant<int, 8>(), blocks, [&](int i) { return block_states[i * heads + head]; },
+          std::integral_constant<int, 8>(), blocks,
+          [&](int i) { return block_states[i * heads + head]; },
           [&](int i) {
             return *reinterpret_cast<const float4*>(block_parts + (i * heads + head) * kHeadDim +
                                                     channel);
@@ -787,7 +791,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const std::int64_t first = unit * cluster.count * kDecodeHeads + head;
     float4 total;
     const float2 state = merge(
-        std::integral_constant<int, 8>(), active_clusters, [&](int i) { return __ldcg(p.states + first + i * kDecodeHeads); },
+        std::integral_constant<int, 8>(), active_clusters,
+        [&](int i) { return __ldcg(p.states + first + i * kDecodeHeads); },
         [&](int i) {
           return __ldcg(reinterpret_cast<const float4*>(
               p.partials + (first + i * kDecodeHeads) * kHeadDim + channel));
@@ -802,8 +807,9 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
 /// Scratch and schedule of decode_attention() for one shape; layers of a step share it. Only
 /// construction allocates.
 ///
-/// `overlap`: launches may start before the kernel before them in the stream has ended (programmatic
-/// dependent launch, sm_90 and later) and fetch old cache rows meanwhile; everything else waits.
+/// `overlap`: launches may start before the kernel before them in the stream has ended
+/// (programmatic dependent launch, sm_90 and later) and fetch old cache rows meanwhile; everything
+/// else waits.
 /// The kernel directly before must then not write this layer's cache itself (a layer's own previous
 /// step is never the kernel directly before: DecodeStep::advance() lies between).
 template <class Element, int kHeadDim>
@@ -827,10 +833,11 @@ class DecodeAttentionPlan {
     };
     require(shape.head_dim == kHeadDim, "head_dim", std::to_string(kHeadDim), shape.head_dim);
     require(shape.num_kv_heads >= 1, "num_kv_heads", "at least 1", shape.num_kv_heads);
-    require(shape.num_qo_heads >= 1 && shape.num_qo_heads % shape.num_kv_heads == 0,
-            "num_qo_heads", "a multiple of num_kv_heads", shape.num_qo_heads);
+    require(shape.num_qo_heads >= 1 && shape.num_qo_heads % shape.num_kv_heads == 0, "num_qo_heads",
+            "a multiple of num_kv_heads", shape.num_qo_heads);
     group_ = static_cast<int>(shape.num_qo_heads / shape.num_kv_heads);
     query_tiles_ = (group_ + detail::kDecodeHeads - 1) / detail::kDecodeHeads;
+    batch_size_ = step.batch_size;
     units_ = step.batch_size * shape.num_kv_heads * query_tiles_;
 
     int device = 0;
@@ -842,7 +849,8 @@ class DecodeAttentionPlan {
                "cudaDeviceGetAttribute");
     overlap_ = overlap_ && major >= 9;
 
-    schedule_ = schedule == DecodeSchedule{} ? choose(units_, step, multiprocessors_, major >= 9) : schedule;
+    const bool chosen = schedule == DecodeSchedule{};
+    schedule_ = chosen ? choose(units_, step, multiprocessors_, major >= 9, overlap_) : schedule;
     if (major < 9) schedule_.cluster = 1;
     require(schedule_.warps >= 1 && schedule_.warps <= detail::kMaxDecodeWarps<kHeadDim>,
             "schedule.warps", "1 to " + std::to_string(detail::kMaxDecodeWarps<kHeadDim>),
@@ -852,7 +860,7 @@ class DecodeAttentionPlan {
     require(schedule_.splits >= 1 && schedule_.splits % schedule_.cluster == 0, "schedule.splits",
             "a multiple of schedule.cluster", schedule_.splits);
     const std::int64_t parts =
-        units_ * (schedule_.splits / schedule_.cluster) * detail::kDecodeHeads;
+        units_ * (schedule_.splits / std::min(schedule_.cluster, 8)) * detail::kDecodeHeads;
     partials_ = Buffer<float, cuda>(static_cast<std::size_t>(parts * kHeadDim));
     states_ = Buffer<float2, cuda>(static_cast<std::size_t>(parts));
     arrivals_ = Buffer<int, cuda>(static_cast<std::size_t>(units_));
@@ -864,34 +872,47 @@ class DecodeAttentionPlan {
     const std::size_t input_bytes =  // as they came, and widened
         2 * (static_cast<std::size_t>((heads + 2) * kHeadDim) + 4 * step.frequencies.size()) *
         sizeof(float);
-    shared_bytes_ = std::max(input_bytes, parts_bytes(schedule_.warps) +
-                                              (schedule_.cluster > 1 ? parts_bytes(schedule_.cluster)
-                                                                     : 0));
+    shared_bytes_ =
+        std::max(input_bytes, parts_bytes(schedule_.warps) +
+                                  (schedule_.cluster > 1 ? parts_bytes(schedule_.cluster) : 0));
     check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes_)),
                "cudaFuncSetAttribute");
-    if (schedule_.cluster > 8)
+    if (schedule_.cluster > 8)  // more than every chip must offer
       check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                  "cudaFuncSetAttribute");
+    if (schedule_.cluster > 8 && chosen && clusters_at_once() < 1) schedule_.cluster = 8;
   }
 
   const DecodeAttentionShape& shape() const { return shape_; }
   const DecodeSchedule& schedule() const { return schedule_; }
 
   /// The schedule for `units` KV heads (times sequences), as measured on an H100: a block on every
-  /// multiprocessor if there are units enough, else clusters of 8, which are worth more than the
-  /// idle half of the chip until a warp would go round 8 times.
+  /// multiprocessor, as far as powers of two go. But clusters of more than two find no room on all
+  /// of a chip whose parts are no multiples of them: so half the blocks in clusters, or all of them
+  /// in pairs where warps go round often and the next launch may fetch meanwhile.
   static DecodeSchedule choose(std::int64_t units, const DecodeStepConfig& step,
-                               int multiprocessors, bool clusters) {
+                               int multiprocessors, bool clusters, bool overlap) {
     const std::int64_t tiles = (step.capacity + detail::kDecodeTile - 1) / detail::kDecodeTile;
     constexpr std::int64_t kWarps = detail::kMaxDecodeWarps<kHeadDim>;
+    const auto rounds_of = [&](std::int64_t splits) {
+      return (tiles + splits * kWarps - 1) / (splits * kWarps);
+    };
     std::int64_t splits = 1;
-    while (splits < 16 && 2 * splits * units <= multiprocessors && 2 * splits <= tiles) splits *= 2;
-    if (splits == 16 && tiles <= 8 * 8 * kWarps) splits = 8;
-    const std::int64_t rounds = (tiles + splits * kWarps - 1) / (splits * kWarps);
+    while (splits < 64 && 2 * splits * units <= multiprocessors && 2 * splits <= tiles) splits *= 2;
+    std::int64_t cluster = std::min<std::int64_t>(splits, 16);
+    if (splits > 2 && 2 * splits * units > multiprocessors) {
+      if (!overlap || rounds_of(splits / 2) <= 2) {
+        splits /= 2;
+        cluster = std::min<std::int64_t>(splits, 16);
+      } else {
+        cluster = 2;
+      }
+    }
+    const std::int64_t rounds = rounds_of(splits);
     const std::int64_t warps = (tiles + splits * rounds - 1) / (splits * rounds);
-    const std::int64_t cluster = !clusters ? 1 : splits == 16 ? 2 : splits;
-    return {static_cast<int>(warps), static_cast<int>(splits), static_cast<int>(cluster)};
+    return {static_cast<int>(warps), static_cast<int>(splits),
+            static_cast<int>(clusters ? cluster : 1)};
   }
 
   /// Launches one layer's step. `step` says where the sequences stand and is not changed. May be
@@ -900,69 +921,87 @@ class DecodeAttentionPlan {
   void launch(const DecodeStep& step, const DecodeAttentionTensors<Element>& x, float sm_scale,
               cudaStream_t stream) const {
     const DecodeStepConfig& config = step.config();
-    const detail::DecodeAttentionParams params{
-        .query = x.query,
-        .key = x.key,
-        .value = x.value,
-        .out = x.out,
-        .lse = x.lse,
-        .keys = reinterpret_cast<std::uint16_t*>(x.keys),
-        .values = reinterpret_cast<std::uint16_t*>(x.values),
-        .places = step.places(),
-        .rows = step.rows(),
-        .partials = const_cast<float*>(partials_.data()),
-        .states = const_cast<float2*>(states_.data()),
-        .arrivals = const_cast<int*>(arrivals_.data()),
-        .query_stride = x.query_stride,
-        .key_stride = x.key_stride,
-        .value_stride = x.value_stride,
-        .out_stride = x.out_stride,
-        .sequence_stride = x.sequence_stride,
-        .head_stride = x.head_stride,
-        .token_stride = x.token_stride,
-        .group = group_,
-        .query_tiles = query_tiles_,
-        .capacity = static_cast<int>(config.capacity),
-        .sinks = static_cast<int>(config.num_sink_tokens),
-        .num_pairs = step.rotary_dim() / 2,
-        .interleaved = config.interleaved,
-        .early = overlap_,
-        .input_type = x.input_type,
-        .output_type = x.output_type,
-        .scale_log2 = sm_scale * 1.44269504088896340736F};
-    cudaLaunchAttribute attributes[2] = {};
-    unsigned count = 0;
-    if (overlap_) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (schedule_.cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count].val.clusterDim.x = static_cast<unsigned>(schedule_.cluster);
-      attributes[count].val.clusterDim.y = 1;
-      attributes[count++].val.clusterDim.z = 1;
-    }
-    cudaLaunchConfig_t launch{};
-    launch.gridDim = dim3(static_cast<unsigned>(schedule_.splits),
-                          static_cast<unsigned>(shape_.num_kv_heads * query_tiles_),
-                          static_cast<unsigned>(config.batch_size));
-    launch.blockDim = dim3(static_cast<unsigned>(schedule_.warps * detail::kWarpSize));
-    launch.dynamicSmemBytes = shared_bytes_;
-    launch.stream = stream;
-    launch.attrs = attributes;
-    launch.numAttrs = count;
-    check_cuda(cudaLaunchKernelEx(&launch, kernel(), params), "decode_attention_kernel");
+    const detail::DecodeAttentionParams params{.query = x.query,
+                                               .key = x.key,
+                                               .value = x.value,
+                                               .out = x.out,
+                                               .lse = x.lse,
+                                               .keys = reinterpret_cast<std::uint16_t*>(x.keys),
+                                               .values = reinterpret_cast<std::uint16_t*>(x.values),
+                                               .places = step.places(),
+                                               .rows = step.rows(),
+                                               .partials = const_cast<float*>(partials_.data()),
+                                               .states = const_cast<float2*>(states_.data()),
+                                               .arrivals = const_cast<int*>(arrivals_.data()),
+                                               .query_stride = x.query_stride,
+                                               .key_stride = x.key_stride,
+                                               .value_stride = x.value_stride,
+                                               .out_stride = x.out_stride,
+                                               .sequence_stride = x.sequence_stride,
+                                               .head_stride = x.head_stride,
+                                               .token_stride = x.token_stride,
+                                               .group = group_,
+                                               .query_tiles = query_tiles_,
+                                               .capacity = static_cast<int>(config.capacity),
+                                               .sinks = static_cast<int>(config.num_sink_tokens),
+                                               .num_pairs = step.rotary_dim() / 2,
+                                               .interleaved = config.interleaved,
+                                               .early = overlap_,
+                                               .input_type = x.input_type,
+                                               .output_type = x.output_type,
+                                               .scale_log2 = sm_scale * 1.44269504088896340736F};
+    Launch launch(*this, stream);
+    check_cuda(cudaLaunchKernelEx(&launch.config, kernel(), params), "decode_attention_kernel");
   }
 
  private:
   using Kernel = void (*)(detail::DecodeAttentionParams);
   static Kernel kernel() { return detail::decode_attention_kernel<Element, kHeadDim>; }
 
+  struct Launch {
+    Launch(const DecodeAttentionPlan& plan, cudaStream_t stream) {
+      config.gridDim = dim3(static_cast<unsigned>(plan.schedule_.splits),
+                            static_cast<unsigned>(plan.shape_.num_kv_heads * plan.query_tiles_),
+                            static_cast<unsigned>(plan.batch_size_));
+      config.blockDim = dim3(static_cast<unsigned>(plan.schedule_.warps * detail::kWarpSize));
+      config.dynamicSmemBytes = plan.shared_bytes_;
+      config.stream = stream;
+      config.attrs = attributes;
+      if (plan.overlap_) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+      }
+      if (plan.schedule_.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x =
+            static_cast<unsigned>(plan.schedule_.cluster);
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+      }
+    }
+    Launch(const Launch&) = delete;  // config points into it
+    Launch& operator=(const Launch&) = delete;
+
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config{};
+  };
+
+  /// Clusters of the schedule's size that the device can run at once; 0 if it refuses the size.
+  int clusters_at_once() const {
+    const Launch launch(*this, nullptr);
+    int count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, kernel(), &launch.config) == cudaSuccess)
+      return count;
+    static_cast<void>(cudaGetLastError());
+    return 0;
+  }
+
   DecodeAttentionShape shape_;
   bool overlap_;
   int group_ = 1;
   int query_tiles_ = 1;
   int multiprocessors_ = 0;
+  std::int64_t batch_size_ = 1;
   std::int64_t units_ = 0;
   DecodeSchedule schedule_;
   std::size_t shared_bytes_ = 0;

@@ -41,7 +41,7 @@ struct DecodeStepConfig {
   /// Radians per token of each rotated pair, Rotary::frequency(); empty: heads are not rotated.
   std::span<const double> frequencies = {};  // [num_pairs]
   double attention_factor = 1;               ///< Rotary::attention_factor()
-  bool interleaved = false;  ///< pairs (2i, 2i + 1) instead of (i, i + num_pairs)
+  bool interleaved = false;                  ///< pairs (2i, 2i + 1) instead of (i, i + num_pairs)
 };
 
 namespace detail {
@@ -82,7 +82,8 @@ inline constexpr int kDecodeStepThreads = 128;
 
 /// One block per sequence. A template, because nvcc ignores `inline` on kernels.
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) decode_step_kernel(const __grid_constant__ DecodeStepParams p) {
+__global__ void __launch_bounds__(kThreads)
+    decode_step_kernel(const __grid_constant__ DecodeStepParams p) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const std::int64_t sequence = blockIdx.x;
@@ -107,8 +108,7 @@ __global__ void __launch_bounds__(kThreads) decode_step_kernel(const __grid_cons
   }
   if (total < 0) return;
   float* rows = p.rows + sequence * 4 * p.num_pairs;
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * p.num_pairs;
-       i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * p.num_pairs; i += kThreads) {
     const int which = i >= p.num_pairs ? 1 : 0;
     const int pair = i - which * p.num_pairs;
     const std::int64_t index = which == 1 && total > p.ceiling ? p.ceiling : total;
@@ -142,11 +142,13 @@ class DecodeStep {
     config_.frequencies = {};
     std::vector<detail::TurnFrequency> turns;
     for (const double frequency : config.frequencies) {
-      const long double exact = static_cast<long double>(frequency) / (2 * std::numbers::pi_v<long double>);
+      const long double exact =
+          static_cast<long double>(frequency) / (2 * std::numbers::pi_v<long double>);
       const auto high = static_cast<double>(exact);
       turns.push_back({high, static_cast<double>(exact - static_cast<long double>(high))});
     }
-    frequencies_ = Buffer<detail::TurnFrequency, cuda>(std::span<const detail::TurnFrequency>(turns));
+    frequencies_ =
+        Buffer<detail::TurnFrequency, cuda>(std::span<const detail::TurnFrequency>(turns));
     run(0, nullptr, false);
     check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   }
@@ -230,9 +232,9 @@ class DecodeStep {
     launch.stream = stream;
     launch.attrs = &attribute;
     launch.numAttrs = overlap ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&launch, detail::decode_step_kernel<detail::kDecodeStepThreads>,
-                                  params),
-               "decode_step_kernel");
+    check_cuda(
+        cudaLaunchKernelEx(&launch, detail::decode_step_kernel<detail::kDecodeStepThreads>, params),
+        "decode_step_kernel");
   }
 
   DecodeStepConfig config_;

@@ -57,9 +57,9 @@ class Buffer<T, cuda> {
   /// Copies `content` to the front of the buffer. \throws Error(kShape) if it is longer.
   void upload(std::span<const T> content, cudaStream_t stream = nullptr) {
     if (content.size() > size_)
-      throw Error(ErrorCode::kShape, {"content does not fit", "Buffer<T, cuda>::upload", "elements",
-                                      "at most " + std::to_string(size_),
-                                      std::to_string(content.size())});
+      throw Error(ErrorCode::kShape,
+                  {"content does not fit", "Buffer<T, cuda>::upload", "elements",
+                   "at most " + std::to_string(size_), std::to_string(content.size())});
     if (content.empty()) return;
     check_cuda(cudaMemcpyAsync(data_, content.data(), content.size_bytes(), cudaMemcpyHostToDevice,
                                stream),
