@@ -5,7 +5,7 @@ include(GNUInstallDirs)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/sluice)
 
-install(TARGETS sluice EXPORT sluiceTargets FILE_SET HEADERS)
+install(TARGETS sluice sluice_cuda EXPORT sluiceTargets FILE_SET HEADERS)
 install(EXPORT sluiceTargets NAMESPACE sluice:: DESTINATION ${package_dir})
 if(TARGET sluice_io)
   install(TARGETS sluice_io EXPORT sluiceIoTargets FILE_SET HEADERS)

@@ -20,6 +20,13 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     -Wno-error=stringop-overread)
 endif()
 
+# nvcc's host code; gtest's and the generated code's own habits are left alone.
+add_library(sluice_own_cuda_flags INTERFACE)
+target_compile_options(sluice_own_cuda_flags INTERFACE -Xcompiler=-Wall,-Wextra -lineinfo)
+if(SLUICE_WERROR)
+  target_compile_options(sluice_own_cuda_flags INTERFACE -Werror=all-warnings)
+endif()
+
 if(SLUICE_NATIVE)
   check_cxx_compiler_flag(-march=native SLUICE_COMPILER_KNOWS_NATIVE)
   if(SLUICE_COMPILER_KNOWS_NATIVE)

@@ -21,6 +21,7 @@ enum class ErrorCode {
   kCapacity,     ///< the fixed capacity cannot hold what was asked for
   kOrder,        ///< calls came in an order that the contract forbids
   kText,         ///< text is not valid UTF-8, or cannot be tokenised
+  kDevice,       ///< an accelerator refused: allocation, copy, launch
 };
 
 /// The word for a code, for messages and JSON.
@@ -34,6 +35,7 @@ constexpr std::string_view to_string(ErrorCode code) {
     case ErrorCode::kCapacity: return "capacity";
     case ErrorCode::kOrder: return "order";
     case ErrorCode::kText: return "text";
+    case ErrorCode::kDevice: return "device";
   }
   return "unknown";
 }

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MIT
+/// Times decode attention in replayed CUDA graphs: a graph is the layers of one step and the
+/// advance() that ends it, each layer with keys and values of its own, together far more than the
+/// second-level cache holds. One JSON object a line, on stdout.
+///
+/// usage: decode_attention_bench [--sweep] [--case NAME]
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <sluice/sluice.cuh>
+
+namespace {
+
+using namespace sluice;
+
+struct BenchCase {
+  const char* name;
+  int batch;
+  int num_qo_heads;
+  int num_kv_heads;
+  std::int64_t sinks;
+  std::int64_t window;
+  int layers;
+};
+
+constexpr BenchCase kCases[] = {
+    {"1028", 1, 32, 8, 4, 1024, 32},         {"4100", 1, 32, 8, 4, 4096, 32},
+    {"32772", 1, 32, 8, 4, 32768, 16},       {"batch8x4096", 8, 32, 8, 4, 4092, 16},
+    {"batch64x4096", 64, 32, 8, 4, 4092, 8}, {"1028-mha", 1, 32, 32, 4, 1024, 32},
+    {"4100-ratio7", 1, 28, 4, 4, 4096, 32},  {"4100-ratio16", 1, 32, 2, 4, 4096, 64},
+};
+
+__global__ void fill_random(std::uint16_t* data, std::int64_t count, std::uint64_t salt) {
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += stride) {
+    std::uint64_t z = (static_cast<std::uint64_t>(i) + salt) * 0x9e3779b97f4a7c15ULL;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebULL;
+    // A sum of uniforms: near normal, unit variance.
+    float x = -2;
+    for (int j = 0; j < 4; ++j) x += static_cast<float>((z >> (16 * j)) & 0xffff) * 0x1p-16F;
+    data[i] = static_cast<std::uint16_t>(__float_as_uint(x * 1.7320508F) >> 16);
+  }
+}
+
+__global__ void do_nothing() {}
+
+/// Reads everything once, adds it up and writes next to nothing.
+__global__ void __launch_bounds__(512)
+    read_all(const uint4* data, std::int64_t count, std::uint32_t* sink) {
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  std::uint32_t sum = 0;
+  std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  for (; i + 3 * stride < count; i += 4 * stride) {
+    uint4 x[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = __ldcs(data + i + j * stride);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum += x[j].x ^ x[j].y ^ x[j].z ^ x[j].w;
+  }
+  if (sum == 0x12345678U) *sink = sum;
+}
+
+/// Microseconds of one replay of what `record` launches: the median of `trials`, each of several.
+double time_graph(const std::function<void(cudaStream_t)>& record, int replays, int trials,
+                  double* spread) {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cudaEvent_t begin = nullptr;
+  cudaEvent_t end = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check_cuda(cudaEventCreate(&begin), "cudaEventCreate");
+  check_cuda(cudaEventCreate(&end), "cudaEventCreate");
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
+  record(stream);
+  check_cuda(cudaStreamEndCapture(stream, &graph), "end capture");
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  for (int i = 0; i < 3; ++i) check_cuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+  std::vector<double> times;
+  for (int trial = 0; trial < trials; ++trial) {
+    check_cuda(cudaEventRecord(begin, stream), "cudaEventRecord");
+    for (int i = 0; i < replays; ++i)
+      check_cuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+    check_cuda(cudaEventRecord(end, stream), "cudaEventRecord");
+    check_cuda(cudaEventSynchronize(end), "cudaEventSynchronize");
+    float milliseconds = 0;
+    check_cuda(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
+    times.push_back(1000.0 * static_cast<double>(milliseconds) / replays);
+  }
+  check_cuda(cudaGraphExecDestroy(executable), "destroy");
+  check_cuda(cudaGraphDestroy(graph), "destroy");
+  check_cuda(cudaEventDestroy(begin), "destroy");
+  check_cuda(cudaEventDestroy(end), "destroy");
+  check_cuda(cudaStreamDestroy(stream), "destroy");
+  std::sort(times.begin(), times.end());
+  *spread = times.back() - times.front();
+  return times[times.size() / 2];
+}
+
+void measure(const BenchCase& c, bool sweep) {
+  constexpr int kHeadDim = 128;
+  const std::int64_t capacity = c.sinks + c.window;
+  std::vector<double> frequencies;
+  for (int i = 0; i < kHeadDim / 2; ++i)
+    frequencies.push_back(std::pow(500000.0, -2.0 * i / kHeadDim));
+  const DecodeStepConfig config{.num_sink_tokens = c.sinks,
+                                .window_size = c.window,
+                                .capacity = capacity,
+                                .batch_size = c.batch,
+                                .frequencies = frequencies};
+  DecodeStep step(config);
+  step.set_totals(std::vector<std::int64_t>(static_cast<std::size_t>(c.batch), 1000000));
+  const std::int64_t per_layer = std::int64_t{c.batch} * c.num_kv_heads * capacity * kHeadDim;
+  const std::int64_t heads = c.num_qo_heads + 2 * c.num_kv_heads;
+  // On real memory nothing is zero: zeros would be faster than any model.
+  Buffer<std::uint16_t, cuda> keys(static_cast<std::size_t>(per_layer * c.layers));
+  Buffer<std::uint16_t, cuda> values(static_cast<std::size_t>(per_layer * c.layers));
+  Buffer<std::uint16_t, cuda> input(static_cast<std::size_t>(c.batch * heads * kHeadDim));
+  Buffer<std::uint16_t, cuda> output(static_cast<std::size_t>(c.batch * c.num_qo_heads * kHeadDim));
+  fill_random<<<1024, 256>>>(keys.data(), per_layer * c.layers, 1);
+  fill_random<<<1024, 256>>>(values.data(), per_layer * c.layers, 1ULL << 40);
+  fill_random<<<64, 256>>>(input.data(), c.batch * heads * kHeadDim, 1ULL << 41);
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+
+  using Plan = DecodeAttentionPlan<bf16, kHeadDim>;
+  const DecodeAttentionShape shape{c.num_qo_heads, c.num_kv_heads, kHeadDim};
+  std::vector<DecodeSchedule> schedules{{}};
+  if (sweep) {
+    const int tiles = static_cast<int>((capacity + 15) / 16);
+    const int tiles_of_heads = (c.num_qo_heads / c.num_kv_heads + 7) / 8;
+    const int units = c.batch * c.num_kv_heads * tiles_of_heads;
+    for (const int warps : {4, 5, 6, 7, 8, 9, 11, 12}) {
+      for (const int cluster : {1, 2, 4, 8, 16}) {
+        const double most = units >= 64 ? 80 : 24;  // warps per multiprocessor, waves included
+        for (int splits = cluster; splits <= 512; splits += cluster) {
+          const double resident = static_cast<double>(splits) * warps * units / 132;
+          const int rounds = (tiles + warps * splits - 1) / (warps * splits);
+          const int before = splits == cluster ? 0
+                                               : (tiles + warps * (splits - cluster) - 1) /
+                                                     (warps * (splits - cluster));
+          if (rounds == before || resident < 2.5 || resident > most) continue;
+          schedules.push_back({warps, splits, cluster});
+        }
+      }
+    }
+  }
+  for (const DecodeSchedule& schedule : schedules) {
+    for (const bool overlap : {false, true}) {
+      const Plan plan(shape, config, overlap, schedule);
+      const auto record = [&](cudaStream_t stream) {
+        for (int layer = 0; layer < c.layers; ++layer) {
+          DecodeAttentionTensors<bf16> x;
+          x.query = input.data();
+          x.key = input.data() + c.num_qo_heads * kHeadDim;
+          x.value = input.data() + (c.num_qo_heads + c.num_kv_heads) * kHeadDim;
+          x.query_stride = x.key_stride = x.value_stride = heads * kHeadDim;
+          x.out = output.data();
+          x.out_stride = std::int64_t{c.num_qo_heads} * kHeadDim;
+          x.keys = reinterpret_cast<bf16*>(keys.data()) + layer * per_layer;
+          x.values = reinterpret_cast<bf16*>(values.data()) + layer * per_layer;
+          x.sequence_stride = c.num_kv_heads * capacity * kHeadDim;
+          x.head_stride = capacity * kHeadDim;
+          x.token_stride = kHeadDim;
+          plan.launch(step, x, 0.0883883476F, stream);
+        }
+        step.advance(stream, overlap);
+      };
+      double spread = 0;
+      const double one = time_graph(record, 1, 3, &spread);
+      const int replays = std::max(1, static_cast<int>((sweep ? 1500 : 10000) / one));
+      const double time = time_graph(record, replays, sweep ? 3 : 15, &spread) / c.layers;
+      const double bytes = 4.0 * static_cast<double>(per_layer);
+      std::printf(
+          "{\"bench\": \"decode_attention\", \"case\": \"%s\", \"batch\": %d, \"heads\": "
+          "\"%d:%d\", "
+          "\"head_dim\": 128, \"keys\": %lld, \"type\": \"bf16\", \"warps\": %d, \"splits\": %d, "
+          "\"cluster\": %d, "
+          "\"default\": %s, \"overlap\": %s, \"layers\": %d, \"us\": %.3f, \"spread_us\": %.3f, "
+          "\"tb_per_s\": %.3f}\n",
+          c.name, c.batch, c.num_qo_heads, c.num_kv_heads, static_cast<long long>(capacity),
+          plan.schedule().warps, plan.schedule().splits, plan.schedule().cluster,
+          schedule == DecodeSchedule{} ? "true" : "false", overlap ? "true" : "false", c.layers,
+          time, spread / c.layers, bytes / time * 1e-6);
+      std::fflush(stdout);
+    }
+  }
+}
+
+void measure_machine() {
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  double spread = 0;
+  const double empty = time_graph(
+      [](cudaStream_t stream) {
+        for (int i = 0; i < 32; ++i) do_nothing<<<132, 128, 0, stream>>>();
+      },
+      50, 9, &spread);
+  const std::int64_t bytes = std::int64_t{4} << 30;
+  Buffer<std::uint16_t, cuda> data(static_cast<std::size_t>(bytes / 2));
+  Buffer<std::uint32_t, cuda> sink(1);
+  fill_random<<<1024, 256>>>(data.data(), bytes / 2, 7);
+  double best = 0;
+  for (const int blocks : {2, 4}) {
+    const double time = time_graph(
+        [&](cudaStream_t stream) {
+          read_all<<<static_cast<unsigned>(blocks * properties.multiProcessorCount), 512, 0,
+                     stream>>>(reinterpret_cast<const uint4*>(data.data()), bytes / 16,
+                               sink.data());
+        },
+        2, 9, &spread);
+    best = std::max(best, static_cast<double>(bytes) / time * 1e-6);
+  }
+  std::printf(
+      "{\"bench\": \"machine\", \"device\": \"%s\", \"multiprocessors\": %d, "
+      "\"l2_bytes\": %d, \"empty_kernel_us\": %.3f, \"read_tb_per_s\": %.3f}\n",
+      properties.name, properties.multiProcessorCount, properties.l2CacheSize, empty / 32, best);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  bool sweep = false;
+  std::string only;
+  for (int i = 1; i < count; ++i) {
+    if (std::strcmp(arguments[i], "--sweep") == 0) {
+      sweep = true;
+    } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
+      only = arguments[++i];
+    } else {
+      std::fprintf(stderr, "usage: decode_attention_bench [--sweep] [--case NAME]\n");
+      return 2;
+    }
+  }
+  try {
+    measure_machine();
+    for (const BenchCase& c : kCases)
+      if (only.empty() || only == c.name) measure(c, sweep);
+  } catch (const Error& error) {
+    std::fprintf(stderr, "decode_attention_bench: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}

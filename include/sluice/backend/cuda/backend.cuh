@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MIT
+/// The CUDA backend's tag, its error check, and the questions that its kernels ask of the
+/// architecture they are compiled for. Nothing reachable from here includes Eigen.
+#pragma once
+
+#include <cstdint>
+#include <source_location>
+#include <string>
+
+#include <cuda_runtime.h>
+
+#include "sluice/core/backend.hpp"
+#include "sluice/core/error.hpp"
+
+namespace sluice {
+
+/// NVIDIA GPUs, compute capability 8.0 and later.
+struct cuda : generic_backend {};
+
+/// Turns a failed runtime call into an exception that names the call and the line it stands in.
+/// \throws Error(kDevice) unless `status` is cudaSuccess.
+inline void check_cuda(cudaError_t status, const char* call,
+                       std::source_location at = std::source_location::current()) {
+  if (status == cudaSuccess) return;
+  throw Error(ErrorCode::kDevice, {std::string(cudaGetErrorString(status)),
+                                   std::string(at.file_name()) + ":" + std::to_string(at.line()),
+                                   call, "cudaSuccess", cudaGetErrorName(status)});
+}
+
+namespace detail {
+
+/// Holds a kernel that was launched early back until the kernel before it is complete and its
+/// writes are visible. Without early launch, or before sm_90, there is nothing to wait for.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/// Lets the next kernel of the stream start, if it was launched early; it still waits for this
+/// one's writes in wait_for_previous_kernel(). Call it after one's own wait: then whatever was
+/// written two kernels ago is visible to a kernel from its first instruction on.
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+/// Blocks that run at the same time on neighbouring multiprocessors and may write each other's
+/// shared memory. Before sm_90 every block is a cluster of its own.
+struct ClusterPlace {
+  int rank;   ///< of this block in its cluster
+  int size;   ///< blocks of a cluster
+  int index;  ///< of this cluster along x
+  int count;  ///< clusters along x
+};
+
+__device__ inline ClusterPlace cluster_place() {
+#if __CUDA_ARCH__ >= 900
+  ClusterPlace place;
+  asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(place.rank));
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(place.size));
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(place.index));
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(place.count));
+  return place;
+#else
+  return {0, 1, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x)};
+#endif
+}
+
+/// The barrier of a cluster in its two halves; threads that have ended are not waited for. It
+/// orders reads before, and barriers made before, against what other blocks do after it; it
+/// publishes no stores.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/// A barrier in shared memory that opens once, when the announced number of bytes has arrived from
+/// other blocks. One thread makes it, before cluster_arrive(); one announces.
+__device__ inline void byte_barrier_init(std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(
+          static_cast<unsigned>(__cvta_generic_to_shared(barrier)))
+      : "memory");
+#endif
+}
+__device__ inline void byte_barrier_expect(std::uint64_t* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(barrier))),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ inline void byte_barrier_wait(std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(barrier));
+  int open = 0;
+  while (open == 0)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
+        "selp.b32 %0, 1, 0, p;\n\t}"
+        : "=r"(open)
+        : "r"(address)
+        : "memory");
+#endif
+}
+
+/// Stores into the shared memory of the cluster's first block, at the address that `to` has here,
+/// and counts the bytes at its `barrier`. The store and its announcement travel together.
+template <class T>
+__device__ void send_to_first_block(T* to, T x, std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  unsigned barrier_there;
+  asm("mapa.shared::cluster.u32 %0, %1, 0;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))));
+  asm("mapa.shared::cluster.u32 %0, %1, 0;"
+      : "=r"(barrier_there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(barrier))));
+  if constexpr (sizeof(T) == 16)
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(there),
+        "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier_there)
+        : "memory");
+  else
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+            there),
+        "f"(x.x), "f"(x.y), "r"(barrier_there)
+        : "memory");
+#endif
+}
+
+}  // namespace detail
+}  // namespace sluice

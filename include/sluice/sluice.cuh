@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: MIT
+/// Everything that a .cu file may include: the CUDA backend and the headers that it shares with
+/// the CPU. Not the CPU's own: Eigen must not be compiled by nvcc.
+#pragma once
+
+#include "sluice/backend/cuda/backend.cuh"
+#include "sluice/backend/cuda/decode_attention.cuh"
+#include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/memory.cuh"
