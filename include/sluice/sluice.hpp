@@ -56,6 +56,7 @@
 #include "sluice/stream/event_log.hpp"
 #include "sluice/stream/lagging.hpp"
 #include "sluice/stream/latency_histogram.hpp"
+#include "sluice/stream/likelihood.hpp"
 #include "sluice/stream/metrics.hpp"
 #include "sluice/stream/policy.hpp"
 #include "sluice/stream/sampler.hpp"

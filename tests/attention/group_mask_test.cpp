@@ -26,6 +26,7 @@
 #include "sluice/position/rotary.hpp"
 #include "support/attention_scene.hpp"
 #include "support/naive_attention.hpp"
+#include "support/property.hpp"
 
 namespace {
 
@@ -103,19 +104,8 @@ std::vector<std::string> printed(const GroupPrefixMask& mask, std::int64_t sourc
   return rows;
 }
 
-template <class Action>
-std::optional<Error> error_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error;
-  }
-  return std::nullopt;
-}
-
-std::int64_t between(Random& random, std::int64_t low, std::int64_t high) {
-  return low + static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(high - low + 1)));
-}
+using sluice::test::between;
+using sluice::test::error_of;
 
 // ---- Typed-in tests -----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@
 #include "sluice/core/view.hpp"
 #include "sluice/position/position.hpp"
 #include "sluice/position/rotary.hpp"
+#include "support/property.hpp"
 
 namespace {
 
@@ -53,19 +54,8 @@ using sluice::TokenKind;
 
 using Indices = std::vector<std::int64_t>;
 
-template <class Action>
-std::optional<Error> error_of(Action&& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error;
-  }
-  return std::nullopt;
-}
-
-std::int64_t between(Random& random, std::int64_t low, std::int64_t high) {
-  return low + static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(high - low + 1)));
-}
+using sluice::test::between;
+using sluice::test::error_of;
 
 // ---- What a snapshot shows: a naive model
 // ---------------------------------------------------------

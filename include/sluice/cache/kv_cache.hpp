@@ -106,6 +106,13 @@ class KvCache {
   }
   /// Bytes of keys and values.
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
+  /// Entries of the layer that holds the most: what one query can see of this cache.
+  std::int64_t max_entries() const {
+    std::int64_t most = 0;
+    for (const Retention& retention : retentions_)
+      most = std::max(most, retention.config().capacity);
+    return most;
+  }
   /// The most tokens that append() takes at once.
   std::int64_t max_chunk() const {
     std::int64_t result = retentions_.front().config().max_chunk;

@@ -310,10 +310,10 @@ class Duplex {
     std::int64_t units_seen = 0;
     while (!stopping()) {
       const std::uint32_t seen = target_signal_.now();
-      const std::int64_t before = outputs_put_;
+      const std::int64_t before = engine_.outputs_put();
       const Progress progress = engine_.step_target();
-      outputs_put_ = engine_.outputs_put();
-      for (std::int64_t i = before; i < outputs_put_; ++i) available_.release();
+      if (const std::int64_t put = engine_.outputs_put() - before; put > 0)
+        available_.release(static_cast<std::ptrdiff_t>(put));
       if (engine_.units_read() != units_seen) {
         units_seen = engine_.units_read();
         source_signal_.raise();  // room behind the snapshot
@@ -366,9 +366,8 @@ class Duplex {
   bool input_ended_ = false;     // under feed_mutex_
   std::int64_t fed_tokens_ = 0;  // under feed_mutex_
   mutable std::mutex error_mutex_;
-  std::exception_ptr error_;      // under error_mutex_
-  std::int64_t outputs_put_ = 0;  // the target thread's
-  std::jthread source_thread_;    // last: joined before the members above go
+  std::exception_ptr error_;    // under error_mutex_
+  std::jthread source_thread_;  // last: joined before the members above go
   std::jthread target_thread_;
 };
 

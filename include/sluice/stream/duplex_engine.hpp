@@ -150,11 +150,11 @@ class DuplexEngine {
         reader_(source_->open_reader()),
         source_team_(options.source_threads),
         target_team_(options.target_threads),
-        source_workspace_(*model_, source_->cache().max_chunk(), entries(source_->cache()),
+        source_workspace_(*model_, source_->cache().max_chunk(), source_->cache().max_entries(),
                           options.source_threads, DecoderWorkspace::kDefaultSegments,
                           options.activations),
         target_workspace_(*model_, target_->cache().max_chunk(),
-                          entries(source_->cache()) + entries(target_->cache()),
+                          source_->cache().max_entries() + target_->cache().max_entries(),
                           options.target_threads, DecoderWorkspace::kDefaultSegments,
                           options.activations),
         sampler_(options.sampler, model_->config().vocab_size),
@@ -177,7 +177,6 @@ class DuplexEngine {
   const DuplexOptions& options() const { return options_; }
   const Group<Key, Value>& source() const { return *source_; }
   const Group<Key, Value>& target() const { return *target_; }
-  Policy& policy() { return policy_; }
   DuplexMetrics& metrics() { return metrics_; }
   const DuplexMetrics& metrics() const { return metrics_; }
   UnitQueue& queue() { return queue_; }
@@ -382,13 +381,6 @@ class DuplexEngine {
         throw Error(ErrorCode::kConfig,
                     {"this layout needs rotated keys in text positions", "DuplexOptions",
                      group->name() + ".position_rule", "in-text", "in-cache or raw keys"});
-  }
-
-  static std::int64_t entries(const KvCache<Key, Value>& cache) {
-    std::int64_t most = 0;
-    for (const Retention& retention : cache.retentions())
-      most = std::max(most, retention.config().capacity);
-    return most;
   }
 
   bool is_end_token(Token token) const {

@@ -18,6 +18,7 @@
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/token.hpp"
+#include "sluice/stream/likelihood.hpp"
 
 namespace sluice {
 
@@ -104,8 +105,9 @@ struct PolicyState {
 /// Answers the question. Optional members: `std::int64_t newest_source_tokens() const` and
 /// `std::int64_t probe_layer() const` (negative: from the last) ask for newest_source_mass;
 /// `std::int64_t max_provisional() const` says how many tokens may be provisional at once (0 if
-/// absent); `void reset()`. decide() runs on the target's thread; what it throws ends the stream
-/// and reaches the caller. It must not allocate if the step is not to.
+/// absent). decide() runs on the target's thread; what it throws ends the stream and reaches the
+/// caller. It must not allocate if the step is not to. The policies below have a reset() for
+/// callers that use one again; a stream never calls it.
 template <class T>
 concept ReadWritePolicy = requires(T policy, const PolicyState& state) {
   { policy.decide(state) } -> std::same_as<Decision>;
@@ -400,13 +402,9 @@ class SpeakOrSilence {
 
   void reset() { in_turn_ = 0; }
 
-  /// softmax(logits)[token], in double.
+  /// softmax(logits)[token].
   static float probability(std::span<const float> logits, Token token) {
-    const float top = *std::max_element(logits.begin(), logits.end());
-    double sum = 0;
-    for (const float logit : logits) sum += std::exp(static_cast<double>(logit - top));
-    return static_cast<float>(
-        std::exp(static_cast<double>(logits[static_cast<std::size_t>(token)] - top)) / sum);
+    return static_cast<float>(std::exp(-negative_log_likelihood(logits, token)));
   }
 
  private:

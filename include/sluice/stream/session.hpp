@@ -16,7 +16,6 @@
 #include <utility>
 #include <vector>
 
-#include "sluice/backend/cpu/simd.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/atomic_file.hpp"
 #include "sluice/core/byte_stream.hpp"
@@ -28,6 +27,7 @@
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/model/decoder.hpp"
 #include "sluice/stream/clock.hpp"
+#include "sluice/stream/likelihood.hpp"
 #include "sluice/stream/metrics.hpp"
 #include "sluice/stream/sampler.hpp"
 
@@ -44,24 +44,6 @@ struct SessionOptions {
   Activations activations = Activations::kFloat32;
 };
 
-/// -ln softmax(logits)[target]: what perplexity averages, in nats. logits: [vocab_size].
-inline double negative_log_likelihood(std::span<const float> logits, Token target) {
-  const float* data = logits.data();
-  const auto count = static_cast<std::int64_t>(logits.size());
-  const std::int64_t whole = count - count % simd::kWidth;
-  simd::VecF max = simd::broadcast(data[0]);
-  for (std::int64_t i = 0; i < whole; i += simd::kWidth) max = simd::max(max, simd::load(data + i));
-  float top = simd::reduce_max(max);
-  for (std::int64_t i = whole; i < count; ++i) top = std::max(top, data[i]);
-  double sum = 0;
-  const simd::VecF shift = simd::broadcast(top);
-  for (std::int64_t i = 0; i < whole; i += simd::kWidth)
-    sum += static_cast<double>(simd::reduce_add(simd::exp(simd::load(data + i) - shift)));
-  for (std::int64_t i = whole; i < count; ++i)
-    sum += std::exp(static_cast<double>(data[i] - top));
-  return std::log(sum) - static_cast<double>(data[target] - top);
-}
-
 /// A stream over a shared model. Key and Value are the cache's element types.
 ///
 /// Everything is allocated by the constructor; accept() and step() allocate nothing. One thread at
@@ -76,7 +58,7 @@ class Session {
         options_(options),
         team_(options.team ? options.team : std::make_shared<ThreadTeam>(options.num_threads)),
         cache_(model_->make_cache<Key, Value>(plan_cache(model_->config(), options.cache))),
-        workspace_(*model_, cache_.max_chunk(), most_entries(), team_->size(),
+        workspace_(*model_, cache_.max_chunk(), cache_.max_entries(), team_->size(),
                    DecoderWorkspace::kDefaultSegments, options.activations),
         sampler_(options.sampler, model_->config().vocab_size),
         logits_(static_cast<std::size_t>(model_->config().vocab_size)) {
@@ -240,13 +222,6 @@ class Session {
   static constexpr std::uint32_t kSnapshotVersion = 1;
 
   bool recomputes() const { return options_.cache.policy == CachePolicy::kRecompute; }
-
-  std::int64_t most_entries() const {
-    std::int64_t most = 0;
-    for (const Retention& retention : cache_.retentions())
-      most = std::max(most, retention.config().capacity);
-    return most;
-  }
 
   /// A recomputed window scores one token at a time: each has a window of its own.
   std::int64_t chunk_limit(const MatrixView<float>& scratch) const {
