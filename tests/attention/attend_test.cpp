@@ -691,6 +691,84 @@ TEST(AttendCalls, TheTeamsSizeChangesNoBit) {
   }
 }
 
+TEST(AttendCalls, SubsetsOfHeadsWriteTheirRowsAlone) {
+  // Segments that hold some KV heads, in any order, give those heads' rows of the full call bit for
+  // bit and leave the others alone, whatever the number of threads; kernels for one query row, wide
+  // and narrow, and for several.
+  const std::vector<float> slopes{0.5F, 0.25F, 0.125F, 0.0625F, 0.03F, 0.02F, 0.01F, 0.005F};
+  const std::vector<float> logits{0.5F, -1, 2, 0.25F, 1, -2, 0, 3};
+  const std::vector<std::vector<std::int32_t>> subsets{{0}, {3}, {2, 0}, {1, 3, 2}, {3, 2, 1, 0}};
+  for (const std::int64_t tokens : {1, 3, 70}) {
+    for (const std::int64_t dim : {20, 64}) {
+      Scene<f16, f16> scene({.kv_heads = 4, .group = 2, .dim = dim, .value_dim = dim},
+                            rotary_for(dim), 31);
+      add_sinks_and_ring(scene, 4, 400, 1000, 250, 600);
+      const std::vector<float> rows = scene.queries(tokens);
+      const AttentionVariant<CausalWindow, AlibiBias, SinkLogits> variant{
+          .sm_scale = scale_for(dim),
+          .visibility = {.window_size = 600, .num_sink_tokens = 4},
+          .transform = {slopes},
+          .sink = {logits}};
+      const std::int64_t first = 1000 - tokens;
+      const Outcome full = scene.run(rows, first, static_cast<Position>(first), variant);
+      for (const std::vector<std::int32_t>& subset : subsets) {
+        // The chosen heads' storage, gathered in the subset's order.
+        std::deque<std::vector<f16>> storage;
+        std::vector<Segment<f16>> segments;
+        for (Segment<f16> segment : scene.segments()) {
+          const auto gather = [&](const f16* from, std::int64_t& stride) {
+            std::vector<f16>& to = storage.emplace_back();
+            for (const std::int32_t head : subset)
+              to.insert(to.end(), from + head * stride, from + (head + 1) * stride);
+            return to.data();
+          };
+          segment.keys = gather(segment.keys, segment.key_head_stride);
+          segment.values = gather(segment.values, segment.value_head_stride);
+          segments.push_back(segment);
+        }
+        for (const int threads : {1, 3}) {
+          AttentionWorkspace<cpu> workspace(scene.rotary(),
+                                            {.num_qo_heads = 8,
+                                             .num_kv_heads = 4,
+                                             .head_dim = dim,
+                                             .value_dim = dim,
+                                             .max_queries = tokens,
+                                             .max_keys = 1000},
+                                            threads);
+          ThreadTeam team(threads);
+          std::vector<float> out(full.out.size(), -77.0F);
+          std::vector<float> lse(full.lse.size(), -77.0F);
+          attend(AttentionQuery{.rows = {rows.data(), tokens, 8, dim},
+                                .first_index = first,
+                                .first_position = static_cast<Position>(first),
+                                .kv_heads = subset},
+                 std::span<const Segment<f16>>(segments), variant,
+                 HeadsView<float>(out.data(), tokens, 8, dim), lse.data(), workspace, team, cpu{});
+          for (std::size_t row = 0; row < lse.size(); ++row) {
+            const auto kv_head = static_cast<std::int32_t>(row % 8 / 2);
+            const bool chosen = std::find(subset.begin(), subset.end(), kv_head) != subset.end();
+            ASSERT_EQ(lse[row], chosen ? full.lse[row] : -77.0F) << "row " << row;
+            for (std::size_t i = row * static_cast<std::size_t>(dim);
+                 i < (row + 1) * static_cast<std::size_t>(dim); ++i)
+              ASSERT_EQ(out[i], chosen ? full.out[i] : -77.0F) << "row " << row;
+          }
+          if (tokens > 3) continue;
+          std::vector<double> reference(out.size(), -77.0);
+          std::vector<double> reference_lse(lse.size(), -77.0);
+          attend_reference(HeadsView<const float>(rows.data(), tokens, 8, dim), first,
+                           static_cast<Position>(first), std::span<const Segment<f16>>(segments),
+                           variant, scene.rotary(), 4,
+                           HeadsView<double>(reference.data(), tokens, 8, dim),
+                           reference_lse.data(), subset);
+          // Values are below 4.5 and weights sum to 1; the bound of check() is wider than this.
+          for (std::size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(out[i], reference[i], 3e-5);
+          for (std::size_t i = 0; i < lse.size(); ++i) ASSERT_NEAR(lse[i], reference_lse[i], 3e-5);
+        }
+      }
+    }
+  }
+}
+
 TEST(AttendCalls, AWorkspaceMayBeUsedAgainAndAgain) {
   // Rotations are kept from call to call: other places, shapes and lists must not show through.
   const Rotary rotary = rotary_for(32);

@@ -705,6 +705,21 @@ void check_mass(std::int64_t dim, bool rotated, std::uint64_t seed) {
           between(random, 5, 60), end - begin, end + 1000}) {
       attention_mass(query, scene.segments(), sm_scale, scene.rotary(), extents.kv_heads,
                      std::span<const float>(lse), group, newest, std::span<float>(mass));
+      // Segments of one KV head alone give the same for its query heads and leave the others be.
+      AttentionQuery part = query;
+      const std::int32_t second = 1;
+      part.kv_heads = {&second, 1};
+      std::vector<Segment<Key, Value>> seconds(scene.segments().begin(), scene.segments().end());
+      for (Segment<Key, Value>& segment : seconds) {
+        segment.keys = segment.key(1, 0);
+        segment.values = segment.value(1, 0);
+      }
+      std::vector<float> part_mass(mass.size(), -1.0F);
+      attention_mass(part, std::span<const Segment<Key, Value>>(seconds), sm_scale, scene.rotary(),
+                     extents.kv_heads, std::span<const float>(lse), group, newest,
+                     std::span<float>(part_mass));
+      for (std::size_t head = 0; head < mass.size(); ++head)
+        ASSERT_EQ(part_mass[head], head < 3 ? -1.0F : mass[head]);
       for (std::int64_t head = 0; head < extents.qo_heads(); ++head) {
         const float* q = row.data() + head * dim;
         const auto lse_of = [&](auto&& counts) {

@@ -29,10 +29,25 @@ struct AttentionQuery {
   std::int64_t first_index = 0;
   Position first_position = 0;
   const Position3* positions = nullptr;  ///< [T] or null
+  /// The KV heads whose keys and values the segments hold, in the order of the segments' head axis:
+  /// entry j of that axis is read by query heads kv_heads[j] * group to kv_heads[j] * group +
+  /// group - 1, and the rows of no other query head are read or written. Empty: all KV heads in
+  /// order. So the heads of one layer may keep different tokens, with one call for each class of
+  /// heads that keep the same. Distinct, each in [0, num_kv_heads).
+  std::span<const std::int32_t> kv_heads{};
 
   /// Where row t stands, on the time axis.
   Position position(std::int64_t t) const {
     return positions == nullptr ? first_position + static_cast<Position>(t) : positions[t].t;
+  }
+
+  /// Heads on the segments' head axis, of a layer with num_kv_heads.
+  std::int64_t num_segment_heads(std::int64_t num_kv_heads) const {
+    return kv_heads.empty() ? num_kv_heads : static_cast<std::int64_t>(kv_heads.size());
+  }
+  /// The layer's KV head that entry j of the segments' head axis is.
+  std::int64_t kv_head(std::int64_t j) const {
+    return kv_heads.empty() ? j : kv_heads[static_cast<std::size_t>(j)];
   }
 };
 
@@ -40,11 +55,11 @@ struct AttentionQuery {
 struct AttentionShape {
   std::int64_t num_qo_heads = 0;
   std::int64_t num_kv_heads = 0;
-  std::int64_t head_dim = 0;    ///< channels of queries and keys
-  std::int64_t value_dim = 0;   ///< channels of values and outputs
-  std::int64_t max_queries = 1; ///< rows of one call, T
-  std::int64_t max_keys = 1;    ///< entries of all segments of one call together
-  int max_segments = 16;        ///< segments of one call; each costs max_queries rotations
+  std::int64_t head_dim = 0;     ///< channels of queries and keys
+  std::int64_t value_dim = 0;    ///< channels of values and outputs
+  std::int64_t max_queries = 1;  ///< rows of one call, T
+  std::int64_t max_keys = 1;     ///< entries of all segments of one call together
+  int max_segments = 16;         ///< segments of one call; each costs max_queries rotations
 };
 
 /// Scratch of attend() and the rotations of its queries, allocated at construction. Layers that
@@ -58,9 +73,11 @@ class AttentionWorkspace;
 ///
 /// score_j = transform(sm_scale * <R(reader position) q, R(key position) k_j>), accumulated in
 /// float32. Query head h reads KV head h / (num_qo_heads / num_kv_heads). Keys are visible if they
-/// lie in their segment's visible prefix and variant.visibility says so. The sink term enters the
-/// denominator once, however keys are split; lse does not contain it. A row that sees nothing gives
-/// out = 0 and lse = -infinity. The result does not depend on the team's size, bit for bit.
+/// lie in their segment's visible prefix and variant.visibility says so. query.kv_heads limits a
+/// call to some KV heads and their query heads; transform and sink are given the head's number in
+/// the layer. The sink term enters the denominator once, however keys are split; lse does not
+/// contain it. A row that sees nothing gives out = 0 and lse = -infinity. The result does not
+/// depend on the team's size, bit for bit.
 ///
 /// out: [T, num_qo_heads, value_dim]; lse: [T, num_qo_heads] or null. Rows of any subset of a
 /// chunk's queries may be passed, as several calls. Allocates nothing. Extents must fit the

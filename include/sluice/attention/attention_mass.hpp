@@ -20,9 +20,10 @@ namespace sluice {
 /// mass[h] = share of query head h's attention that falls on the newest `newest` stream indices
 /// that `group` shows (where fewer of them are kept, on those), for a call of one query row with
 /// plain scores and every visible key of that group seen. lse: [num_qo_heads], what attend() wrote;
-/// mass: [num_qo_heads]. Meant for a handful of keys (EDAtt looks at two to four): plain loops in
-/// float32, one rotation of the query a segment and head. rotary may be null. Allocates nothing.
-/// Preconditions: one row; head_dim <= kMaxRotaryDim.
+/// mass: [num_qo_heads], of which query.kv_heads may limit what is read and written. Meant for a
+/// handful of keys (EDAtt looks at two to four): plain loops in float32, one rotation of the query
+/// a segment and head. rotary may be null. Allocates nothing. Preconditions: one row; head_dim <=
+/// kMaxRotaryDim.
 template <class Key, class Value>
 void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Value>> segments,
                     float sm_scale, const Rotary* rotary, std::int64_t num_kv_heads,
@@ -30,13 +31,14 @@ void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Va
                     std::span<float> mass) {
   SLUICE_ASSERT(query.rows.tokens == 1 && query.rows.head_dim <= kMaxRotaryDim);
   const std::int64_t dim = query.rows.head_dim;
-  const std::int64_t heads = query.rows.num_heads;
-  const std::int64_t heads_of_kv = heads / num_kv_heads;
+  const std::int64_t group_size = query.rows.num_heads / num_kv_heads;
+  const std::int64_t segment_heads = query.num_segment_heads(num_kv_heads);
   std::int64_t end = 0;  // stream index behind the group's newest visible token
   for (const Segment<Key, Value>& segment : segments)
     if (segment.rule.group == group && segment.rule.visible > 0)
       end = std::max(end, segment.rule.first_index + segment.rule.visible);
-  std::fill_n(mass.begin(), heads, 0.0F);
+  for (std::int64_t j = 0; j < segment_heads; ++j)
+    std::fill_n(mass.begin() + query.kv_head(j) * group_size, group_size, 0.0F);
   float angles[kMaxRotaryDim];
   float rotated[kMaxRotaryDim];
   float key[kMaxRotaryDim];
@@ -50,14 +52,16 @@ void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Va
       for (Position* axis : {&place.t, &place.h, &place.w}) *axis = rule.reader_position(*axis);
       rotary->angles(place, angles);
     }
-    for (std::int64_t head = 0; head < heads; ++head) {
+    for (std::int64_t row = 0; row < segment_heads * group_size; ++row) {
+      const std::int64_t segment_head = row / group_size;
+      const std::int64_t head = query.kv_head(segment_head) * group_size + row % group_size;
       const float* q = query.rows.head(0, head);
       if (rotary != nullptr) {
         rotary->rotate(angles, q, rotated);
         q = rotated;
       }
       for (std::int64_t j = first; j < rule.visible; ++j) {
-        const Key* stored = segment.key(head / heads_of_kv, j);
+        const Key* stored = segment.key(segment_head, j);
         if (segment.key_rotation != nullptr)
           rotary->rotate(segment.key_rotation + j * segment.key_rotation_stride, stored, key);
         else

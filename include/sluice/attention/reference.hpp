@@ -3,6 +3,7 @@
 /// tiles. Users read it, tests compare with it. It shares no code with the fast kernels.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -16,13 +17,15 @@
 
 namespace sluice {
 
-/// What attend() computes (attend.hpp), in double, from the same arguments. `rotary` may be null.
-/// out: [T, num_qo_heads, value_dim]; lse: [T, num_qo_heads]. Allocates.
+/// What attend() computes (attend.hpp), in double, from the same arguments. `rotary` may be null,
+/// `kv_heads` is AttentionQuery::kv_heads. out: [T, num_qo_heads, value_dim]; lse: [T,
+/// num_qo_heads]. Allocates.
 template <class Key, class Value, Visibility Mask, ScoreTransform Transform, SinkTerm Sink>
 void attend_reference(HeadsView<const float> query, std::int64_t first_index,
                       Position first_position, std::span<const Segment<Key, Value>> segments,
                       const AttentionVariant<Mask, Transform, Sink>& variant, const Rotary* rotary,
-                      std::int64_t num_kv_heads, HeadsView<double> out, double* lse) {
+                      std::int64_t num_kv_heads, HeadsView<double> out, double* lse,
+                      std::span<const std::int32_t> kv_heads = {}) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const auto rotate = [&](std::vector<double>& x, Position position) {
     if (rotary == nullptr) return;
@@ -43,6 +46,12 @@ void attend_reference(HeadsView<const float> query, std::int64_t first_index,
   for (std::int64_t t = 0; t < query.tokens; ++t) {
     const QueryInfo info{first_index + t, first_position + static_cast<Position>(t)};
     for (std::int64_t head = 0; head < query.num_heads; ++head) {
+      std::int64_t stored = head / group;  // where the segments have this head's keys
+      if (!kv_heads.empty()) {
+        const auto found = std::find(kv_heads.begin(), kv_heads.end(), head / group);
+        if (found == kv_heads.end()) continue;
+        stored = found - kv_heads.begin();
+      }
       const float* raw = query.head(t, head);
       std::vector<double> scores;
       std::vector<std::vector<double>> values;
@@ -56,7 +65,7 @@ void attend_reference(HeadsView<const float> query, std::int64_t first_index,
           std::vector<double> k(static_cast<std::size_t>(query.head_dim));
           for (std::int64_t d = 0; d < query.head_dim; ++d)
             k[static_cast<std::size_t>(d)] =
-                static_cast<double>(static_cast<float>(segment.key(head / group, j)[d]));
+                static_cast<double>(static_cast<float>(segment.key(stored, j)[d]));
           const Position position = segment.rule.first_position + static_cast<Position>(j);
           if (segment.key_rotation != nullptr) rotate(k, position);
           double score = 0;
@@ -67,7 +76,7 @@ void attend_reference(HeadsView<const float> query, std::int64_t first_index,
           values.emplace_back(static_cast<std::size_t>(out.head_dim));
           for (std::int64_t d = 0; d < out.head_dim; ++d)
             values.back()[static_cast<std::size_t>(d)] =
-                static_cast<double>(static_cast<float>(segment.value(head / group, j)[d]));
+                static_cast<double>(static_cast<float>(segment.value(stored, j)[d]));
         }
       }
       double max = -kInfinity;

@@ -158,6 +158,8 @@ class CpuAttention {
     for ([[maybe_unused]] const SegmentType& segment : segments)
       SLUICE_ASSERT(segment.key_rotation == nullptr || workspace.rotary() != nullptr);
     SLUICE_ASSERT(static_cast<int>(segments.size()) <= workspace.shape_.max_segments);
+    for ([[maybe_unused]] const std::int32_t head : query.kv_heads)
+      SLUICE_ASSERT(head >= 0 && head < workspace.shape_.num_kv_heads);
     place_readers();
   }
 
@@ -170,6 +172,15 @@ class CpuAttention {
   }
 
  private:
+  /// Heads on the segments' head axis; kernels below call one of them kv_head.
+  std::int64_t segment_heads() const {
+    return query_.num_segment_heads(workspace_.shape_.num_kv_heads);
+  }
+  /// The first query head that reads one of them.
+  std::int64_t first_head(std::int64_t kv_head) const {
+    return query_.kv_head(kv_head) * workspace_.group_;
+  }
+
   /// Forms the rotations of the query rows for each distinct reader rule.
   void place_readers() {
     if (workspace_.tables_.empty()) return;
@@ -188,8 +199,8 @@ class CpuAttention {
         if (query_.positions == nullptr)
           rotations.fill_clamped_run(query_.first_position + shift, query_.rows.tokens, ceiling);
         else
-          rotations.fill_placed(
-              {query_.positions, static_cast<std::size_t>(query_.rows.tokens)}, shift, ceiling);
+          rotations.fill_placed({query_.positions, static_cast<std::size_t>(query_.rows.tokens)},
+                                shift, ceiling);
       }
       table_of_[s] = table;
     }
@@ -210,8 +221,7 @@ class CpuAttention {
 
   ScoreRow score_row(const SegmentType& segment, std::int64_t token, std::int64_t head,
                      std::int64_t key) const {
-    return {head,
-            segment.rule.reader_position(query_.position(token)),
+    return {head, segment.rule.reader_position(query_.position(token)),
             segment.rule.first_position + static_cast<Position>(key)};
   }
 
@@ -307,15 +317,15 @@ class CpuAttention {
                                                                   tile == TileVisibility::kSome};
       }
     }
-    const std::int64_t items = splits * workspace_.shape_.num_kv_heads;
+    const std::int64_t items = splits * segment_heads();
     team.run([&](int member, int members) {
       const WorkRange share = share_of(items, member, members);
       for (std::int64_t item = share.begin; item < share.end; ++item)
         decode_item(item % splits, item / splits,
                     workspace_.scratch_[static_cast<std::size_t>(member)].data());
     });
-    for (std::int64_t head = 0; head < workspace_.shape_.num_qo_heads; ++head)
-      merge_splits(head, splits);
+    for (std::int64_t j = 0; j < segment_heads(); ++j)
+      for (std::int64_t g = 0; g < workspace_.group_; ++g) merge_splits(first_head(j) + g, splits);
   }
 
   void decode_item(std::int64_t split, std::int64_t kv_head, float* scratch) {
@@ -331,7 +341,7 @@ class CpuAttention {
   template <int kVectors>
   void decode_heads(std::int64_t split_index, std::int64_t kv_head, float* scratch) {
     const std::int64_t group = workspace_.group_;
-    const std::int64_t first = kv_head * group;
+    const std::int64_t first = first_head(kv_head);
     std::int64_t head = 0;
     // Values are accumulated in registers: few heads at once when heads are wide.
     if constexpr (kVectors <= 4) {
@@ -446,7 +456,7 @@ class CpuAttention {
   void prefill(ThreadTeam& team) {
     const std::int64_t blocks =
         (query_.rows.tokens + workspace_.tile_tokens_ - 1) / workspace_.tile_tokens_;
-    const std::int64_t items = blocks * workspace_.shape_.num_kv_heads;
+    const std::int64_t items = blocks * segment_heads();
     team.run([&](int member, int members) {
       float* scratch = workspace_.scratch_[static_cast<std::size_t>(member)].data();
       // Items are dealt round: later blocks see more keys than earlier ones.
@@ -462,6 +472,7 @@ class CpuAttention {
     const std::int64_t begin = block * workspace_.tile_tokens_;
     const std::int64_t end = std::min(begin + workspace_.tile_tokens_, query_.rows.tokens);
     const std::int64_t rows = (end - begin) * group;
+    const std::int64_t head = first_head(kv_head);
     float* keys = scratch;                                                // [head_dim, kTileKeys]
     float* values = keys + Workspace::kTileKeys * dim;                    // [kTileKeys, value_cols]
     float* scores = values + Workspace::kTileKeys * value_cols;           // [rows, kTileKeys]
@@ -482,7 +493,7 @@ class CpuAttention {
         if (!loaded) {
           for (std::int64_t t = begin; t < end; ++t)
             for (std::int64_t g = 0; g < group; ++g)
-              load_query(s, t, kv_head * group + g, query + ((t - begin) * group + g) * dim);
+              load_query(s, t, head + g, query + ((t - begin) * group + g) * dim);
           loaded = true;
         }
         const std::int64_t count = last - first;
@@ -495,8 +506,7 @@ class CpuAttention {
           float* line = scores + r * Workspace::kTileKeys;
           const std::span<float> visible(line, static_cast<std::size_t>(count));
           const std::int64_t token = begin + r / group;
-          variant_.transform.apply(score_row(segment, token, kv_head * group + r % group, first),
-                                   visible);
+          variant_.transform.apply(score_row(segment, token, head + r % group, first), visible);
           if (tile == TileVisibility::kSome) mask_row(segment, token, first, visible);
           const float max = row_max(visible);
           if (max == kMinusInfinity) {
@@ -513,7 +523,7 @@ class CpuAttention {
       }
     }
     for (std::int64_t r = 0; r < rows; ++r)
-      finish(begin + r / group, kv_head * group + r % group, sums + r * value_cols, states[r]);
+      finish(begin + r / group, head + r % group, sums + r * value_cols, states[r]);
   }
 
   /// Keys of a tile as columns, raw ones rotated; columns from count to cols are 0.
