@@ -27,6 +27,7 @@
 #include "sluice/position/vision_positions.hpp"
 
 #include "sluice/cache/group.hpp"
+#include "sluice/cache/head_map.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"

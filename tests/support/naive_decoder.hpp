@@ -29,6 +29,9 @@ class NaiveDecoder {
   /// Reader position less key position where row `query` sees row `key`; nothing: it does not.
   using Sees =
       std::function<std::optional<double>(std::size_t layer, std::size_t query, std::size_t key)>;
+  /// The same where heads of a layer see different rows.
+  using HeadSees = std::function<std::optional<double>(std::size_t layer, std::size_t kv_head,
+                                                       std::size_t query, std::size_t key)>;
   struct Pass {
     Rows logits;  // [rows, vocab_size]
     /// What each head attends to: weights[layer][head][query][key].
@@ -45,6 +48,11 @@ class NaiveDecoder {
   }
 
   Pass run(std::span<const Token> tokens, const Sees& sees) const {
+    return run_heads(tokens, [&](std::size_t layer, std::size_t, std::size_t query,
+                                 std::size_t key) { return sees(layer, query, key); });
+  }
+
+  Pass run_heads(std::span<const Token> tokens, const HeadSees& sees) const {
     Pass pass;
     Rows hidden;
     for (const Token token : tokens) {
@@ -111,7 +119,7 @@ class NaiveDecoder {
   }
 
   Rows attention(std::size_t l, const Rows& query, const Rows& key, const Rows& value,
-                 const Sees& sees, Pass& pass) const {
+                 const HeadSees& sees, Pass& pass) const {
     const auto heads = static_cast<std::size_t>(config_.num_qo_heads);
     const auto heads_of_kv = heads / static_cast<std::size_t>(config_.num_kv_heads);
     const auto dim = static_cast<std::size_t>(config_.head_dim);
@@ -124,31 +132,33 @@ class NaiveDecoder {
     Rows attended(rows, std::vector<double>(heads * dim));
     for (std::size_t t = 0; t < rows; ++t) {
       std::vector<double> sums(heads);
-      for (std::size_t j = 0; j < rows; ++j) {
-        const std::optional<double> distance = sees(l, t, j);
-        if (!distance) continue;
-        std::vector<double> cosines;
-        std::vector<double> sines;
-        for (std::size_t i = 0; i < pairs; ++i) {
-          const double angle =
-              *distance * std::pow(rotary.theta, -2.0 * static_cast<double>(i) / rotary.rotary_dim);
-          cosines.push_back(std::cos(angle));
-          sines.push_back(std::sin(angle));
+      for (std::size_t j = 0; j < rows; ++j)
+        for (std::size_t kv_head = 0; kv_head < heads / heads_of_kv; ++kv_head) {
+          const std::optional<double> distance = sees(l, kv_head, t, j);
+          if (!distance) continue;
+          std::vector<double> cosines;
+          std::vector<double> sines;
+          for (std::size_t i = 0; i < pairs; ++i) {
+            const double angle = *distance * std::pow(rotary.theta, -2.0 * static_cast<double>(i) /
+                                                                        rotary.rotary_dim);
+            cosines.push_back(std::cos(angle));
+            sines.push_back(std::sin(angle));
+          }
+          for (std::size_t head = kv_head * heads_of_kv; head < (kv_head + 1) * heads_of_kv;
+               ++head) {
+            const double* q = query[t].data() + head * dim;
+            const double* k = key[j].data() + kv_head * dim;
+            // <R(distance) q, k>
+            double score = 0;
+            for (std::size_t i = 0; i < pairs; ++i)
+              score += cosines[i] * (q[i] * k[i] + q[i + pairs] * k[i + pairs]) +
+                       sines[i] * (q[i] * k[i + pairs] - q[i + pairs] * k[i]);
+            for (std::size_t d = 2 * pairs; d < dim; ++d) score += q[d] * k[d];
+            // Scores of a small model do not overflow: no maximum is taken off.
+            weights[head][t][j] = std::exp(config_.sm_scale * score);
+            sums[head] += weights[head][t][j];
+          }
         }
-        for (std::size_t head = 0; head < heads; ++head) {
-          const double* q = query[t].data() + head * dim;
-          const double* k = key[j].data() + head / heads_of_kv * dim;
-          // <R(distance) q, k>
-          double score = 0;
-          for (std::size_t i = 0; i < pairs; ++i)
-            score += cosines[i] * (q[i] * k[i] + q[i + pairs] * k[i + pairs]) +
-                     sines[i] * (q[i] * k[i + pairs] - q[i + pairs] * k[i]);
-          for (std::size_t d = 2 * pairs; d < dim; ++d) score += q[d] * k[d];
-          // Scores of a small model do not overflow: no maximum is taken off.
-          weights[head][t][j] = std::exp(config_.sm_scale * score);
-          sums[head] += weights[head][t][j];
-        }
-      }
       for (std::size_t head = 0; head < heads; ++head)
         for (std::size_t j = 0; j < rows; ++j) {
           if (weights[head][t][j] == 0) continue;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// Keys and values of all layers of one stream, in memory that is fixed at construction, presented
 /// to attention as segments. Layers may retain different tokens (alternating local and global
-/// layers): each names one of a few retentions.
+/// layers), and so may the KV heads of one layer (DuoAttention, MoA): each names one of a few
+/// retentions. Heads of a layer that share one form a class: they are stored and read together.
 #pragma once
 
 #include <algorithm>
@@ -40,10 +41,21 @@ struct KvShape {
 struct LayerCacheConfig {
   int retention = 0;               ///< index into the retentions
   const Rotary* rotary = nullptr;  ///< null: keys carry no rotation; must outlive the cache
+  /// [num_kv_heads], indices into the retentions, or empty: `retention` serves all heads.
+  std::vector<int> retention_of_head{};
 };
 
-/// A cache of one stream. Key and Value: float, f16 or bf16; layout [num_kv_heads, capacity, dim]
-/// in each layer.
+/// What attention has to know of one class of a layer's KV heads.
+struct HeadClassView {
+  /// The heads, ascending, in the order of the segments' head axis; empty: all heads.
+  std::span<const std::int32_t> kv_heads{};
+  std::int64_t window_size = kUnlimitedWindow;  ///< for CausalWindow
+  std::int64_t num_sink_tokens = 0;             ///< for CausalWindow
+  ReaderPlace place{};                          ///< where its queries stand among other groups
+};
+
+/// A cache of one stream. Key and Value: float, f16 or bf16; layout [heads, capacity, dim] in each
+/// class of a layer.
 ///
 /// Protocol of a step with T tokens: append(T); for each layer store() the T new keys and values,
 /// then attend over segments(); commit() (or rollback()). Only construction allocates. One thread
@@ -51,6 +63,8 @@ struct LayerCacheConfig {
 template <RotaryElement Key, RotaryElement Value = Key, Backend Tag = cpu>
 class KvCache {
  public:
+  using KeyType = Key;
+  using ValueType = Value;
   using SegmentType = Segment<Key, Value>;
   static constexpr int kMaxSegments = Retention::kMaxSegments;
 
@@ -60,17 +74,21 @@ class KvCache {
   KvCache(const KvShape& shape, std::span<const RetentionConfig> retentions,
           std::span<const LayerCacheConfig> layers)
       : shape_(shape) {
-    check_shape(retentions, layers);
+    check_shape(shape, retentions, layers);
     for (const RetentionConfig& config : retentions) retentions_.emplace_back(config);
     std::int64_t key_count = 0;
     std::int64_t value_count = 0;
     for (const LayerCacheConfig& config : layers) {
-      const RetentionConfig& retention = retentions[static_cast<std::size_t>(config.retention)];
-      layers_.push_back({config.retention, config.rotary, key_count, value_count, nullptr});
-      key_count += elements("head_dim", retention.capacity, shape.head_dim);
-      value_count += elements("value_dim", retention.capacity, shape.value_dim);
-      if (retention.key_form == KeyForm::kRaw && config.rotary != nullptr)
-        layers_.back().key_rotation = raw_key_table(*config.rotary, retention.capacity);
+      layers_.push_back({config.rotary, classes_of(config, shape.num_kv_heads)});
+      for (HeadClass& part : layers_.back().classes) {
+        const RetentionConfig& retention = retentions[static_cast<std::size_t>(part.retention)];
+        part.key_offset = key_count;
+        part.value_offset = value_count;
+        key_count += elements("head_dim", part.num_heads, retention.capacity, shape.head_dim);
+        value_count += elements("value_dim", part.num_heads, retention.capacity, shape.value_dim);
+        if (retention.key_form == KeyForm::kRaw && config.rotary != nullptr)
+          part.key_rotation = raw_key_table(*config.rotary, retention.capacity);
+      }
     }
     keys_ = Buffer<Key, Tag>(static_cast<std::size_t>(key_count));
     values_ = Buffer<Value, Tag>(static_cast<std::size_t>(value_count));
@@ -78,8 +96,15 @@ class KvCache {
 
   const KvShape& shape() const { return shape_; }
   std::span<const Retention> retentions() const { return retentions_; }
-  const Retention& retention(std::int64_t layer) const {
-    return retentions_[static_cast<std::size_t>(at(layer).retention)];
+  /// Classes of the layer's KV heads; 1 unless its heads retain different tokens.
+  int num_classes(std::int64_t layer) const { return static_cast<int>(at(layer).classes.size()); }
+  HeadClassView head_class(std::int64_t layer, int part = 0) const {
+    const Retention& retained = retention(layer, part);
+    return {at(layer, part).kv_heads, retained.window(), retained.config().num_sink_tokens,
+            retained.reader_place()};
+  }
+  const Retention& retention(std::int64_t layer, int part = 0) const {
+    return retentions_[static_cast<std::size_t>(at(layer, part).retention)];
   }
   const Rotary* rotary(std::int64_t layer) const { return at(layer).rotary; }
   /// Stream index of the next token.
@@ -103,6 +128,23 @@ class KvCache {
     std::int64_t result = retentions_.front().max_lead();
     for (const Retention& retention : retentions_) result = std::min(result, retention.max_lead());
     return result;
+  }
+  /// bytes() of a cache that is not made: what a plan promises.
+  /// \throws what the constructor throws, but for want of memory.
+  static std::size_t bytes_needed(const KvShape& shape, std::span<const RetentionConfig> retentions,
+                                  std::span<const LayerCacheConfig> layers) {
+    std::size_t bytes = 0;
+    check_shape(shape, retentions, layers);
+    for (const RetentionConfig& config : retentions) static_cast<void>(Retention(config));
+    for (const LayerCacheConfig& config : layers)
+      for (const HeadClass& part : classes_of(config, shape.num_kv_heads)) {
+        const std::int64_t capacity = retentions[static_cast<std::size_t>(part.retention)].capacity;
+        bytes += sizeof(Key) * static_cast<std::size_t>(
+                                   elements("head_dim", part.num_heads, capacity, shape.head_dim)) +
+                 sizeof(Value) * static_cast<std::size_t>(elements("value_dim", part.num_heads,
+                                                                   capacity, shape.value_dim));
+      }
+    return bytes;
   }
   /// Bytes of keys and values.
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
@@ -177,31 +219,36 @@ class KvCache {
   void store(std::int64_t layer, HeadsView<const float> keys, HeadsView<const float> values,
              const float* rotation, std::int64_t begin, std::int64_t end) {
     const Layer& into = at(layer);
-    const Retention& retention = retentions_[static_cast<std::size_t>(into.retention)];
-    const bool rotates = into.rotary != nullptr && retention.config().key_form == KeyForm::kRotated;
-    for (std::int64_t t = begin; t < end; ++t) {
-      const std::int64_t slot = retention.slot_of_newest(keys.tokens - t);
-      for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
-        Key* key = key_row(into, retention, head, slot);
-        if (rotates)
-          into.rotary->rotate(rotation + t * into.rotary->row_size(), keys.head(t, head), key);
-        else
-          convert(keys.head(t, head), shape_.head_dim, key);
-        convert(values.head(t, head), shape_.value_dim, value_row(into, retention, head, slot));
+    for (const HeadClass& part : into.classes) {
+      const Retention& retention = retentions_[static_cast<std::size_t>(part.retention)];
+      const bool rotates =
+          into.rotary != nullptr && retention.config().key_form == KeyForm::kRotated;
+      for (std::int64_t t = begin; t < end; ++t) {
+        const std::int64_t slot = retention.slot_of_newest(keys.tokens - t);
+        for (std::int64_t j = 0; j < part.num_heads; ++j) {
+          const std::int64_t head = part.head(j);
+          Key* key = key_row(part, retention, j, slot);
+          if (rotates)
+            into.rotary->rotate(rotation + t * into.rotary->row_size(), keys.head(t, head), key);
+          else
+            convert(keys.head(t, head), shape_.head_dim, key);
+          convert(values.head(t, head), shape_.value_dim, value_row(part, retention, j, slot));
+        }
       }
     }
   }
 
-  /// The segments that the newest `queries` tokens see in a layer; returns how many were written.
-  int segments(std::int64_t layer, std::int64_t queries,
-               std::span<SegmentType, kMaxSegments> out) const {
-    const Layer& from = at(layer);
+  /// The segments that the newest `queries` tokens see in a layer, for one class of its heads;
+  /// returns how many were written.
+  int segments(std::int64_t layer, std::int64_t queries, std::span<SegmentType, kMaxSegments> out,
+               int part = 0) const {
+    const HeadClass& from = at(layer, part);
     const Retention& retention = retentions_[static_cast<std::size_t>(from.retention)];
     std::array<SegmentRule, kMaxSegments> rules;
     const int count = retention.rules(queries, rules);
     for (int i = 0; i < count; ++i)
       out[static_cast<std::size_t>(i)] =
-          stored(from, retention, rules[static_cast<std::size_t>(i)]);
+          stored(at(layer), from, retention, rules[static_cast<std::size_t>(i)]);
     return count;
   }
 
@@ -209,14 +256,14 @@ class KvCache {
   /// returns how many were written. May be called while another thread appends
   /// (Retention::snapshot_rules), if the snapshot was published to this one.
   int snapshot_segments(std::int64_t layer, std::int64_t snapshot, const ReaderPlace& place,
-                        std::span<SegmentType, kMaxSegments> out) const {
-    const Layer& from = at(layer);
+                        std::span<SegmentType, kMaxSegments> out, int part = 0) const {
+    const HeadClass& from = at(layer, part);
     const Retention& retention = retentions_[static_cast<std::size_t>(from.retention)];
     std::array<SegmentRule, kMaxSegments> rules;
     const int count = retention.snapshot_rules(snapshot, place, rules);
     for (int i = 0; i < count; ++i)
       out[static_cast<std::size_t>(i)] =
-          stored(from, retention, rules[static_cast<std::size_t>(i)]);
+          stored(at(layer), from, retention, rules[static_cast<std::size_t>(i)]);
     return count;
   }
 
@@ -233,6 +280,9 @@ class KvCache {
          {shape_.num_layers, shape_.num_kv_heads, shape_.head_dim, shape_.value_dim})
       writer.write<std::int64_t>(extent);
     for (const Retention& retention : retentions_) retention.save(writer);
+    for (const Layer& layer : layers_)
+      for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head)
+        writer.write<std::int32_t>(retention_of(layer, head));
     each_kept_row(*this, [&](const auto* row, std::int64_t count) {
       for (std::int64_t i = 0; i < count; ++i) put_element(writer, row[i]);
     });
@@ -259,6 +309,9 @@ class KvCache {
                     {"layers disagree", reader.source(), "total",
                      std::to_string(loaded.front().total()), std::to_string(retention.total())});
     }
+    for (const Layer& layer : layers_)
+      for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head)
+        reader.read_expected("retention of a head", retention_of(layer, head));
     retentions_.swap(loaded);
     try {
       each_kept_row(*this, [&](auto* row, std::int64_t count) {
@@ -271,16 +324,54 @@ class KvCache {
   }
 
  private:
+  /// KV heads of one layer that share a retention.
+  struct HeadClass {
+    int retention = 0;
+    std::int64_t num_heads = 0;
+    std::vector<std::int32_t> kv_heads{};               // ascending; empty: all, in order
+    std::int64_t key_offset = 0;                        // elements
+    std::int64_t value_offset = 0;                      // elements
+    std::shared_ptr<const RotaryTable> key_rotation{};  // rows 0 .. capacity-1, for raw keys
+
+    std::int64_t head(std::int64_t j) const {
+      return kv_heads.empty() ? j : kv_heads[static_cast<std::size_t>(j)];
+    }
+  };
   struct Layer {
-    int retention;
     const Rotary* rotary;
-    std::int64_t key_offset;                          // elements
-    std::int64_t value_offset;                        // elements
-    std::shared_ptr<const RotaryTable> key_rotation;  // rows 0 .. capacity-1, for raw keys
+    std::vector<HeadClass> classes;
   };
 
-  /// A rule with this layer's storage.
-  SegmentType stored(const Layer& from, const Retention& retention, const SegmentRule& rule) const {
+  /// Classes in the order of their first heads.
+  static std::vector<HeadClass> classes_of(const LayerCacheConfig& config,
+                                           std::int64_t num_kv_heads) {
+    std::vector<HeadClass> classes;
+    for (std::int64_t head = 0; head < num_kv_heads; ++head) {
+      const int retention = config.retention_of_head.empty()
+                                ? config.retention
+                                : config.retention_of_head[static_cast<std::size_t>(head)];
+      auto part = std::find_if(classes.begin(), classes.end(), [&](const HeadClass& known) {
+        return known.retention == retention;
+      });
+      if (part == classes.end()) part = classes.insert(part, HeadClass{.retention = retention});
+      part->kv_heads.push_back(static_cast<std::int32_t>(head));
+      ++part->num_heads;
+    }
+    if (classes.size() == 1) classes.front().kv_heads.clear();
+    return classes;
+  }
+
+  static std::int32_t retention_of(const Layer& layer, std::int64_t head) {
+    for (const HeadClass& part : layer.classes)
+      if (part.kv_heads.empty() ||
+          std::binary_search(part.kv_heads.begin(), part.kv_heads.end(), head))
+        return part.retention;
+    return -1;  // never: every head is in a class
+  }
+
+  /// A rule with the storage of one class.
+  SegmentType stored(const Layer& layer, const HeadClass& from, const Retention& retention,
+                     const SegmentRule& rule) const {
     SegmentType segment;
     segment.rule = rule;
     segment.keys = key_row(from, retention, 0, rule.first_slot);
@@ -292,52 +383,58 @@ class KvCache {
     if (from.key_rotation != nullptr) {
       // Raw keys are numbered by small integers (Retention::rules), whose rows are tabled.
       segment.key_rotation = from.key_rotation->row(static_cast<std::int64_t>(rule.first_position));
-      segment.key_rotation_stride = from.rotary->row_size();
+      segment.key_rotation_stride = layer.rotary->row_size();
     }
     return segment;
   }
 
-  /// Elements of a layer's keys or values, in whole cache lines.
-  std::int64_t elements(const char* field, std::int64_t capacity, std::int64_t dim) const {
+  /// Elements of the keys or values of a layer's `heads` heads, in whole cache lines.
+  static std::int64_t elements(const char* field, std::int64_t heads, std::int64_t capacity,
+                               std::int64_t dim) {
     // Extents may come from files: a product that wraps must not give a small buffer.
     constexpr std::int64_t kMost = std::int64_t{1} << 50;
-    if (shape_.num_kv_heads > kMost / capacity || dim > kMost / (shape_.num_kv_heads * capacity))
+    if (heads > kMost / capacity || dim > kMost / (heads * capacity))
       throw Error(ErrorCode::kShape, {"cache shape does not fit", "KvCache", field,
                                       "at most 2^50 elements in a layer", std::to_string(dim)});
     const auto line = static_cast<std::int64_t>(kAlignment);
-    return (shape_.num_kv_heads * capacity * dim + line - 1) / line * line;
+    return (heads * capacity * dim + line - 1) / line * line;
   }
 
   const Layer& at(std::int64_t layer) const {
     SLUICE_ASSERT(layer >= 0 && layer < shape_.num_layers);
     return layers_[static_cast<std::size_t>(layer)];
   }
+  const HeadClass& at(std::int64_t layer, int part) const {
+    SLUICE_ASSERT(part >= 0 && part < num_classes(layer));
+    return at(layer).classes[static_cast<std::size_t>(part)];
+  }
 
   template <class Self>
-  static auto* key_row_of(Self& self, const Layer& layer, const Retention& retention,
+  static auto* key_row_of(Self& self, const HeadClass& part, const Retention& retention,
                           std::int64_t head, std::int64_t slot) {
-    return self.keys_.data() + layer.key_offset +
+    return self.keys_.data() + part.key_offset +
            (head * retention.config().capacity + slot) * self.shape_.head_dim;
   }
   template <class Self>
-  static auto* value_row_of(Self& self, const Layer& layer, const Retention& retention,
+  static auto* value_row_of(Self& self, const HeadClass& part, const Retention& retention,
                             std::int64_t head, std::int64_t slot) {
-    return self.values_.data() + layer.value_offset +
+    return self.values_.data() + part.value_offset +
            (head * retention.config().capacity + slot) * self.shape_.value_dim;
   }
-  Key* key_row(const Layer& l, const Retention& r, std::int64_t head, std::int64_t slot) {
-    return key_row_of(*this, l, r, head, slot);
+  Key* key_row(const HeadClass& part, const Retention& r, std::int64_t head, std::int64_t slot) {
+    return key_row_of(*this, part, r, head, slot);
   }
-  const Key* key_row(const Layer& l, const Retention& r, std::int64_t head,
+  const Key* key_row(const HeadClass& part, const Retention& r, std::int64_t head,
                      std::int64_t slot) const {
-    return key_row_of(*this, l, r, head, slot);
+    return key_row_of(*this, part, r, head, slot);
   }
-  Value* value_row(const Layer& l, const Retention& r, std::int64_t head, std::int64_t slot) {
-    return value_row_of(*this, l, r, head, slot);
+  Value* value_row(const HeadClass& part, const Retention& r, std::int64_t head,
+                   std::int64_t slot) {
+    return value_row_of(*this, part, r, head, slot);
   }
-  const Value* value_row(const Layer& l, const Retention& r, std::int64_t head,
+  const Value* value_row(const HeadClass& part, const Retention& r, std::int64_t head,
                          std::int64_t slot) const {
-    return value_row_of(*this, l, r, head, slot);
+    return value_row_of(*this, part, r, head, slot);
   }
 
   /// Calls visit(row, elements) for each stored key and value row, in a fixed order. With
@@ -345,15 +442,16 @@ class KvCache {
   /// the state too.
   template <class Self, class Visit>
   static void each_kept_row(Self& self, Visit&& visit) {
-    for (const Layer& layer : self.layers_) {
-      const Retention& retention = self.retentions_[static_cast<std::size_t>(layer.retention)];
-      retention.each_stored_slot([&](std::int64_t slot) {
-        for (std::int64_t head = 0; head < self.shape_.num_kv_heads; ++head) {
-          visit(key_row_of(self, layer, retention, head, slot), self.shape_.head_dim);
-          visit(value_row_of(self, layer, retention, head, slot), self.shape_.value_dim);
-        }
-      });
-    }
+    for (const Layer& layer : self.layers_)
+      for (const HeadClass& part : layer.classes) {
+        const Retention& retention = self.retentions_[static_cast<std::size_t>(part.retention)];
+        retention.each_stored_slot([&](std::int64_t slot) {
+          for (std::int64_t j = 0; j < part.num_heads; ++j) {
+            visit(key_row_of(self, part, retention, j, slot), self.shape_.head_dim);
+            visit(value_row_of(self, part, retention, j, slot), self.shape_.value_dim);
+          }
+        });
+      }
   }
 
   template <class T>
@@ -378,24 +476,26 @@ class KvCache {
 
   void move_row(int retention_index, std::int64_t from, std::int64_t to) {
     const Retention& retention = retentions_[static_cast<std::size_t>(retention_index)];
-    for (const Layer& layer : layers_) {
-      if (layer.retention != retention_index) continue;
-      for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head) {
-        std::copy_n(key_row(layer, retention, head, from), shape_.head_dim,
-                    key_row(layer, retention, head, to));
-        std::copy_n(value_row(layer, retention, head, from), shape_.value_dim,
-                    value_row(layer, retention, head, to));
-        bytes_moved_ += shape_.head_dim * static_cast<std::int64_t>(sizeof(Key)) +
-                        shape_.value_dim * static_cast<std::int64_t>(sizeof(Value));
+    for (const Layer& layer : layers_)
+      for (const HeadClass& part : layer.classes) {
+        if (part.retention != retention_index) continue;
+        for (std::int64_t j = 0; j < part.num_heads; ++j) {
+          std::copy_n(key_row(part, retention, j, from), shape_.head_dim,
+                      key_row(part, retention, j, to));
+          std::copy_n(value_row(part, retention, j, from), shape_.value_dim,
+                      value_row(part, retention, j, to));
+          bytes_moved_ += shape_.head_dim * static_cast<std::int64_t>(sizeof(Key)) +
+                          shape_.value_dim * static_cast<std::int64_t>(sizeof(Value));
+        }
       }
-    }
   }
 
   std::shared_ptr<const RotaryTable> raw_key_table(const Rotary& rotary, std::int64_t capacity) {
     for (const Layer& layer : layers_)
-      if (layer.rotary == &rotary && layer.key_rotation != nullptr &&
-          layer.key_rotation->capacity() == capacity)
-        return layer.key_rotation;
+      for (const HeadClass& part : layer.classes)
+        if (layer.rotary == &rotary && part.key_rotation != nullptr &&
+            part.key_rotation->capacity() == capacity)
+          return part.key_rotation;
     auto table = std::make_shared<RotaryTable>(rotary, capacity);
     table->fill_run(0, capacity);
     return table;
@@ -410,25 +510,33 @@ class KvCache {
     return result;
   }
 
-  void check_shape(std::span<const RetentionConfig> retentions,
-                   std::span<const LayerCacheConfig> layers) const {
+  static void check_shape(const KvShape& shape, std::span<const RetentionConfig> retentions,
+                          std::span<const LayerCacheConfig> layers) {
     const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
       throw Error(ErrorCode::kShape,
                   {"cache shape does not fit", "KvCache", field, expected, std::to_string(found)});
     };
-    if (shape_.num_layers < 1) fail("num_layers", "at least 1", shape_.num_layers);
-    if (shape_.num_kv_heads < 1) fail("num_kv_heads", "at least 1", shape_.num_kv_heads);
-    if (shape_.head_dim < 1) fail("head_dim", "at least 1", shape_.head_dim);
-    if (shape_.value_dim < 1) fail("value_dim", "at least 1", shape_.value_dim);
-    if (static_cast<std::int64_t>(layers.size()) != shape_.num_layers)
-      fail("layers", std::to_string(shape_.num_layers) + " entries",
+    if (shape.num_layers < 1) fail("num_layers", "at least 1", shape.num_layers);
+    if (shape.num_kv_heads < 1) fail("num_kv_heads", "at least 1", shape.num_kv_heads);
+    if (shape.head_dim < 1) fail("head_dim", "at least 1", shape.head_dim);
+    if (shape.value_dim < 1) fail("value_dim", "at least 1", shape.value_dim);
+    if (static_cast<std::int64_t>(layers.size()) != shape.num_layers)
+      fail("layers", std::to_string(shape.num_layers) + " entries",
            static_cast<std::int64_t>(layers.size()));
     if (retentions.empty()) fail("retentions", "at least one", 0);
     for (const LayerCacheConfig& layer : layers) {
-      if (layer.retention < 0 || layer.retention >= static_cast<int>(retentions.size()))
-        fail("layer retention", "below " + std::to_string(retentions.size()), layer.retention);
-      if (layer.rotary != nullptr && layer.rotary->head_dim() != shape_.head_dim)
-        fail("rotary head_dim", std::to_string(shape_.head_dim), layer.rotary->head_dim());
+      const auto check = [&](int retention) {
+        if (retention < 0 || retention >= static_cast<int>(retentions.size()))
+          fail("layer retention", "below " + std::to_string(retentions.size()), retention);
+      };
+      check(layer.retention);
+      for (const int retention : layer.retention_of_head) check(retention);
+      if (!layer.retention_of_head.empty() &&
+          static_cast<std::int64_t>(layer.retention_of_head.size()) != shape.num_kv_heads)
+        fail("retention_of_head", std::to_string(shape.num_kv_heads) + " entries, or none",
+             static_cast<std::int64_t>(layer.retention_of_head.size()));
+      if (layer.rotary != nullptr && layer.rotary->head_dim() != shape.head_dim)
+        fail("rotary head_dim", std::to_string(shape.head_dim), layer.rotary->head_dim());
     }
   }
 

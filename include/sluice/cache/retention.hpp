@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// Which tokens a cache keeps and where: full, sliding window, attention sinks + window
-/// (StreamingLLM, arXiv 2309.17453), and the original's batched evictions. This is bookkeeping
-/// alone: it knows slots and positions, no keys. One retention serves every layer that shares it.
+/// (StreamingLLM, arXiv 2309.17453), its batched evictions, and DuoAttention's streaming heads
+/// (arXiv 2410.10819). This is bookkeeping alone: it knows slots and positions, no keys. One
+/// retention serves every layer and head that shares it.
 #pragma once
 
 #include <array>
@@ -27,6 +28,11 @@ enum class Eviction : std::uint8_t {
   /// Token-wise: a query sees the sinks and the last `window_size` keys, its own included, however
   /// the stream was cut into chunks.
   kPerQuery,
+  /// At the end of a chunk: its queries see the sinks, the `window_size` tokens before the chunk,
+  /// and
+  /// the chunk up to themselves. So the result depends on how a stream is cut: DuoAttention's
+  /// streaming heads as released, which read a prompt in long chunks without a window inside them.
+  kPerChunk,
   /// Only when shrink(), evict_for_space() or evict_range() is called; a chunk sees the whole cache
   /// (StreamingLLM's released loops).
   kOnRequest,
@@ -36,7 +42,8 @@ enum class Eviction : std::uint8_t {
 struct RetentionConfig {
   std::int64_t num_sink_tokens = 0;
   /// Keys that a query sees besides the sinks, its own included (the library's one window
-  /// convention). With kOnRequest: `recent_size` of StreamingLLM, non-sink entries kept.
+  /// convention). With kOnRequest and kPerChunk: `recent_size` of the originals, non-sink entries
+  /// kept, the query not among them.
   std::int64_t window_size = kUnlimitedWindow;
   /// Entries that the storage can hold, sinks included.
   std::int64_t capacity = 0;
@@ -69,6 +76,18 @@ struct RetentionConfig {
   static RetentionConfig streaming_llm(std::int64_t start_size, std::int64_t recent_size,
                                        std::int64_t max_chunk = 1) {
     return sink_window(start_size, bounded(recent_size) + 1, max_chunk);
+  }
+  /// A streaming head of DuoAttention (tuple_kv_cache of the release): sinks and the `recent_size`
+  /// newest tokens stay after each chunk, keys at their places in the text. Storage:
+  /// num_sink_tokens + recent_size + max_chunk entries.
+  static RetentionConfig per_chunk(std::int64_t num_sink_tokens, std::int64_t recent_size,
+                                   std::int64_t max_chunk) {
+    return {.num_sink_tokens = num_sink_tokens,
+            .window_size = recent_size,
+            .capacity = bounded(num_sink_tokens) + bounded(recent_size) + bounded(max_chunk),
+            .max_chunk = max_chunk,
+            .position_rule = PositionRule::kInText,
+            .eviction = Eviction::kPerChunk};
   }
   /// StreamingLLM's batched evictions: the caller evicts, `capacity` bounds the rest.
   static RetentionConfig on_request(std::int64_t start_size, std::int64_t recent_size,
@@ -148,20 +167,23 @@ class Retention {
     if (total_ > high_water_) high_water_ = total_;
   }
 
-  /// Makes the appended tokens final; with kPerQuery, lets go of what no later query can see.
+  /// Makes the appended tokens final and lets go of what no later query can see (not kOnRequest).
   void commit() {
     committed_ = total_;
-    if (config_.eviction == Eviction::kPerQuery && !unlimited()) keep_window();
+    if (slides()) keep_window();
   }
 
   /// Forgets the tokens appended since the last commit.
   void rollback() { remove_newest(total_ - committed_); }
 
   /// How many of the newest tokens, uncommitted ones included, can be taken back exactly: those
-  /// after which every key that the next query sees is still in its slot.
+  /// after which every key that the next query sees is still in its slot. With kPerChunk nothing
+  /// committed comes back once tokens have left: what was kept then depends on how chunks were cut.
   std::int64_t max_truncate() const {
-    if (config_.eviction == Eviction::kOnRequest || unlimited())
-      return run_count_ == 0 ? 0 : runs_[run_count_ - 1].count;
+    if (!slides()) return run_count_ == 0 ? 0 : runs_[run_count_ - 1].count;
+    if (config_.eviction == Eviction::kPerChunk)
+      return committed_ <= config_.num_sink_tokens + config_.window_size ? total_
+                                                                         : total_ - committed_;
     const std::int64_t oldest_stored = high_water_ - ring_slots();
     if (oldest_stored <= config_.num_sink_tokens) return total_;
     return total_ - oldest_stored - (config_.window_size - 1);
@@ -177,7 +199,7 @@ class Retention {
     remove_newest(tokens);
     if (total_ >= committed_) return;
     committed_ = total_;
-    if (config_.eviction == Eviction::kPerQuery && !unlimited()) keep_window();
+    if (slides()) keep_window();
   }
 
   /// Forgets everything. O(1).
@@ -272,15 +294,17 @@ class Retention {
 
   /// The runs that queries with stream indices total() - queries .. total() - 1 see; returns how
   /// many of `rules` were written. Per-query limits inside them (causality, the window) are
-  /// CausalWindow's, which takes window() and num_sink_tokens from here. With kPerQuery the queries
-  /// must not be committed yet: commit() lets go of what only they see. 0 queries: what is kept.
+  /// CausalWindow's, which takes window() and num_sink_tokens from here. Unless eviction is on
+  /// request the queries must not be committed yet: commit() lets go of what only they see.
+  /// 0 queries: what is kept.
   int rules(std::int64_t queries, std::span<SegmentRule, kMaxSegments> rules) const {
     SLUICE_ASSERT(queries <= total_);
     const std::int64_t sinks = config_.num_sink_tokens;
-    const bool per_query = config_.eviction == Eviction::kPerQuery && !unlimited();
-    SLUICE_ASSERT(!per_query || queries <= total_ - committed_);
+    SLUICE_ASSERT(!slides() || queries <= total_ - committed_);
     // The oldest key that the first query still sees.
-    const std::int64_t oldest = per_query ? total_ - queries - (config_.window_size - 1) : 0;
+    const std::int64_t first =
+        config_.eviction == Eviction::kPerChunk ? committed_ : total_ - queries;
+    const std::int64_t oldest = slides() ? first - kept_tokens() : 0;
     const std::int64_t removed_total = evicted();
     int written = 0;
     std::int64_t rank = 0;
@@ -360,7 +384,8 @@ class Retention {
     return written;
   }
 
-  /// Whether snapshot_rules() may be asked: eviction on request depends on what was requested.
+  /// Whether snapshot_rules() may be asked: eviction on request depends on what was requested, per
+  /// chunk on how the stream was cut.
   bool supports_snapshots() const { return config_.eviction == Eviction::kPerQuery; }
   /// Tokens that may follow a snapshot before one of its rows is overwritten. Constant.
   std::int64_t max_lead() const {
@@ -456,7 +481,7 @@ class Retention {
       count += run.count;
     }
     require(next == loaded.total_, "total");
-    if (config_.eviction == Eviction::kPerQuery) {
+    if (config_.eviction != Eviction::kOnRequest) {
       // The runs follow from the total: anything else is damage.
       Retention derived = loaded;
       if (unlimited()) {
@@ -497,6 +522,12 @@ class Retention {
   };
 
   bool unlimited() const { return config_.window_size >= kUnlimitedWindow; }
+  /// Whether commit() lets tokens go.
+  bool slides() const { return config_.eviction != Eviction::kOnRequest && !unlimited(); }
+  /// Non-sink tokens that stay at a commit.
+  std::int64_t kept_tokens() const {
+    return config_.window_size - (config_.eviction == Eviction::kPerQuery ? 1 : 0);
+  }
   std::int64_t ring_slots() const { return config_.capacity - config_.num_sink_tokens; }
   std::int64_t rank_count() const {
     std::int64_t count = 0;
@@ -601,11 +632,11 @@ class Retention {
     return value < low ? low : (value > high ? high : value);
   }
 
-  /// kPerQuery: the runs that the next query sees. Token i >= sinks always lives at ring place
+  /// The runs that the next query sees beside itself. Token i >= sinks always lives at ring place
   /// (i - sinks) mod ring_slots(), so older tokens come back by themselves after a truncation.
   void keep_window() {
     const std::int64_t sinks = config_.num_sink_tokens;
-    const std::int64_t oldest = total_ - (config_.window_size - 1);
+    const std::int64_t oldest = total_ - kept_tokens();
     if (oldest <= sinks) {
       runs_[0] = {0, total_};
       run_count_ = 1;
@@ -635,7 +666,7 @@ class Retention {
     if (c.num_sink_tokens < 0 || c.num_sink_tokens >= c.capacity)
       fail("num_sink_tokens", "0 to capacity - 1 = " + std::to_string(c.capacity - 1),
            c.num_sink_tokens);
-    if (c.eviction == Eviction::kPerQuery && c.window_size < 1)
+    if (c.eviction != Eviction::kOnRequest && c.window_size < 1)
       fail("window_size", "at least 1", c.window_size);
     if (c.max_chunk < 1) fail("max_chunk", "at least 1", c.max_chunk);
     if (!std::isfinite(c.origin))
@@ -650,9 +681,19 @@ class Retention {
              c.capacity);
       return;
     }
-    if (c.max_chunk > c.window_size)
+    if (c.eviction == Eviction::kPerQuery && c.max_chunk > c.window_size)
       fail("max_chunk", "at most the window, " + std::to_string(c.window_size), c.max_chunk);
     if (c.window_size >= kUnlimitedWindow) return;
+    if (c.eviction == Eviction::kPerChunk) {
+      if (c.position_rule != PositionRule::kInText)
+        throw Error(ErrorCode::kConfig,
+                    {"cache configuration does not fit", "RetentionConfig", "position_rule",
+                     "in text: ranks would depend on how chunks were cut", "in cache"});
+      const std::int64_t most = c.num_sink_tokens + c.window_size + c.max_chunk;
+      if (c.capacity < most)
+        fail("capacity", "at least sinks + recent + chunk = " + std::to_string(most), c.capacity);
+      return;
+    }
     const std::int64_t needed = c.num_sink_tokens + c.window_size + c.max_chunk - 1;
     if (c.capacity < needed)
       fail("capacity", "at least sinks + window + chunk - 1 = " + std::to_string(needed),

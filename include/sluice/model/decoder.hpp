@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <concepts>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -80,6 +81,38 @@ struct DecoderInput {
   }
 };
 
+/// One attention of forward(), as a cache sees it that scores its entries by what was attended.
+template <class Key, class Value>
+struct ObservedAttention {
+  std::int64_t layer = 0;
+  int part = 0;          ///< class of the layer's heads (KvCache::head_class)
+  AttentionQuery query;  ///< rows [T, num_qo_heads, head_dim], not rotated
+  std::span<const Segment<Key, Value>> segments{};
+  const float* lse = nullptr;  ///< [T, num_qo_heads]
+  float sm_scale = 1;
+  const Rotary* rotary = nullptr;
+};
+
+/// What forward() asks of a cache. KvCache is one; so are caches that keep what scores highest or
+/// read pages that an index picks. A cache may also have
+///   void select(layer, AttentionQuery)          before its segments are listed, and
+///   bool observes(layer), void observe(const ObservedAttention<Key, Value>&)   after attention.
+template <class Cache>
+concept DecoderCache = requires(Cache& cache, const Cache& seen, std::int64_t count,
+                                HeadsView<const float> rows, const float* rotation,
+                                std::span<typename Cache::SegmentType, Cache::kMaxSegments> out) {
+  typename Cache::KeyType;
+  typename Cache::ValueType;
+  { seen.total() } -> std::same_as<std::int64_t>;
+  { seen.write_position(count) } -> std::same_as<Position>;
+  { seen.takes_positions() } -> std::same_as<bool>;
+  { seen.num_classes(count) } -> std::same_as<int>;
+  { seen.head_class(count, 0) } -> std::same_as<HeadClassView>;
+  { seen.segments(count, count, out, 0) } -> std::same_as<int>;
+  cache.append(count);
+  cache.store(count, rows, rows, rotation, count, count);
+};
+
 /// How much of each query head's attention falls on the newest tokens of another group: what
 /// policies in the manner of EDAtt (arXiv 2212.07850) ask for. A pass of its own beside attention,
 /// formed for chunks of one token.
@@ -143,8 +176,12 @@ class Decoder {
             {"layers count from different positions", "Decoder::make_cache", "origin",
              std::to_string(plan.retentions.front().origin), std::to_string(retention.origin)});
     std::vector<LayerCacheConfig> layers;
-    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
-      layers.push_back({plan.retention_of_layer[static_cast<std::size_t>(layer)], &rotary(layer)});
+    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer) {
+      const auto l = static_cast<std::size_t>(layer);
+      layers.push_back(
+          {plan.retention_of_layer[l], &rotary(layer),
+           plan.retention_of_head.empty() ? std::vector<int>{} : plan.retention_of_head[l]});
+    }
     return KvCache<Key, Value>(kv_shape(), plan.retentions, layers);
   }
 
@@ -161,10 +198,10 @@ class Decoder {
   /// rolls back. Allocates nothing.
   /// Preconditions: cache.status(tokens.size()) == kOk, tokens in [0, vocab_size), at most the
   /// workspace's chunk.
-  template <class Key, class Value>
-  void forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
-               DecoderWorkspace& workspace, ThreadTeam& team) const {
-    forward(DecoderInput{tokens}, cache, GroupReader<Key, Value>{}, workspace, team);
+  template <DecoderCache Cache>
+  void forward(std::span<const Token> tokens, Cache& cache, DecoderWorkspace& workspace,
+               ThreadTeam& team) const {
+    forward(DecoderInput{tokens}, cache, Alone<Cache>{}, workspace, team);
   }
 
   /// The same for a reader among groups: the chunk is written to `cache` alone and sees, beside it,
@@ -172,10 +209,10 @@ class Decoder {
   /// Preconditions: all caches are of this model; the workspace has room for their keys and
   /// segments; positions given explicitly need rotated keys in text positions
   /// (PositionRule::kInText, or a full cache): ranks are counted, not given.
-  template <class Key, class Value>
-  void forward(const DecoderInput& input, KvCache<Key, Value>& cache,
-               const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
-               ThreadTeam& team) const {
+  template <DecoderCache Cache>
+  void forward(const DecoderInput& input, Cache& cache,
+               const GroupReader<typename Cache::KeyType, typename Cache::ValueType>& reader,
+               DecoderWorkspace& workspace, ThreadTeam& team) const {
     run(input, cache, reader, workspace, team, [&](const CausalWindow& own) {
       return GroupCausalWindow{own, reader.own_group, reader.bidirectional};
     });
@@ -183,11 +220,10 @@ class Decoder {
 
   /// The same with a visibility of the caller's for whole sequences of several groups in one cache
   /// (group_mask.hpp). It takes the place of the causal window, trained windows of layers included.
-  template <class Key, class Value, Visibility Mask>
-  void forward(const DecoderInput& input, KvCache<Key, Value>& cache, const Mask& mask,
+  template <DecoderCache Cache, Visibility Mask>
+  void forward(const DecoderInput& input, Cache& cache, const Mask& mask,
                DecoderWorkspace& workspace, ThreadTeam& team) const {
-    run(input, cache, GroupReader<Key, Value>{}, workspace, team,
-        [&](const CausalWindow&) { return mask; });
+    run(input, cache, Alone<Cache>{}, workspace, team, [&](const CausalWindow&) { return mask; });
   }
 
   /// Logits of rows [first, first + logits.rows) of the last forward(). logits: [rows, vocab_size].
@@ -195,16 +231,20 @@ class Decoder {
               ThreadTeam& team) const;
 
  private:
-  /// make_mask(CausalWindow of a layer) gives the layer's visibility.
-  template <class Key, class Value, class MakeMask>
-  void run(const DecoderInput& input, KvCache<Key, Value>& cache,
-           const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace, ThreadTeam& team,
-           MakeMask&& make_mask) const;
+  /// A reader that sees its own cache alone.
+  template <class Cache>
+  using Alone = GroupReader<typename Cache::KeyType, typename Cache::ValueType>;
 
-  /// The segments that the newest `count` tokens see in a layer, other groups' first.
-  template <class Key, class Value>
-  static int gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
-                    const GroupReader<Key, Value>& reader, std::span<Segment<Key, Value>> segments);
+  /// make_mask(CausalWindow of a layer) gives the layer's visibility.
+  template <class Cache, class MakeMask>
+  void run(const DecoderInput& input, Cache& cache, const Alone<Cache>& reader,
+           DecoderWorkspace& workspace, ThreadTeam& team, MakeMask&& make_mask) const;
+
+  /// The segments that the newest `count` tokens see in one class of a layer's heads, other groups'
+  /// first.
+  template <class Cache>
+  static int gather(std::int64_t layer, int part, std::int64_t count, const Cache& cache,
+                    const Alone<Cache>& reader, std::span<typename Cache::SegmentType> segments);
 
   void check_weights(const std::string& where) const;
 
@@ -234,7 +274,7 @@ class DecoderWorkspace {
         gate_(buffer(max_tokens, model.config().intermediate_size)),
         up_(buffer(max_tokens, model.config().intermediate_size)),
         linear_(widest(model.config()), team_size, activations),
-        lse_(static_cast<std::size_t>(model.config().num_qo_heads)),
+        lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
         mass_(static_cast<std::size_t>(model.config().num_qo_heads)) {
     const DecoderConfig& config = model.config();
     const AttentionShape shape{.num_qo_heads = config.num_qo_heads,
@@ -283,16 +323,16 @@ class DecoderWorkspace {
   Buffer<float> gate_;       // [max_tokens, intermediate_size]
   Buffer<float> up_;         // [max_tokens, intermediate_size]
   LinearWorkspace linear_;
-  Buffer<float> lse_;   // [num_qo_heads], of a probed layer
+  Buffer<float> lse_;   // [max_tokens, num_qo_heads], of a layer that is probed or observed
   Buffer<float> mass_;  // [num_qo_heads]
   std::vector<std::unique_ptr<AttentionWorkspace<cpu>>> attention_;  // one per rotary
   std::vector<RotaryTable> write_rotation_;                          // one per rotary
 };
 
-template <class Key, class Value, class MakeMask>
-void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
-                  const GroupReader<Key, Value>& reader, DecoderWorkspace& w, ThreadTeam& team,
-                  MakeMask&& make_mask) const {
+template <class Cache, class MakeMask>
+void Decoder::run(const DecoderInput& input, Cache& cache, const Alone<Cache>& reader,
+                  DecoderWorkspace& w, ThreadTeam& team, MakeMask&& make_mask) const {
+  using SegmentType = typename Cache::SegmentType;
   const std::int64_t count = input.count();
   SLUICE_ASSERT(count >= 1 && count <= w.max_tokens_);
   SLUICE_ASSERT(
@@ -370,25 +410,38 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
         cache.store(l, keys, values, rotation, share.begin, share.end);
       });
 
-    std::array<Segment<Key, Value>, kMaxSegments> segments;
-    const std::span<const Segment<Key, Value>> seen(
-        segments.data(),
-        static_cast<std::size_t>(gather<Key, Value>(l, count, cache, reader, segments)));
-    const Retention& retention = cache.retention(l);
-    const auto mask = make_mask(CausalWindow{std::min(retention.window(), layer_config.window_size),
-                                             retention.config().num_sink_tokens});
-    const AttentionVariant<std::remove_const_t<decltype(mask)>> variant{
-        static_cast<float>(c.sm_scale), mask};
     const AttentionQuery rows{{query.data, count, c.num_qo_heads, c.head_dim},
                               first_index,
                               first_position,
                               input.positions.empty() ? nullptr : input.positions.data()};
-    const bool probed = reader.probe.newest > 0 && reader.probe.layer == l && count == 1;
-    attend(rows, seen, variant, HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
-           probed ? w.lse_.data() : nullptr, *w.attention_[rotary_index], team, cpu{});
-    if (probed)
-      attention_mass(rows, seen, variant.sm_scale, &rotary(l), c.num_kv_heads, w.lse_.span(),
-                     reader.probe.group, reader.probe.newest, w.mass_.span());
+    if constexpr (requires { cache.select(l, rows); }) cache.select(l, rows);
+    for (int part = 0; part < cache.num_classes(l); ++part) {
+      std::array<SegmentType, kMaxSegments> segments;
+      const std::span<const SegmentType> seen(
+          segments.data(),
+          static_cast<std::size_t>(gather<Cache>(l, part, count, cache, reader, segments)));
+      const HeadClassView heads = cache.head_class(l, part);
+      const auto mask = make_mask(CausalWindow{
+          std::min(heads.window_size, layer_config.window_size), heads.num_sink_tokens});
+      const AttentionVariant<std::remove_const_t<decltype(mask)>> variant{
+          static_cast<float>(c.sm_scale), mask};
+      AttentionQuery of_class = rows;
+      of_class.kv_heads = heads.kv_heads;
+      const bool probed = reader.probe.newest > 0 && reader.probe.layer == l && count == 1;
+      bool observed = false;
+      if constexpr (requires { cache.observes(l); }) observed = cache.observes(l);
+      attend(of_class, seen, variant,
+             HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
+             probed || observed ? w.lse_.data() : nullptr, *w.attention_[rotary_index], team,
+             cpu{});
+      if (probed)
+        attention_mass(of_class, seen, variant.sm_scale, &rotary(l), c.num_kv_heads, w.lse_.span(),
+                       reader.probe.group, reader.probe.newest, w.mass_.span());
+      if constexpr (requires { cache.observes(l); })
+        if (observed)
+          cache.observe(ObservedAttention<typename Cache::KeyType, typename Cache::ValueType>{
+              l, part, of_class, seen, w.lse_.data(), variant.sm_scale, &rotary(l)});
+    }
     add_branch(layer.output, attended, bias(layer.output_bias), layer.post_attention_norm);
 
     norm(hidden, layer.feed_forward_norm, normed);
@@ -409,27 +462,34 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
   norm(hidden, weights_.output_norm, normed);
 }
 
-template <class Key, class Value>
-int Decoder::gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
-                    const GroupReader<Key, Value>& reader,
-                    std::span<Segment<Key, Value>> segments) {
-  constexpr int kMost = KvCache<Key, Value>::kMaxSegments;
-  std::array<Segment<Key, Value>, kMost> found;
+template <class Cache>
+int Decoder::gather(std::int64_t layer, int part, std::int64_t count, const Cache& cache,
+                    const Alone<Cache>& reader, std::span<typename Cache::SegmentType> segments) {
+  using SegmentType = typename Cache::SegmentType;
   int written = 0;
-  const auto take = [&](int more, std::int32_t group) {
+  const auto take = [&](const auto& found, int more, std::int32_t group) {
     for (int i = 0; i < more; ++i) {
       SLUICE_ASSERT(written < static_cast<int>(segments.size()));
-      Segment<Key, Value>& segment = segments[static_cast<std::size_t>(written++)];
+      SegmentType& segment = segments[static_cast<std::size_t>(written++)];
       segment = found[static_cast<std::size_t>(i)];
       segment.rule.group = group;
     }
   };
-  const ReaderPlace own = cache.retention(layer).reader_place();
-  for (const GroupView<Key, Value>& view : reader.sees)
-    take(view.cache->snapshot_segments(layer, view.visible,
-                                       {own.shift + view.shift, own.ceiling + view.shift}, found),
-         view.group);
-  take(cache.segments(layer, count, found), reader.own_group);
+  if (!reader.sees.empty()) {
+    using Foreign = KvCache<typename Cache::KeyType, typename Cache::ValueType>;
+    std::array<SegmentType, Foreign::kMaxSegments> found;
+    const ReaderPlace own = cache.head_class(layer, part).place;
+    for (const auto& view : reader.sees) {
+      SLUICE_ASSERT(view.cache->num_classes(layer) == cache.num_classes(layer));
+      take(
+          found,
+          view.cache->snapshot_segments(
+              layer, view.visible, {own.shift + view.shift, own.ceiling + view.shift}, found, part),
+          view.group);
+    }
+  }
+  std::array<SegmentType, Cache::kMaxSegments> found;
+  take(found, cache.segments(layer, count, found, part), reader.own_group);
   return written;
 }
 

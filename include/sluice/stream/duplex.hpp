@@ -98,7 +98,7 @@ class Duplex {
       throw Error(ErrorCode::kOrder, {"the input has ended", "Duplex::feed", "", "", ""});
     const auto count = static_cast<std::int64_t>(unit.size());
     const CacheOptions& source = options().source;
-    if (source.policy == CachePolicy::kFull && fed_tokens_ + count > source.capacity)
+    if (source.is_bounded() && fed_tokens_ + count > source.capacity)
       throw Error(
           ErrorCode::kCapacity,
           {"the full source cache cannot hold that many tokens", "Duplex::feed", "unit",

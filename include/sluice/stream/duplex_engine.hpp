@@ -329,6 +329,12 @@ class DuplexEngine {
                     {"a recomputed window is no group of its own", "DuplexOptions",
                      cache == &options.source ? "source.policy" : "target.policy",
                      "sink-window, window or full", "recompute"});
+    const bool per_head = options.source.policy == CachePolicy::kPerHead;
+    if (per_head != (options.target.policy == CachePolicy::kPerHead) ||
+        (per_head && !options.source.heads.has_classes_of(options.target.heads)))
+      throw Error(ErrorCode::kConfig, {"both sides' heads must fall into the same classes",
+                                       "DuplexOptions", "source.heads and target.heads",
+                                       "heads that retain alike on both sides", "others"});
     if (explicit_positions() && options.concurrent)
       throw Error(ErrorCode::kConfig, {"positions of this layout depend on the order of arrival",
                                        "DuplexOptions", "concurrent", "false", "true"});

@@ -237,7 +237,7 @@ class Session {
                     {"token outside the vocabulary", "Session::accept",
                      "tokens[" + std::to_string(i) + "]", "0 to " + std::to_string(vocab - 1),
                      std::to_string(tokens[i])});
-    if (options_.cache.policy != CachePolicy::kFull) return;
+    if (!options_.cache.is_bounded()) return;
     const std::int64_t coming =
         static_cast<std::int64_t>(tokens.size()) + (pending_.has_value() ? 1 : 0);
     const std::int64_t room = options_.cache.capacity - cache_.total();
