@@ -30,12 +30,15 @@
 #include "sluice/cache/head_map.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/retention.hpp"
+#include "sluice/cache/score_policy.hpp"
 #include "sluice/cache/segment.hpp"
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/group_mask.hpp"
+#include "sluice/attention/observed_attention.hpp"
 #include "sluice/attention/reference.hpp"
+#include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/softmax_state.hpp"
 #include "sluice/attention/variant.hpp"
 

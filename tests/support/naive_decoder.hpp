@@ -54,6 +54,13 @@ class NaiveDecoder {
 
   Pass run_heads(std::span<const Token> tokens, const HeadSees& sees) const {
     Pass pass;
+    run_heads(tokens, sees, pass);
+    return pass;
+  }
+
+  /// The same into a pass that `sees` may look at: rows are formed in order, layer by layer, so
+  /// that weights of earlier rows of the layer are final when a row asks what it sees. pass: empty.
+  void run_heads(std::span<const Token> tokens, const HeadSees& sees, Pass& pass) const {
     Rows hidden;
     for (const Token token : tokens) {
       hidden.push_back(row_of(weights_.embedding, static_cast<std::size_t>(token)));
@@ -83,7 +90,6 @@ class NaiveDecoder {
     }
     for (const std::vector<double>& x : hidden)
       pass.logits.push_back(product(weights_.output, norm(x, weights_.output_norm)));
-    return pass;
   }
 
  private:

@@ -17,6 +17,8 @@
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
+#include "sluice/attention/observed_attention.hpp"
+#include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/variant.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/kv_cache.hpp"
@@ -79,18 +81,6 @@ struct DecoderInput {
   std::int64_t count() const {
     return embeddings.rows > 0 ? embeddings.rows : static_cast<std::int64_t>(tokens.size());
   }
-};
-
-/// One attention of forward(), as a cache sees it that scores its entries by what was attended.
-template <class Key, class Value>
-struct ObservedAttention {
-  std::int64_t layer = 0;
-  int part = 0;          ///< class of the layer's heads (KvCache::head_class)
-  AttentionQuery query;  ///< rows [T, num_qo_heads, head_dim], not rotated
-  std::span<const Segment<Key, Value>> segments{};
-  const float* lse = nullptr;  ///< [T, num_qo_heads]
-  float sm_scale = 1;
-  const Rotary* rotary = nullptr;
 };
 
 /// What forward() asks of a cache. KvCache is one; so are caches that keep what scores highest or
@@ -183,6 +173,19 @@ class Decoder {
            plan.retention_of_head.empty() ? std::vector<int>{} : plan.retention_of_head[l]});
     }
     return KvCache<Key, Value>(kv_shape(), plan.retentions, layers);
+  }
+
+  /// A cache that keeps what scores highest, for one stream of this model. The model must outlive
+  /// it. directions: as ScoredKvCache's. \throws what ScoredKvCache throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  ScoredKvCache<Key, Value> make_scored_cache(const ScorePolicy& policy,
+                                              std::span<const float> directions = {}) const {
+    std::vector<const Rotary*> rotaries;
+    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
+      rotaries.push_back(&rotary(layer));
+    return ScoredKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
+                                     static_cast<float>(config_.sm_scale), policy, rotaries,
+                                     directions);
   }
 
   /// A group of tokens of this model, for streams that read while they write. The model must
@@ -440,7 +443,7 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const Alone<Cache>& r
       if constexpr (requires { cache.observes(l); })
         if (observed)
           cache.observe(ObservedAttention<typename Cache::KeyType, typename Cache::ValueType>{
-              l, part, of_class, seen, w.lse_.data(), variant.sm_scale, &rotary(l)});
+              l, part, of_class, seen, w.lse_.data()});
     }
     add_branch(layer.output, attended, bias(layer.output_bias), layer.post_attention_norm);
 
