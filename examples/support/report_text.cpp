@@ -52,18 +52,8 @@ ModelFacts facts_of(const sluice::Decoder& model) {
 
 std::int64_t cache_bytes(const sluice::Decoder& model, const sluice::CacheOptions& cache,
                          std::int64_t element_bytes) {
-  const sluice::CachePlan plan = plan_cache(model.config(), cache);
-  const sluice::KvShape shape = model.kv_shape();
-  // Layers begin at whole cache lines' worth of elements, as KvCache lays them out.
-  const auto line = static_cast<std::int64_t>(sluice::kAlignment);
-  std::int64_t elements = 0;
-  for (const int retention : plan.retention_of_layer) {
-    const std::int64_t rows =
-        shape.num_kv_heads * plan.retentions[static_cast<std::size_t>(retention)].capacity;
-    for (const std::int64_t dim : {shape.head_dim, shape.value_dim})
-      elements += (rows * dim + line - 1) / line * line;
-  }
-  return elements * element_bytes;
+  const std::size_t of_halves = model.cache_bytes<sluice::f16>(plan_cache(model.config(), cache));
+  return static_cast<std::int64_t>(of_halves) / 2 * element_bytes;
 }
 
 void require_memory(std::int64_t bytes, const std::string& what) {

@@ -37,6 +37,7 @@
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/group_mask.hpp"
 #include "sluice/attention/observed_attention.hpp"
+#include "sluice/attention/query_directions.hpp"
 #include "sluice/attention/reference.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/softmax_state.hpp"

@@ -165,14 +165,13 @@ class Decoder {
             ErrorCode::kConfig,
             {"layers count from different positions", "Decoder::make_cache", "origin",
              std::to_string(plan.retentions.front().origin), std::to_string(retention.origin)});
-    std::vector<LayerCacheConfig> layers;
-    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer) {
-      const auto l = static_cast<std::size_t>(layer);
-      layers.push_back(
-          {plan.retention_of_layer[l], &rotary(layer),
-           plan.retention_of_head.empty() ? std::vector<int>{} : plan.retention_of_head[l]});
-    }
-    return KvCache<Key, Value>(kv_shape(), plan.retentions, layers);
+    return KvCache<Key, Value>(kv_shape(), plan.retentions, layer_configs(plan));
+  }
+
+  /// Bytes of keys and values of make_cache(), before it is made. \throws as make_cache().
+  template <RotaryElement Key, RotaryElement Value = Key>
+  std::size_t cache_bytes(const CachePlan& plan) const {
+    return KvCache<Key, Value>::bytes_needed(kv_shape(), plan.retentions, layer_configs(plan));
   }
 
   /// A cache that keeps what scores highest, for one stream of this model. The model must outlive
@@ -234,6 +233,18 @@ class Decoder {
               ThreadTeam& team) const;
 
  private:
+  /// How each layer uses a cache of the plan.
+  std::vector<LayerCacheConfig> layer_configs(const CachePlan& plan) const {
+    std::vector<LayerCacheConfig> layers;
+    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer) {
+      const auto l = static_cast<std::size_t>(layer);
+      layers.push_back(
+          {plan.retention_of_layer[l], &rotary(layer),
+           plan.retention_of_head.empty() ? std::vector<int>{} : plan.retention_of_head[l]});
+    }
+    return layers;
+  }
+
   /// A reader that sees its own cache alone.
   template <class Cache>
   using Alone = GroupReader<typename Cache::KeyType, typename Cache::ValueType>;
