@@ -1,0 +1,291 @@
+// SPDX-License-Identifier: MIT
+// policies: one stream through every cache policy, side by side.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <iostream>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+#include "measure.hpp"
+#include "policies.hpp"
+
+#include "sluice/core/error.hpp"
+#include "sluice/io/json.hpp"
+#include "sluice/model/load_head_map.hpp"
+#include "sluice/model/load_model.hpp"
+#include "support/command_line.hpp"
+#include "support/report_text.hpp"
+#include "support/terminal.hpp"
+#include "support/text_source.hpp"
+
+namespace {
+
+using namespace policies;
+using sluice::Json;
+using sluice::Token;
+using support::format;
+
+struct Options {
+  std::string model;
+  std::string file = "-";
+  std::string heads;
+  std::vector<std::string> names;
+  std::int64_t tokens = 4096;
+  std::int64_t calibration = 1024;
+  std::int64_t threads = 1;
+  double sparsity = 0.5;
+  std::string activations = "int8";
+  std::int64_t passkeys = 0;
+  bool json = false;
+  Setting setting;
+
+  sluice::Activations chosen() const {
+    return activations == "int8" ? sluice::Activations::kInt8 : sluice::Activations::kFloat32;
+  }
+};
+
+/// The tokens of a text, at most `most`.
+std::vector<Token> read_tokens(const sluice::Tokenizer& tokenizer, const std::string& file,
+                               std::int64_t most) {
+  support::TokenSource source(
+      tokenizer,
+      file == "-" ? support::TextSource::from_stdin() : support::TextSource::from_file(file), true);
+  std::vector<Token> tokens;
+  while (static_cast<std::int64_t>(tokens.size()) < most && source.next(tokens)) {
+  }
+  if (static_cast<std::int64_t>(tokens.size()) > most)
+    tokens.resize(static_cast<std::size_t>(most));
+  return tokens;
+}
+
+void compare(const Options& options, const sluice::LoadedModel& model,
+             std::span<const Token> tokens, sluice::ThreadTeam& team) {
+  const double budget_share =
+      static_cast<double>(options.setting.budget) / static_cast<double>(tokens.size());
+  if (!options.json)
+    support::write_stdout(format("%lld tokens, a budget of %lld entries a head (%.1f%%)\n\n",
+                                 static_cast<long long>(tokens.size()),
+                                 static_cast<long long>(options.setting.budget),
+                                 100 * budget_share) +
+                          "| policy | perplexity | beyond the budget | entries | cache | "
+                          "read, tokens/s | a token |\n|---|---|---|---|---|---|---|\n");
+  for (const std::string& name : options.names) {
+    if (support::caught_signal() != 0) return;
+    support::Progress progress(name);
+    const Measured m = with_cache(name, options.setting, [&](auto& cache) {
+      Stream stream(*model.decoder, cache, team, options.chosen());
+      return measure(stream, cache, tokens, options.setting.budget, [&](std::size_t done) {
+        progress.show(static_cast<std::int64_t>(done),
+                      static_cast<double>(done) / static_cast<double>(tokens.size()));
+        return support::caught_signal() == 0;
+      });
+    });
+    progress.clear();
+    if (support::caught_signal() != 0) return;
+    if (options.json)
+      support::write_stdout(Json{{"kind", "policy"},
+                                 {"policy", name},
+                                 {"tokens", tokens.size()},
+                                 {"budget", options.setting.budget},
+                                 {"chunk", options.setting.chunk},
+                                 {"perplexity", m.perplexity},
+                                 {"late_perplexity", m.late_perplexity},
+                                 {"entries", m.entries},
+                                 {"cache_bytes", m.cache_bytes},
+                                 {"tokens_per_s", m.tokens_per_s},
+                                 {"step_ms", m.step_ms}}
+                                .dump() +
+                            "\n");
+    else
+      support::write_stdout(
+          format("| %s | %.3f | %.3f | %lld | %s | %.0f | %.2f ms |\n", name.c_str(), m.perplexity,
+                 m.late_perplexity, static_cast<long long>(m.entries),
+                 support::megabytes(m.cache_bytes).c_str(), m.tokens_per_s, m.step_ms));
+  }
+}
+
+/// A number is said at each of several depths of the text and asked for at its end: how many of its
+/// five digits come back.
+void recall(const Options& options, const sluice::LoadedModel& model, std::span<const Token> tokens,
+            sluice::ThreadTeam& team) {
+  const sluice::Tokenizer& tokenizer = *model.tokenizer;
+  if (!options.json) {
+    std::string head = "\n| digits recalled of 5, said at |";
+    std::string rule = "|---|";
+    for (std::int64_t i = 0; i < options.passkeys; ++i) {
+      head += format(" %.0f%% |",
+                     100.0 * static_cast<double>(i) /
+                         static_cast<double>(std::max<std::int64_t>(1, options.passkeys - 1)));
+      rule += "---|";
+    }
+    support::write_stdout(head + "\n" + rule + "\n");
+  }
+  for (const std::string& name : options.names) {
+    std::string line = "| " + name + " |";
+    for (std::int64_t i = 0; i < options.passkeys; ++i) {
+      if (support::caught_signal() != 0) return;
+      const std::string key = std::to_string(10007 + (i * 7919 + 31337) % 89989);
+      const std::vector<Token> said = tokenizer.encode(
+          "\n\nThe pass key is " + key + ". Remember it. " + key + " is the pass key.\n\n");
+      const std::vector<Token> asked =
+          tokenizer.encode("\n\nWhat is the pass key? The pass key is");
+      const std::size_t depth =
+          (tokens.size() - 1) * static_cast<std::size_t>(i) /
+          static_cast<std::size_t>(std::max<std::int64_t>(1, options.passkeys - 1));
+      const std::size_t place =
+          std::max<std::size_t>(depth, std::min<std::size_t>(8, tokens.size()));
+      std::vector<Token> text(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(place));
+      text.insert(text.end(), said.begin(), said.end());
+      text.insert(text.end(), tokens.begin() + static_cast<std::ptrdiff_t>(place), tokens.end());
+      text.insert(text.end(), asked.begin(), asked.end());
+      constexpr std::int64_t kAnswer = 8;
+      Setting setting = options.setting;
+      setting.tokens = static_cast<std::int64_t>(text.size()) + kAnswer;
+      support::Progress progress(name);
+      progress.show(i, static_cast<double>(i) / static_cast<double>(options.passkeys));
+      const std::string answer = with_cache(name, setting, [&](auto& cache) {
+        Stream stream(*model.decoder, cache, team, options.chosen());
+        std::vector<double> ignored;
+        stream.read(text, ignored);
+        return tokenizer.decode(stream.write(kAnswer));
+      });
+      progress.clear();
+      // The first run of digits in the answer, from its front.
+      const std::size_t first = answer.find_first_of("0123456789");
+      std::int64_t right = 0;
+      while (first != std::string::npos && right < 5 &&
+             first + static_cast<std::size_t>(right) < answer.size() &&
+             answer[first + static_cast<std::size_t>(right)] ==
+                 key[static_cast<std::size_t>(right)])
+        ++right;
+      line += format(" %lld |", static_cast<long long>(right));
+      if (options.json)
+        support::write_stdout(
+            Json{{"policy", name},
+                 {"passkey_depth", static_cast<double>(place) / static_cast<double>(tokens.size())},
+                 {"digits_recalled", right},
+                 {"tokens", text.size()},
+                 {"budget", options.setting.budget}}
+                .dump() +
+            "\n");
+    }
+    if (!options.json) support::write_stdout(line + "\n");
+  }
+}
+
+int run(Options& options) {
+  const sluice::LoadedModel model = sluice::load_model(options.model);
+  const sluice::DecoderConfig& config = model.decoder->config();
+  options.setting.model = model.decoder.get();
+  sluice::ThreadTeam team(static_cast<int>(options.threads));
+  if (!options.heads.empty()) {
+    const bool table = options.heads.size() > 5 &&
+                       options.heads.compare(options.heads.size() - 5, 5, ".json") == 0;
+    options.setting.heads =
+        table ? sluice::load_head_map(options.heads, config, options.tokens)
+              : sluice::load_duo_attention(options.heads, {.sparsity = options.sparsity});
+  }
+  const std::vector<Token> tokens = read_tokens(*model.tokenizer, options.file, options.tokens);
+  if (tokens.size() < 2) {
+    std::cerr << "policies: the text has fewer than two tokens\n";
+    return 1;
+  }
+  options.setting.tokens = static_cast<std::int64_t>(tokens.size());
+  if (std::find(options.names.begin(), options.names.end(), "q-filters") != options.names.end()) {
+    const std::size_t count =
+        std::min(tokens.size(), static_cast<std::size_t>(options.calibration));
+    options.setting.filters =
+        calibrate(*model.decoder, std::span(tokens).first(count), team, options.chosen());
+  }
+  compare(options, model, tokens, team);
+  if (options.passkeys > 0) recall(options, model, tokens, team);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  CLI::App app(
+      "One stream through every cache policy, side by side: likelihood, entries, memory, "
+      "time, recall.",
+      "policies");
+  std::string known;
+  std::vector<std::string> all;
+  for (const Policy& policy : kPolicies) {
+    known +=
+        format("  %-12s ", std::string(policy.name).c_str()) + std::string(policy.keeps) + "\n";
+    all.emplace_back(policy.name);
+  }
+  app.footer("Policies:\n" + known +
+             "\nThe table goes to stdout, everything else to stderr.\n"
+             "Exit status: 0 done, 1 an error, 2 a wrong flag or value, 130 after Ctrl-C.");
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  app.add_option("-m,--model", options.model, "GGUF file, or folder with config.json and weights")
+      ->required();
+  app.add_option("-f,--file", options.file, "text to read; - is stdin")->capture_default_str();
+  app.add_option("-n,--tokens", options.tokens, "tokens of it, at most")
+      ->capture_default_str()
+      ->check(support::whole_number(2, 1 << 24));
+  app.add_option("-b,--budget", options.setting.budget, "entries of a KV head")
+      ->capture_default_str()
+      ->check(support::whole_number(16, 1 << 24));
+  app.add_option("-c,--chunk", options.setting.chunk, "tokens read at once")
+      ->capture_default_str()
+      ->check(support::whole_number(1, 4096));
+  app.add_option("-p,--policies", options.names, "which ones, by name")
+      ->delimiter(',')
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->check(CLI::IsMember(all));
+  app.add_option("--heads", options.heads,
+                 "head map of per-head: a .json of our form, a DuoAttention folder or .tsv");
+  app.add_option("--sparsity", options.sparsity, "share of streaming heads of a DuoAttention map")
+      ->capture_default_str()
+      ->check(support::number(0, 1, "a number from 0 to 1"));
+  app.add_option("--calibration", options.calibration, "tokens that q-filters are found from")
+      ->capture_default_str()
+      ->check(support::whole_number(16, 1 << 20));
+  app.add_option("--passkey", options.passkeys,
+                 "say a number at so many depths of the text and ask for it at the end")
+      ->capture_default_str()
+      ->check(support::whole_number(0, 1000));
+  app.add_option("-t,--threads", options.threads, "threads")
+      ->capture_default_str()
+      ->check(support::whole_number(1, 1024));
+  app.add_option("--activations", options.activations,
+                 "how activations meet quantised weights: f32 (exact), int8 (rounded, faster)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "int8"}));
+  app.add_flag("--json", options.json, "JSON lines instead of tables");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  if (options.names.empty()) options.names = all;
+  support::catch_signals();
+  try {
+    const int status = run(options);
+    return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
+  } catch (const support::StdoutClosed&) {
+    return 0;
+  } catch (const sluice::Error& error) {
+    std::cerr << "policies: " << error.what() << '\n';
+    return error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
+  } catch (const std::bad_alloc&) {
+    std::cerr << "policies: out of memory\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << "policies: " << error.what() << '\n';
+    return 1;
+  }
+}

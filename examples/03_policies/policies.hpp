@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: MIT
+// The policies that are compared, each with as many entries a head as the budget says.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "measure.hpp"
+
+#include "sluice/attention/query_directions.hpp"
+#include "sluice/attention/scored_cache.hpp"
+#include "sluice/cache/head_map.hpp"
+#include "sluice/cache/score_policy.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/token.hpp"
+#include "sluice/model/cache_plan.hpp"
+#include "sluice/model/decoder.hpp"
+
+namespace policies {
+
+struct Policy {
+  std::string_view name;
+  std::string_view keeps;
+};
+
+inline constexpr std::array<Policy, 8> kPolicies{{
+    {"full", "everything, whatever the budget"},
+    {"window", "the newest"},
+    {"sink-window", "4 sinks and the newest (StreamingLLM)"},
+    {"per-head", "what --heads says, or every other KV head everything (DuoAttention)"},
+    {"snap-kv", "what the last 32 queries attend to, and the newest 32"},
+    {"h2o", "half by all attention so far, half the newest"},
+    {"q-filters", "half by the key's direction, half the newest"},
+    {"sir-llm", "4 sinks, half by surprisal, half the newest, at their ranks"},
+}};
+
+/// What all policies of a run share.
+struct Setting {
+  const sluice::Decoder* model = nullptr;
+  std::int64_t budget = 512;  ///< entries of a KV head
+  std::int64_t chunk = 32;    ///< tokens read at once
+  std::int64_t tokens = 0;    ///< of the whole stream, for caches that keep it
+  sluice::HeadMap heads{};    ///< empty: every other head full
+  std::vector<float> filters{};
+};
+
+/// Directions of all heads, from the first tokens of a stream.
+inline std::vector<float> calibrate(const sluice::Decoder& model,
+                                    std::span<const sluice::Token> tokens, sluice::ThreadTeam& team,
+                                    sluice::Activations activations) {
+  const sluice::DecoderConfig& c = model.config();
+  sluice::QueryDirections directions(c.num_layers(), c.num_qo_heads, c.num_kv_heads, c.head_dim);
+  const auto count = static_cast<std::int64_t>(tokens.size());
+  const sluice::CacheOptions full{.policy = sluice::CachePolicy::kFull, .capacity = count};
+  sluice::QueryRecordingCache<sluice::f16> cache(model.make_cache<sluice::f16>(plan_cache(c, full)),
+                                                 directions);
+  Stream stream(model, cache, team, activations);
+  std::vector<double> ignored;
+  stream.read(tokens, ignored);
+  return directions.filters();
+}
+
+/// Makes the policy's cache and calls visit(cache). \throws sluice::Error(kConfig) where the budget
+/// is too small for it.
+template <class Visit>
+auto with_cache(std::string_view policy, const Setting& s, Visit&& visit) {
+  const sluice::Decoder& model = *s.model;
+  constexpr std::int64_t kSinks = 4;
+  const auto plain = [&](sluice::CacheOptions options) {
+    options.chunk_size = s.chunk;
+    options.capacity = s.tokens;
+    auto cache = model.make_cache<sluice::f16>(plan_cache(model.config(), options));
+    return visit(cache);
+  };
+  const auto scored = [&](const sluice::ScorePolicy& chosen) {
+    const bool directed = chosen.source == sluice::ScoreSource::kKeyDirection;
+    auto cache = model.make_scored_cache<sluice::f16>(
+        chosen, directed ? std::span<const float>(s.filters) : std::span<const float>());
+    return visit(cache);
+  };
+  if (policy == "full") return plain({.policy = sluice::CachePolicy::kFull});
+  if (policy == "window")
+    return plain({.policy = sluice::CachePolicy::kWindow, .window_size = s.budget});
+  if (policy == "sink-window")
+    return plain({.policy = sluice::CachePolicy::kSinkWindow,
+                  .num_sink_tokens = kSinks,
+                  .window_size = s.budget - kSinks});
+  if (policy == "per-head") {
+    sluice::CacheOptions options{.policy = sluice::CachePolicy::kPerHead, .heads = s.heads};
+    if (options.heads.empty()) {
+      std::vector<sluice::HeadRetention> heads;
+      const sluice::KvShape shape = model.kv_shape();
+      for (std::int64_t i = 0; i < shape.num_layers * shape.num_kv_heads; ++i)
+        heads.push_back(i % 2 == 0 ? sluice::HeadRetention::full()
+                                   : sluice::HeadRetention{kSinks, s.budget - kSinks});
+      options.heads = sluice::HeadMap(shape.num_layers, shape.num_kv_heads, std::move(heads));
+    }
+    return plain(options);
+  }
+  // Storage holds the budget and one chunk more, as a window's does.
+  if (policy == "snap-kv")
+    return scored(sluice::ScorePolicy::snap_kv(s.budget, s.chunk, s.chunk,
+                                               std::min<std::int64_t>(32, s.budget / 2)));
+  if (policy == "h2o")
+    return scored(sluice::ScorePolicy::h2o(s.budget / 2, s.budget - s.budget / 2, s.chunk));
+  if (policy == "q-filters")
+    return scored(sluice::ScorePolicy::q_filters(s.budget, s.budget / 2, s.chunk, s.chunk));
+  const std::int64_t recent = (s.budget - kSinks) / 2;
+  return scored(
+      sluice::ScorePolicy::sir_llm(kSinks, recent, s.budget - kSinks - recent, 1.0, s.chunk));
+}
+
+}  // namespace policies

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Runs policies as its users do: tables, JSON, head maps, wrong flags.
+
+    policies_test.py --policies PROGRAM --make-tiny-model PROGRAM [unittest arguments]
+
+The model is the seeded tiny one: its likelihoods mean nothing, but they follow from the kept tokens.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+PROGRAM = MODEL = FOLDER = None
+NAMES = ["full", "window", "sink-window", "per-head", "snap-kv", "h2o", "q-filters", "sir-llm"]
+TEXT = ("It was a bright cold day in April, and the clocks were striking thirteen. "
+        "Nobody had counted them before, and nobody would again.\n") * 12
+
+
+def run(*arguments, stdin=TEXT):
+    return subprocess.run([PROGRAM, "-m", MODEL, *map(str, arguments)], input=stdin.encode(),
+                          capture_output=True, timeout=120, check=False)
+
+
+def records(*arguments):
+    done = run("--json", *arguments)
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads(line) for line in done.stdout.decode().splitlines()]
+
+
+class Policies(unittest.TestCase):
+    def test_every_policy_has_a_row(self):
+        done = run("-n", 300, "-b", 32, "-c", 8)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        rows = [line for line in done.stdout.decode().splitlines() if line.startswith("| ")]
+        self.assertEqual([row.split("|")[1].strip() for row in rows], ["policy", *NAMES])
+
+    def test_budgets_hold(self):
+        by_name = {row["policy"]: row for row in records("-n", 300, "-b", 32, "-c", 8)}
+        self.assertEqual(list(by_name), NAMES)
+        for name, row in by_name.items():
+            self.assertTrue(math.isfinite(row["perplexity"]) and row["perplexity"] > 1, name)
+            self.assertEqual(row["entries"] > 32, name in ("full", "per-head"), name)
+        self.assertLess(by_name["h2o"]["cache_bytes"], by_name["full"]["cache_bytes"] / 4)
+        self.assertLess(by_name["per-head"]["cache_bytes"], by_name["full"]["cache_bytes"])
+        # A window without sinks is another policy than one with them.
+        self.assertNotEqual(by_name["window"]["perplexity"], by_name["sink-window"]["perplexity"])
+
+    def test_a_budget_for_everything_is_the_full_cache(self):
+        rows = records("-n", 100, "-b", 128, "-c", 8, "--policies", "full,window,snap-kv,h2o")
+        for row in rows:
+            self.assertAlmostEqual(row["perplexity"], rows[0]["perplexity"], delta=1e-3)
+
+    def test_passkeys(self):
+        rows = records("-n", 120, "-b", 32, "-c", 8, "-p", "sink-window,h2o", "--passkey", 3)
+        asked = [row for row in rows if "digits_recalled" in row]
+        self.assertEqual([row["policy"] for row in asked], ["sink-window"] * 3 + ["h2o"] * 3)
+        for row in asked:
+            self.assertIn(row["digits_recalled"], range(6))
+
+    def test_head_maps(self):
+        path = FOLDER / "map.json"
+        path.write_text('{"sluice_head_map": 1, "layers": [{"full": true}]}')
+        done = run("-p", "per-head", "--heads", path)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("layers", done.stderr.decode())
+        done = run("-p", "per-head", "--heads", FOLDER / "absent.tsv")
+        self.assertEqual(done.returncode, 1)
+
+    def test_wrong_flags(self):
+        for arguments in (["-b", "4"], ["-p", "everything"], ["-n", "one"], ["--sparsity", "2"]):
+            done = run(*arguments)
+            self.assertEqual(done.returncode, 2, arguments)
+            self.assertEqual(done.stdout, b"")
+            self.assertNotEqual(done.stderr, b"")
+        self.assertEqual(run("-n", 20, stdin="").returncode, 1)
+
+    def test_help(self):
+        done = subprocess.run([PROGRAM, "--help"], capture_output=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0)
+        for name in NAMES:
+            self.assertIn(name, done.stdout.decode())
+
+
+def main():
+    global PROGRAM, MODEL, FOLDER
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policies", required=True)
+    parser.add_argument("--make-tiny-model", required=True)
+    options, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        FOLDER = pathlib.Path(folder)
+        PROGRAM, MODEL = options.policies, str(FOLDER / "tiny.gguf")
+        subprocess.run([options.make_tiny_model, MODEL], check=True, stdout=subprocess.DEVNULL)
+        unittest.main(argv=[sys.argv[0], *rest])
+
+
+if __name__ == "__main__":
+    main()
