@@ -6,7 +6,8 @@
 
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
-written: perplexity, endless, recompute_ratio, ttft, overlap, switch and, per benchmark program, its sweeps.
+written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus and, per
+benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
 
@@ -43,6 +44,16 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
   {"kind": "switch", "source_tokens": 1024, "snapshot_us_median": 0.7, "copying_ms": 2.3,
    "model": "...", "meta": {...}}
 
+  {"kind": "policy", "policy": "h2o", "tokens": 20000, "budget": 512, "perplexity": 20.1,
+   "entries": 512, "cache_bytes": 12000000, "step_ms": 4.9}
+  {"kind": "passkey", "policy": "h2o", "passkey_depth": 0.25, "digits_recalled": 3, "tokens": 2000,
+   "budget": 512}
+      lines of the program policies --json
+
+  {"kind": "versus", "weights": "Q8_0", "task": "decode:1024", "threads": 2, "sluice_ms": 5.1,
+   "llama_cpp_ms": 10.4, "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.1, "meta": {...}}
+      lines of versus_llama_cpp.py: the ratio is theirs over ours, of rounds in turns
+
 `meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
 under the picture. Exit status: 0, or 1 with the reason (file and line) on stderr.
 """
@@ -70,6 +81,11 @@ REQUIRED = {
     "overlap": {"way": str, "threads_per_side": int, "r": int | float, "bound": int | float,
                 "speedup_over_sequential_x1": int | float, "wall_ms": int | float},
     "switch": {"source_tokens": int, "snapshot_us_median": int | float, "copying_ms": int | float},
+    "policy": {"policy": str, "tokens": int, "budget": int, "perplexity": int | float,
+               "cache_bytes": int, "step_ms": int | float},
+    "passkey": {"policy": str, "passkey_depth": int | float, "digits_recalled": int},
+    "versus": {"weights": str, "task": str, "threads": int, "ratio": int | float,
+               "ratio_min": int | float, "ratio_max": int | float},
 }
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
@@ -114,6 +130,9 @@ def check_record(record, where):
              "recompute_ratio": [record.get("recompute_ms"), record.get("sink_window_ms")],
              "overlap": [record.get("r"), record.get("speedup_over_sequential_x1")],
              "switch": [record.get("snapshot_us_median"), record.get("copying_ms")],
+             "policy": [record.get("perplexity"), record.get("cache_bytes")],
+             "passkey": [1 + record.get("digits_recalled", 0)],
+             "versus": [record.get("ratio"), record.get("ratio_min"), record.get("ratio_max")],
              "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
     if bad or not drawn:
@@ -382,6 +401,77 @@ def draw_switch(records, folder):
     save(made, folder, "switch", records)
 
 
+def draw_policies(records, folder):
+    """Perplexity and memory of each policy, side by side; one colour a budget."""
+    made, (left, right) = figure(2, width=5.6)
+    names = list(dict.fromkeys(record["policy"] for record in records))[::-1]
+    budgets = sorted({record["budget"] for record in records})
+    height = 0.8 / len(budgets)
+    for index, budget in enumerate(budgets):
+        chosen = {record["policy"]: record for record in records if record["budget"] == budget}
+        places = [row + (index - (len(budgets) - 1) / 2) * height for row in range(len(names))]
+        for axis, value in ((left, lambda r: r["perplexity"]),
+                            (right, lambda r: r["cache_bytes"] / 1e6)):
+            axis.barh(places, [value(chosen[name]) if name in chosen else 0 for name in names],
+                      height, label=f"{thousands(budget)} entries a head",
+                      color=[ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS][index])
+    best = min(record["perplexity"] for record in records)
+    left.set_xlim(left=0.9 * best)
+    left.set_xlabel(f"perplexity over {thousands(max(r['tokens'] for r in records))} tokens")
+    right.set_xscale("log")
+    right.set_xlabel("MB of keys and values (log scale)")
+    for axis in (left, right):
+        axis.set_yticks(range(len(names)), names)
+        axis.legend(fontsize=8, frameon=False)
+        tidy(axis)
+    save(made, folder, "policies", records)
+
+
+def draw_passkey(records, folder):
+    """Digits recalled of five, by policy and depth."""
+    names = list(dict.fromkeys(record["policy"] for record in records))
+    depths = sorted({record["passkey_depth"] for record in records})
+    cells = {(record["policy"], record["passkey_depth"]): record["digits_recalled"]
+             for record in records}
+    made, (axis,) = figure(width=1.2 + 0.9 * len(depths), height=0.8 + 0.4 * len(names))
+    axis.imshow([[cells.get((name, depth), 0) for depth in depths] for name in names],
+                cmap="Blues", vmin=0, vmax=7, aspect="auto")
+    for row, name in enumerate(names):
+        for column, depth in enumerate(depths):
+            axis.text(column, row, cells.get((name, depth), ""), ha="center", va="center",
+                      fontsize=9)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
+    axis.set_xlabel("where in the text the number is said")
+    axis.set_title("digits recalled of 5", fontsize=10)
+    save(made, folder, "passkey", records)
+
+
+def draw_versus(records, folder):
+    """How many times faster than llama.cpp, a row a task, a colour a weight type and thread count."""
+    tasks = list(dict.fromkeys(record["task"] for record in records))[::-1]
+    series = list(dict.fromkeys((record["weights"], record["threads"]) for record in records))
+    made, (axis,) = figure(width=7.2, height=1.2 + 0.5 * len(tasks))
+    height = 0.8 / len(series)
+    for index, (weights, threads) in enumerate(series):
+        for row, task in enumerate(tasks):
+            for record in records:
+                if (record["weights"], record["threads"], record["task"]) != (weights, threads, task):
+                    continue
+                ratio = record["ratio"]
+                axis.barh(row + ((len(series) - 1) / 2 - index) * height, ratio, height,
+                          xerr=[[max(0.0, ratio - record["ratio_min"])],
+                                [max(0.0, record["ratio_max"] - ratio)]],
+                          error_kw={"linewidth": 0.8}, color=f"C{index % 10}",
+                          label=f"{weights}, {threads} threads" if row == 0 else None)
+    axis.axvline(1.0, color="#000000", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.set_xlabel("times as fast as llama.cpp (median of rounds, range)")
+    axis.legend(fontsize=8, frameon=False)
+    tidy(axis)
+    save(made, folder, "versus_llama_cpp", records)
+
+
 def sweep(entry):
     """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
     first argument with a name is the sweep; None for a run without one."""
@@ -431,7 +521,8 @@ def draw_benchmark(run, folder):
 
 DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
-        "switch": draw_switch}
+        "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
+        "versus": draw_versus}
 
 
 def main():
