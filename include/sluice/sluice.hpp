@@ -28,11 +28,14 @@
 
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/page_pool.hpp"
+#include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
+#include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/group_mask.hpp"
 #include "sluice/attention/reference.hpp"
 #include "sluice/attention/softmax_state.hpp"

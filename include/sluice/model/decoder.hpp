@@ -16,9 +16,11 @@
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
+#include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/variant.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -99,6 +101,10 @@ struct GroupReader {
   MassProbe probe{};
 };
 
+/// The reader that a cache's element types ask for.
+template <class Cache>
+using GroupReaderOf = GroupReader<typename Cache::KeyType, typename Cache::ValueType>;
+
 /// Scratch of forward() for one stream, sized for a chunk and a cache; allocated at construction.
 class DecoderWorkspace;
 
@@ -148,6 +154,17 @@ class Decoder {
     return KvCache<Key, Value>(kv_shape(), plan.retentions, layers);
   }
 
+  /// Pages for the streams of this model that share them, each with a PagedKvCache of its own. The
+  /// model must outlive it. \throws what PageStore throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  std::shared_ptr<PageStore<Key, Value>> make_page_store(std::int64_t num_pages,
+                                                         std::int64_t page_size) const {
+    std::vector<const Rotary*> rotaries;
+    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
+      rotaries.push_back(&rotary(layer));
+    return std::make_shared<PageStore<Key, Value>>(kv_shape(), rotaries, num_pages, page_size);
+  }
+
   /// A group of tokens of this model, for streams that read while they write. The model must
   /// outlive it. \throws Error(kConfig) as Group does.
   template <RotaryElement Key, RotaryElement Value = Key>
@@ -161,10 +178,10 @@ class Decoder {
   /// rolls back. Allocates nothing.
   /// Preconditions: cache.status(tokens.size()) == kOk, tokens in [0, vocab_size), at most the
   /// workspace's chunk.
-  template <class Key, class Value>
-  void forward(std::span<const Token> tokens, KvCache<Key, Value>& cache,
-               DecoderWorkspace& workspace, ThreadTeam& team) const {
-    forward(DecoderInput{tokens}, cache, GroupReader<Key, Value>{}, workspace, team);
+  template <class Cache>
+  void forward(std::span<const Token> tokens, Cache& cache, DecoderWorkspace& workspace,
+               ThreadTeam& team) const {
+    forward(DecoderInput{tokens}, cache, GroupReaderOf<Cache>{}, workspace, team);
   }
 
   /// The same for a reader among groups: the chunk is written to `cache` alone and sees, beside it,
@@ -172,10 +189,10 @@ class Decoder {
   /// Preconditions: all caches are of this model; the workspace has room for their keys and
   /// segments; positions given explicitly need rotated keys in text positions
   /// (PositionRule::kInText, or a full cache): ranks are counted, not given.
-  template <class Key, class Value>
-  void forward(const DecoderInput& input, KvCache<Key, Value>& cache,
-               const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
-               ThreadTeam& team) const {
+  template <class Cache>
+  void forward(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
+               DecoderWorkspace& workspace, ThreadTeam& team) const {
+    SLUICE_ASSERT(input.positions.empty() || cache.takes_positions());
     run(input, cache, reader, workspace, team, [&](const CausalWindow& own) {
       return GroupCausalWindow{own, reader.own_group, reader.bidirectional};
     });
@@ -183,28 +200,49 @@ class Decoder {
 
   /// The same with a visibility of the caller's for whole sequences of several groups in one cache
   /// (group_mask.hpp). It takes the place of the causal window, trained windows of layers included.
-  template <class Key, class Value, Visibility Mask>
-  void forward(const DecoderInput& input, KvCache<Key, Value>& cache, const Mask& mask,
+  template <class Cache, Visibility Mask>
+  void forward(const DecoderInput& input, Cache& cache, const Mask& mask,
                DecoderWorkspace& workspace, ThreadTeam& team) const {
-    run(input, cache, GroupReader<Key, Value>{}, workspace, team,
+    SLUICE_ASSERT(input.positions.empty() || cache.takes_positions());
+    run(input, cache, GroupReaderOf<Cache>{}, workspace, team,
         [&](const CausalWindow&) { return mask; });
+  }
+
+  /// Feeds a tree of drafted tokens (attention/draft_tree.hpp): row i of the hidden states belongs to
+  /// node i, which stands `depth` behind the cache's tokens and sees them, its ancestors and itself,
+  /// within each layer's window. The caller keeps the accepted path (KvCache::keep_path) and commits,
+  /// or rolls back. Preconditions: those above for draft.size() tokens; unless the draft is a
+  /// single path, keys are stored rotated (raw keys are placed by their slots, not by their depths).
+  template <class Cache>
+  void forward(const DraftTree& draft, Cache& cache, DecoderWorkspace& workspace,
+               ThreadTeam& team) const {
+    const std::int64_t first = cache.total();
+    const DecoderInput input{.tokens = draft.tokens(),
+                             .positions = draft.positions(cache.write_position(first))};
+    run(input, cache, GroupReaderOf<Cache>{}, workspace, team,
+        [&](const CausalWindow& own) { return DraftMask{own, &draft, first}; });
   }
 
   /// Logits of rows [first, first + logits.rows) of the last forward(). logits: [rows, vocab_size].
   void logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& workspace,
               ThreadTeam& team) const;
 
+  /// The same for hidden states that the caller kept. hidden: [rows, hidden_size], as
+  /// DecoderWorkspace::hidden_states() gave them.
+  void logits(MatrixView<const float> hidden, MatrixView<float> logits, DecoderWorkspace& workspace,
+              ThreadTeam& team) const;
+
  private:
   /// make_mask(CausalWindow of a layer) gives the layer's visibility.
-  template <class Key, class Value, class MakeMask>
-  void run(const DecoderInput& input, KvCache<Key, Value>& cache,
-           const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace, ThreadTeam& team,
-           MakeMask&& make_mask) const;
+  template <class Cache, class MakeMask>
+  void run(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
+           DecoderWorkspace& workspace, ThreadTeam& team, MakeMask&& make_mask) const;
 
   /// The segments that the newest `count` tokens see in a layer, other groups' first.
-  template <class Key, class Value>
-  static int gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
-                    const GroupReader<Key, Value>& reader, std::span<Segment<Key, Value>> segments);
+  template <class Cache>
+  static int gather(std::int64_t layer, std::int64_t count, const Cache& cache,
+                    const GroupReaderOf<Cache>& reader,
+                    std::span<typename Cache::SegmentType> segments);
 
   void check_weights(const std::string& where) const;
 
@@ -289,15 +327,14 @@ class DecoderWorkspace {
   std::vector<RotaryTable> write_rotation_;                          // one per rotary
 };
 
-template <class Key, class Value, class MakeMask>
-void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
-                  const GroupReader<Key, Value>& reader, DecoderWorkspace& w, ThreadTeam& team,
-                  MakeMask&& make_mask) const {
+template <class Cache, class MakeMask>
+void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
+                  DecoderWorkspace& w, ThreadTeam& team, MakeMask&& make_mask) const {
+  using SegmentType = typename Cache::SegmentType;
   const std::int64_t count = input.count();
   SLUICE_ASSERT(count >= 1 && count <= w.max_tokens_);
-  SLUICE_ASSERT(
-      input.positions.empty() ||
-      (static_cast<std::int64_t>(input.positions.size()) == count && cache.takes_positions()));
+  SLUICE_ASSERT(input.positions.empty() ||
+                static_cast<std::int64_t>(input.positions.size()) == count);
   const DecoderConfig& c = config_;
   const auto eps = static_cast<float>(c.norm_eps);
   const std::int64_t first_index = cache.total();
@@ -370,10 +407,9 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
         cache.store(l, keys, values, rotation, share.begin, share.end);
       });
 
-    std::array<Segment<Key, Value>, kMaxSegments> segments;
-    const std::span<const Segment<Key, Value>> seen(
-        segments.data(),
-        static_cast<std::size_t>(gather<Key, Value>(l, count, cache, reader, segments)));
+    std::array<SegmentType, kMaxSegments> segments;
+    const std::span<const SegmentType> seen(
+        segments.data(), static_cast<std::size_t>(gather(l, count, cache, reader, segments)));
     const Retention& retention = cache.retention(l);
     const auto mask = make_mask(CausalWindow{std::min(retention.window(), layer_config.window_size),
                                              retention.config().num_sink_tokens});
@@ -409,12 +445,13 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
   norm(hidden, weights_.output_norm, normed);
 }
 
-template <class Key, class Value>
-int Decoder::gather(std::int64_t layer, std::int64_t count, const KvCache<Key, Value>& cache,
-                    const GroupReader<Key, Value>& reader,
-                    std::span<Segment<Key, Value>> segments) {
-  constexpr int kMost = KvCache<Key, Value>::kMaxSegments;
-  std::array<Segment<Key, Value>, kMost> found;
+template <class Cache>
+int Decoder::gather(std::int64_t layer, std::int64_t count, const Cache& cache,
+                    const GroupReaderOf<Cache>& reader,
+                    std::span<typename Cache::SegmentType> segments) {
+  using Key = typename Cache::KeyType;
+  using Value = typename Cache::ValueType;
+  std::array<Segment<Key, Value>, KvCache<Key, Value>::kMaxSegments> found;
   int written = 0;
   const auto take = [&](int more, std::int32_t group) {
     for (int i = 0; i < more; ++i) {
@@ -429,15 +466,26 @@ int Decoder::gather(std::int64_t layer, std::int64_t count, const KvCache<Key, V
     take(view.cache->snapshot_segments(layer, view.visible,
                                        {own.shift + view.shift, own.ceiling + view.shift}, found),
          view.group);
-  take(cache.segments(layer, count, found), reader.own_group);
+  std::array<Segment<Key, Value>, Cache::kMaxSegments> own_segments;
+  const int more = cache.segments(layer, count, own_segments);
+  SLUICE_ASSERT(written + more <= static_cast<int>(segments.size()));
+  for (int i = 0; i < more; ++i) {
+    Segment<Key, Value>& segment = segments[static_cast<std::size_t>(written++)];
+    segment = own_segments[static_cast<std::size_t>(i)];
+    segment.rule.group = reader.own_group;
+  }
   return written;
 }
 
 inline void Decoder::logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& w,
                             ThreadTeam& team) const {
   SLUICE_ASSERT(first >= 0 && first + logits.rows <= w.tokens_);
-  linear(weights_.output, w.hidden_states().middle_rows(first, logits.rows), nullptr, logits,
-         w.linear_, team, cpu{});
+  this->logits(w.hidden_states().middle_rows(first, logits.rows), logits, w, team);
+}
+
+inline void Decoder::logits(MatrixView<const float> hidden, MatrixView<float> logits,
+                            DecoderWorkspace& w, ThreadTeam& team) const {
+  linear(weights_.output, hidden, nullptr, logits, w.linear_, team, cpu{});
 }
 
 inline void Decoder::check_weights(const std::string& where) const {
