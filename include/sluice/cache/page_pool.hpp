@@ -67,8 +67,8 @@ class PagePool {
     std::int32_t page = previous + 1;
     if (previous == kNoPage || page >= num_pages() || at(page).references != 0) {
       const Run run = longest_run();
-      // The page before a run may be the end of a table that grows into it: leave it half.
-      const std::int64_t half = run.first == 0 ? 0 : run.count / 2;
+      // The page before a long run may be the end of a table that grows into it: leave it half.
+      const std::int64_t half = run.first == 0 || run.count < kLongRun ? 0 : run.count / 2;
       page = static_cast<std::int32_t>(run.first + (run.count - half >= wanted ? half : 0));
     }
     take(page);
@@ -145,6 +145,7 @@ class PagePool {
     std::int64_t first = 0;
     std::int64_t count = 0;
   };
+  static constexpr std::int64_t kLongRun = 16;
 
   Page& at(std::int32_t page) {
     SLUICE_ASSERT(page >= 0 && page < num_pages());
