@@ -278,7 +278,7 @@ class PagedKvCache {
     }
   }
 
-  int segments(std::int64_t layer, std::int64_t queries,
+  int segments(std::int64_t layer, [[maybe_unused]] std::int64_t queries,
                std::span<SegmentType, kMaxSegments> out) const {
     SLUICE_ASSERT(queries <= total());
     int written = 0;
