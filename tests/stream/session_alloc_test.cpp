@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // After construction a session allocates nothing, whatever its policy: not when it reads a text
-// longer than the cache, not when it scores one, not when it writes, goes back, replaces its text or
-// verifies a draft.
+// longer than the cache, not when it scores one, not when it writes, goes back, replaces its text
+// or verifies a draft.
 #include <gtest/gtest.h>
 
 #include <memory>
@@ -93,8 +93,8 @@ TEST(SessionAllocations, AreZeroInTransactions) {
     expect_transactions_without_allocation(session, to_string(policy).data());
   }
   options.cache.policy = CachePolicy::kFull;
-  PagedSession<f16> paged(
-      decoder, options, PagedKvCache<f16>(decoder->make_page_store<f16>(40, 16), 200, 4));
+  PagedSession<f16> paged(decoder, options,
+                          PagedKvCache<f16>(decoder->make_page_store<f16>(40, 16), 200, 4));
   expect_transactions_without_allocation(paged, "pages");
 }
 

@@ -177,8 +177,8 @@ class KvCache {
 
   /// Of the newest `tokens` tokens, none of them committed, keeps those numbered path[0] < path[1]
   /// < ... (0 is the oldest) and takes back the rest: rows move, in ascending order, and nothing is
-  /// rotated anew, so each kept token must have been stored with the position of its new place. What
-  /// verifying a tree of drafted tokens leaves (Medusa, arXiv 2401.10774).
+  /// rotated anew, so each kept token must have been stored with the position of its new place.
+  /// What verifying a tree of drafted tokens leaves (Medusa, arXiv 2401.10774).
   void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
     for (int r = 0; r < static_cast<int>(retentions_.size()); ++r) {
       Retention& retention = retentions_[static_cast<std::size_t>(r)];
@@ -216,9 +216,9 @@ class KvCache {
         },
         [](const Retention& retention) { return !only_appends(retention); });
   }
-  /// Returns to a captured state, exactly: as far as truncate() and save() go, nothing tells it from
-  /// a cache that never went on. Allocates nothing. Precondition: retentions that only append have
-  /// not been taken back behind it meanwhile (truncate, reset, restore, copy_from).
+  /// Returns to a captured state, exactly: as far as truncate() and save() go, nothing tells it
+  /// from a cache that never went on. Allocates nothing. Precondition: retentions that only append
+  /// have not been taken back behind it meanwhile (truncate, reset, restore, copy_from).
   void revert(const Checkpoint& checkpoint) {
     retentions_ = checkpoint.retentions;
     const std::byte* from = checkpoint.rows.data();

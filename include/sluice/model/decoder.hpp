@@ -208,19 +208,21 @@ class Decoder {
         [&](const CausalWindow&) { return mask; });
   }
 
-  /// Feeds a tree of drafted tokens (attention/draft_tree.hpp): row i of the hidden states belongs to
-  /// node i, which stands `depth` behind the cache's tokens and sees them, its ancestors and itself,
-  /// within each layer's window. The caller keeps the accepted path (KvCache::keep_path) and commits,
-  /// or rolls back. Preconditions: those above for draft.size() tokens; unless the draft is a
-  /// single path, keys are stored rotated (raw keys are placed by their slots, not by their depths).
+  /// Feeds a tree of drafted tokens (attention/draft_tree.hpp): row i of the hidden states belongs
+  /// to node i, which stands `depth` behind the cache's tokens and sees them, its ancestors and
+  /// itself, within each layer's window. The caller keeps the accepted path (KvCache::keep_path)
+  /// and commits, or rolls back. Preconditions: those above for draft.size() tokens; unless the
+  /// draft is a single path, keys are stored rotated (raw keys are placed by their slots, not by
+  /// their depths).
   template <class Cache>
   void forward(const DraftTree& draft, Cache& cache, DecoderWorkspace& workspace,
                ThreadTeam& team) const {
     const std::int64_t first = cache.total();
     const DecoderInput input{.tokens = draft.tokens(),
                              .positions = draft.positions(cache.write_position(first))};
-    run(input, cache, GroupReaderOf<Cache>{}, workspace, team,
-        [&](const CausalWindow& own) { return DraftMask{own, &draft, first}; });
+    run(input, cache, GroupReaderOf<Cache>{}, workspace, team, [&](const CausalWindow& own) {
+      return DraftMask{own, &draft, first};
+    });
   }
 
   /// Logits of rows [first, first + logits.rows) of the last forward(). logits: [rows, vocab_size].

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// One stream of a model: reads tokens, writes tokens, for ever, in memory that is fixed when the
 /// session is made. Verbs: accept (read), update (read a text that replaces the one before), step
-/// (write one token, or what a draft guessed), result (what step wrote), checkpoint and rollback_to,
-/// fork, reset, save and restore.
+/// (write one token, or what a draft guessed), result (what step wrote), checkpoint and
+/// rollback_to, fork, reset, save and restore.
 #pragma once
 
 #include <algorithm>
@@ -72,8 +72,8 @@ struct UpdateResult {
   std::int64_t computed = 0;       ///< tokens that were fed
 };
 
-/// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache, or
-/// a PagedKvCache, whose pages sessions share.
+/// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache,
+/// or a PagedKvCache, whose pages sessions share.
 ///
 /// Everything is allocated by the constructor; no verb but fork(), save() and restore() allocates.
 /// One thread at a time uses a session; different sessions of one model are independent, except a
@@ -83,15 +83,15 @@ class Session {
  public:
   /// \throws Error(kConfig) naming the option that makes no sense (sinks, window, chunk, capacity,
   /// sampling, threads, history, checkpoints).
-  Session(std::shared_ptr<const Decoder> model, const SessionOptions& options)
-    requires(std::same_as<Cache, KvCache<Key, Value>>)
-      : Session(model, options, nullptr,
-                model->template make_cache<Key, Value>(
-                    plan_cache(model->config(), options.cache))) {}
-  /// Over a cache that the caller made for this model. options.cache must say kFull, and describes it
-  /// in snapshots. \throws Error(kConfig) as above, or for another policy.
-  Session(std::shared_ptr<const Decoder> model, const SessionOptions& options, Cache&& cache)
-    requires(!std::same_as<Cache, KvCache<Key, Value>>)
+  Session(std::shared_ptr<const Decoder> model,
+          const SessionOptions& options) requires(std::same_as<Cache, KvCache<Key, Value>>)
+      : Session(
+            model, options, nullptr,
+            model->template make_cache<Key, Value>(plan_cache(model->config(), options.cache))) {}
+  /// Over a cache that the caller made for this model. options.cache must say kFull, and describes
+  /// it in snapshots. \throws Error(kConfig) as above, or for another policy.
+  Session(std::shared_ptr<const Decoder> model, const SessionOptions& options,
+          Cache&& cache) requires(!std::same_as<Cache, KvCache<Key, Value>>)
       : Session(std::move(model), options, nullptr, std::move(cache)) {
     if (options.cache.policy != CachePolicy::kFull)
       throw Error(ErrorCode::kConfig, {"a cache of the caller's keeps everything", "SessionOptions",
@@ -122,7 +122,8 @@ class Session {
   template <std::predicate Stop>
   std::int64_t accept(std::span<const Token> tokens, Stop&& stop) {
     check(tokens, 0, cache_.total(), pending_ ? 1 : 0);
-    return read(tokens, MatrixView<float>(), [](std::size_t, double) {}, stop);
+    return read(
+        tokens, MatrixView<float>(), [](std::size_t, double) {}, stop);
   }
 
   /// accept(), and calls visit(i, nll) with the negative log-likelihood of each tokens[i] given all
@@ -177,7 +178,8 @@ class Session {
     sampler_.reset();
     position_ = 0;
     for (const Token token : kept) take(token);
-    result.computed = read(rest, MatrixView<float>(), [](std::size_t, double) {}, stop);
+    result.computed = read(
+        rest, MatrixView<float>(), [](std::size_t, double) {}, stop);
     return result;
   }
   UpdateResult update(std::span<const Token> tokens) {
@@ -199,16 +201,15 @@ class Session {
     return token;
   }
 
-  /// Writes several tokens at once: verifies a tree of guesses in one forward (speculative decoding,
-  /// arXiv 2211.17192; trees as in Medusa, arXiv 2401.10774). Samples behind the root, goes on to the
-  /// child that guessed the sample, and so on; what was not guessed is taken back without a trace.
-  /// Returns the tokens written, one at least, valid until the next call: those that step() would
-  /// have written one after the other, to rounding, because each is sampled from the model's own
-  /// logits. The drafter is the caller's. Allocates nothing.
-  /// \throws Error(kOrder) unless node 0 is the token that step() wrote last; Error(kShape) for a
-  /// token outside the vocabulary; Error(kCapacity) if the nodes do not fit a chunk or the cache;
-  /// Error(kUnsupported) with kRecompute, and for a tree with branches over raw keys. The stream is
-  /// then as it was.
+  /// Writes several tokens at once: verifies a tree of guesses in one forward (speculative
+  /// decoding, arXiv 2211.17192; trees as in Medusa, arXiv 2401.10774). Samples behind the root,
+  /// goes on to the child that guessed the sample, and so on; what was not guessed is taken back
+  /// without a trace. Returns the tokens written, one at least, valid until the next call: those
+  /// that step() would have written one after the other, to rounding, because each is sampled from
+  /// the model's own logits. The drafter is the caller's. Allocates nothing. \throws Error(kOrder)
+  /// unless node 0 is the token that step() wrote last; Error(kShape) for a token outside the
+  /// vocabulary; Error(kCapacity) if the nodes do not fit a chunk or the cache; Error(kUnsupported)
+  /// with kRecompute, and for a tree with branches over raw keys. The stream is then as it was.
   std::span<const Token> step(const DraftTree& draft) {
     check(draft);
     model_->forward(draft, cache_, *workspace_, *team_);
@@ -276,19 +277,19 @@ class Session {
   }
 
   /// Returns to a checkpoint: everything that follows is, bit for bit, what followed then. Later
-  /// checkpoints expire; this one stays. Allocates nothing. \throws Error(kOrder) for an id that was
-  /// not given, or has expired: its place was taken, or the stream was taken back behind it
+  /// checkpoints expire; this one stays. Allocates nothing. \throws Error(kOrder) for an id that
+  /// was not given, or has expired: its place was taken, or the stream was taken back behind it
   /// (rollback_to, update, reset, restore). The stream is then as it was.
   void rollback_to(CheckpointId id) {
     const auto found = std::find_if(saved_.begin(), saved_.end(), [&](const Saved& saved) {
       return id.serial != 0 && saved.serial == id.serial;
     });
     if (found == saved_.end())
-      throw Error(ErrorCode::kOrder,
-                  {id.serial == 0 || id.serial > last_serial_ ? "no such checkpoint"
-                                                              : "the checkpoint has expired",
-                   "Session::rollback_to", "id", "a checkpoint that is held",
-                   std::to_string(id.serial)});
+      throw Error(
+          ErrorCode::kOrder,
+          {id.serial == 0 || id.serial > last_serial_ ? "no such checkpoint"
+                                                      : "the checkpoint has expired",
+           "Session::rollback_to", "id", "a checkpoint that is held", std::to_string(id.serial)});
     for (Saved& saved : saved_)
       if (saved.serial > id.serial) saved.serial = 0;
     cache_.revert(found->cache);
@@ -339,8 +340,9 @@ class Session {
   void fork_into(Session& child) const {
     if (child.model_ != model_ || child.identity() != identity() ||
         child.history_.size() != history_.size())
-      throw Error(ErrorCode::kConfig, {"a fork continues a session that was made alike",
-                                       "Session::fork_into", "options", "those of the session", ""});
+      throw Error(ErrorCode::kConfig,
+                  {"a fork continues a session that was made alike", "Session::fork_into",
+                   "options", "those of the session", ""});
     child.reset();
     child.cache_.copy_from(cache_);
     child.sampler_.copy_from(sampler_);
@@ -357,10 +359,9 @@ class Session {
   /// Samples from another random sequence from now on: so that forks of one stream differ.
   void reseed(std::uint64_t seed) { sampler_.reseed(seed); }
 
-  /// Writes a snapshot that restore() continues from bit for bit: cache, sampler, last hidden state,
-  /// remembered tokens; no checkpoints. Survives a kill at any byte: the file is replaced as a whole.
-  /// Feeds a pending token first. Allocates.
-  /// \throws Error(kIo).
+  /// Writes a snapshot that restore() continues from bit for bit: cache, sampler, last hidden
+  /// state, remembered tokens; no checkpoints. Survives a kill at any byte: the file is replaced as
+  /// a whole. Feeds a pending token first. Allocates. \throws Error(kIo).
   void save(const std::string& path) {
     feed_pending();
     ByteWriter writer;
@@ -449,11 +450,12 @@ class Session {
         options_(checked(options)),
         team_(options.team ? options.team : std::make_shared<ThreadTeam>(options.num_threads)),
         cache_(std::move(cache)),
-        workspace_(workspace ? std::move(workspace)
-                             : std::make_shared<DecoderWorkspace>(
-                                   *model_, cache_.max_chunk(), cache_.max_entries(), team_->size(),
-                                   std::max(DecoderWorkspace::kDefaultSegments, Cache::kMaxSegments),
-                                   options.activations)),
+        workspace_(workspace
+                       ? std::move(workspace)
+                       : std::make_shared<DecoderWorkspace>(
+                             *model_, cache_.max_chunk(), cache_.max_entries(), team_->size(),
+                             std::max(DecoderWorkspace::kDefaultSegments, Cache::kMaxSegments),
+                             options.activations)),
         sampler_(options.sampler, model_->config().vocab_size),
         logits_(static_cast<std::size_t>(model_->config().vocab_size)),
         hidden_(static_cast<std::size_t>(model_->config().hidden_size)),
@@ -491,9 +493,9 @@ class Session {
     SessionOptions options = options_;
     options.team = team_;
     if constexpr (std::same_as<Cache, KvCache<Key, Value>>)
-      return Session(model_, options, workspace_,
-                     model_->template make_cache<Key, Value>(
-                         plan_cache(model_->config(), options.cache)));
+      return Session(
+          model_, options, workspace_,
+          model_->template make_cache<Key, Value>(plan_cache(model_->config(), options.cache)));
     else
       return Session(model_, options, workspace_, cache_.sibling());
   }
@@ -588,8 +590,8 @@ class Session {
           for (std::int64_t r = 0; r < rows; ++r) {
             const auto next = static_cast<std::size_t>(first + r + 1);
             visit(done + next,
-                  negative_log_likelihood(
-                      {logits.row(r), static_cast<std::size_t>(logits.cols)}, chunk[next]));
+                  negative_log_likelihood({logits.row(r), static_cast<std::size_t>(logits.cols)},
+                                          chunk[next]));
           }
         }
       }
@@ -743,16 +745,25 @@ class Session {
     std::uint64_t hash = 0;
     for (const float value : norm) hash = hash * 1099511628211ULL + std::bit_cast<std::uint32_t>(value);
     const CacheOptions& cache = options_.cache;
-    return {c.vocab_size, c.hidden_size, c.num_layers(), c.num_qo_heads, c.num_kv_heads,
-            c.head_dim, static_cast<std::int64_t>(hash), static_cast<std::int64_t>(cache.policy),
-            cache.num_sink_tokens, cache.window_size, cache.capacity, cache.chunk(),
+    return {c.vocab_size,
+            c.hidden_size,
+            c.num_layers(),
+            c.num_qo_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            static_cast<std::int64_t>(hash),
+            static_cast<std::int64_t>(cache.policy),
+            cache.num_sink_tokens,
+            cache.window_size,
+            cache.capacity,
+            cache.chunk(),
             static_cast<std::int64_t>(cache.position_rule),
             static_cast<std::int64_t>(options_.activations)};
   }
   static constexpr std::array<const char*, 14> kIdentityFields{
-      "vocab_size", "hidden_size", "num_layers", "num_qo_heads", "num_kv_heads",
-      "head_dim", "weights", "policy", "num_sink_tokens", "window_size", "capacity", "chunk_size",
-      "position_rule", "activations"};
+      "vocab_size", "hidden_size", "num_layers",    "num_qo_heads",    "num_kv_heads",
+      "head_dim",   "weights",     "policy",        "num_sink_tokens", "window_size",
+      "capacity",   "chunk_size",  "position_rule", "activations"};
 
   /// Reads a count and that many tokens of the vocabulary into the front of a buffer.
   std::int64_t read_tokens(ByteReader& reader, const char* field, Buffer<Token>& into) const {
@@ -783,13 +794,13 @@ class Session {
   std::shared_ptr<DecoderWorkspace> workspace_;  // shared with forks
   Sampler sampler_;
   StreamMetrics metrics_;
-  Buffer<float> logits_;         // [vocab_size]
-  Buffer<float> hidden_;         // [hidden_size], of the last fed token
-  Buffer<Token> history_;        // [SessionOptions::history], the stream's first tokens
-  Buffer<std::int64_t> path_;    // [chunk], of a verified draft
-  Buffer<Token> fed_;            // [chunk], the tokens of path_
-  Buffer<Token> written_;        // [chunk], by step(draft)
-  Buffer<Token> window_;         // [2 * window_size], kRecompute only
+  Buffer<float> logits_;       // [vocab_size]
+  Buffer<float> hidden_;       // [hidden_size], of the last fed token
+  Buffer<Token> history_;      // [SessionOptions::history], the stream's first tokens
+  Buffer<std::int64_t> path_;  // [chunk], of a verified draft
+  Buffer<Token> fed_;          // [chunk], the tokens of path_
+  Buffer<Token> written_;      // [chunk], by step(draft)
+  Buffer<Token> window_;       // [2 * window_size], kRecompute only
   std::int64_t window_tokens_ = 0;
   std::vector<Saved> saved_;
   std::uint64_t last_serial_ = 0;
