@@ -27,6 +27,7 @@
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/model/decoder.hpp"
 #include "support/naive_decoder.hpp"
+#include "support/property.hpp"
 #include "support/small_decoder.hpp"
 
 namespace {
@@ -345,11 +346,14 @@ using MakeOptions = std::function<CacheOptions(Random&)>;
 class GroupStreaming : public testing::Test {
  protected:
   static void SetUpTestSuite() {
-    models_.push_back(small_decoder({}, 1));
-    models_.push_back(small_decoder({.num_layers = 2, .num_qo_heads = 6, .num_kv_heads = 1}, 2));
-    models_.push_back(small_decoder({.num_layers = 4, .num_qo_heads = 2, .num_kv_heads = 2}, 3));
+    models_.push_back(sluice::test::small_decoder({}, 1));
+    models_.push_back(
+        sluice::test::small_decoder({.num_layers = 2, .num_qo_heads = 6, .num_kv_heads = 1}, 2));
+    models_.push_back(
+        sluice::test::small_decoder({.num_layers = 4, .num_qo_heads = 2, .num_kv_heads = 2}, 3));
     // Local layers between global ones.
-    models_.push_back(small_decoder({.num_layers = 3, .windows = {4, kUnlimitedWindow, 2}}, 4));
+    models_.push_back(
+        sluice::test::small_decoder({.num_layers = 3, .windows = {4, kUnlimitedWindow, 2}}, 4));
   }
   static void TearDownTestSuite() { models_.clear(); }
 

@@ -22,6 +22,7 @@
 #include "sluice/core/threads.hpp"
 #include "sluice/model/decoder.hpp"
 #include "support/naive_decoder.hpp"
+#include "support/property.hpp"
 #include "support/small_decoder.hpp"
 
 namespace {

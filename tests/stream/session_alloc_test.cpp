@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 // After construction a session allocates nothing, whatever its policy: not when it reads a text
-// longer than the cache, not when it scores one, not when it writes.
+// longer than the cache, not when it scores one, not when it writes, goes back, replaces its text
+// or verifies a draft.
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -41,6 +43,59 @@ void expect_no_allocation(const std::string& model_name, CachePolicy policy, Key
   for (int i = 0; i < 150; ++i) session.step();
   EXPECT_EQ(test::allocation_count() - before, 0)
       << model_name << " " << to_string(policy) << " keys " << to_string(form);
+}
+
+/// Checkpoints, returns, updates, drafts and forks into a session that is there.
+template <class AnySession>
+void expect_transactions_without_allocation(AnySession& session, const char* where) {
+  AnySession child = session.fork();
+  Random random(2);
+  std::vector<Token> text(150);
+  for (Token& token : text) token = static_cast<Token>(random.below(128));
+  DraftTree draft(4);
+  const auto before = test::allocation_count();
+  session.update(text);
+  for (int round = 0; round < 20; ++round) {
+    const CheckpointId id = session.checkpoint();
+    session.accept(std::span<const Token>(text).first(7));
+    session.step();
+    session.fork_into(child);
+    child.step();
+    session.rollback_to(id);
+    text[random.below(text.size())] = static_cast<Token>(random.below(128));
+    session.update(text, [] { return false; });
+    if (session.options().cache.policy != CachePolicy::kRecompute) {
+      draft.clear();
+      draft.add(session.step().value(), DraftTree::kNoNode);
+      draft.add(3, 0);
+      draft.add(4, 0);
+      session.step(draft);
+    }
+  }
+  EXPECT_EQ(test::allocation_count() - before, 0) << where;
+}
+
+TEST(SessionAllocations, AreZeroInTransactions) {
+  const std::string folder = std::string(SLUICE_TEST_DATA) + "/models/gemma3";
+  const auto decoder =
+      load_decoder(std::make_shared<const SafetensorsModel>(folder), folder + "/config.json");
+  SessionOptions options;
+  options.cache.window_size = 24;
+  options.cache.capacity = 200;
+  options.cache.chunk_size = 4;
+  options.history = 100;
+  options.checkpoints = 3;
+  options.checkpoint_every = 40;
+  for (const CachePolicy policy : {CachePolicy::kSinkWindow, CachePolicy::kWindow,
+                                   CachePolicy::kFull, CachePolicy::kRecompute}) {
+    options.cache.policy = policy;
+    Session<f16> session(decoder, options);
+    expect_transactions_without_allocation(session, to_string(policy).data());
+  }
+  options.cache.policy = CachePolicy::kFull;
+  PagedSession<f16> paged(decoder, options,
+                          PagedKvCache<f16>(decoder->make_page_store<f16>(40, 16), 200, 4));
+  expect_transactions_without_allocation(paged, "pages");
 }
 
 TEST(SessionAllocations, AreZeroAfterConstruction) {

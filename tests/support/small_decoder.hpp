@@ -79,10 +79,6 @@ inline std::unique_ptr<const Decoder> small_decoder(const Geometry& geometry, st
   return std::make_unique<const Decoder>(std::move(config), std::move(weights), "small_decoder");
 }
 
-inline std::int64_t between(Random& random, std::int64_t low, std::int64_t high) {
-  return low + static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(high - low + 1)));
-}
-
 inline std::vector<Token> random_tokens(Random& random, std::int64_t count) {
   std::vector<Token> tokens;
   for (std::int64_t i = 0; i < count; ++i)

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -67,6 +68,23 @@ class KvCache {
   using ValueType = Value;
   using SegmentType = Segment<Key, Value>;
   static constexpr int kMaxSegments = Retention::kMaxSegments;
+
+  /// A state that revert() returns to: all counters, and the rows of every retention that
+  /// overwrites its own. Retentions that only append keep their rows in place, for nothing.
+  struct Checkpoint {
+    std::vector<Retention> retentions;
+    Buffer<std::byte> rows;
+    /// What it costs, the counters left out.
+    std::size_t bytes() const { return rows.bytes(); }
+    /// As those of the cache, at the captured state.
+    std::int64_t total() const { return retentions.front().total(); }
+    std::int64_t max_truncate() const {
+      std::int64_t result = retentions.front().max_truncate();
+      for (const Retention& retention : retentions)
+        result = std::min(result, retention.max_truncate());
+      return result;
+    }
+  };
 
   /// Allocates bytes() at once. `layers` has one entry per layer.
   /// \throws Error(kConfig, kShape) when extents are not positive, a layer names a retention that
@@ -197,6 +215,83 @@ class KvCache {
     for (Retention& retention : retentions_) retention.reset();
   }
 
+  /// Of the newest `tokens` tokens, none of them committed, keeps those numbered path[0] < path[1]
+  /// < ... (0 is the oldest) and takes back the rest: rows move, in ascending order, and nothing is
+  /// rotated anew, so each kept token must have been stored with the position of its new place.
+  /// What verifying a tree of drafted tokens leaves (Medusa, arXiv 2401.10774).
+  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
+    for (int r = 0; r < static_cast<int>(retentions_.size()); ++r) {
+      Retention& retention = retentions_[static_cast<std::size_t>(r)];
+      SLUICE_ASSERT(tokens <= retention.total() - retention.committed());
+      for (std::size_t i = 0; i < path.size(); ++i)
+        if (path[i] != static_cast<std::int64_t>(i))
+          move_row(r, retention.slot_of_newest(tokens - path[i]),
+                   retention.slot_of_newest(tokens - static_cast<std::int64_t>(i)));
+      retention.truncate(tokens - static_cast<std::int64_t>(path.size()));
+    }
+  }
+
+  /// An empty checkpoint with all the room that capture() needs. Allocates it.
+  Checkpoint make_checkpoint() const {
+    std::int64_t bytes = 0;
+    for (const Layer& layer : layers_)
+      for (const HeadClass& part : layer.classes) {
+        const Retention& retention = retentions_[static_cast<std::size_t>(part.retention)];
+        if (!only_appends(retention))
+          bytes += retention.config().capacity * part.num_heads * row_bytes();
+      }
+    return {retentions_, Buffer<std::byte>(static_cast<std::size_t>(bytes))};
+  }
+  /// Takes the state of now. Allocates nothing. Precondition: nothing is uncommitted, `checkpoint`
+  /// is of this cache or of one made alike.
+  void capture(Checkpoint& checkpoint) const {
+    SLUICE_ASSERT(retentions_.front().total() == retentions_.front().committed());
+    checkpoint.retentions = retentions_;
+    std::byte* to = checkpoint.rows.data();
+    each_kept_row(
+        *this,
+        [&](const auto* row, std::int64_t count) {
+          const std::size_t size = sizeof(*row) * static_cast<std::size_t>(count);
+          std::memcpy(to, row, size);
+          to += size;
+        },
+        [](const Retention& retention) { return !only_appends(retention); });
+  }
+  /// Returns to a captured state, exactly: as far as truncate() and save() go, nothing tells it
+  /// from a cache that never went on. Allocates nothing. Precondition: retentions that only append
+  /// have not been taken back behind it meanwhile (truncate, reset, restore, copy_from).
+  void revert(const Checkpoint& checkpoint) {
+    retentions_ = checkpoint.retentions;
+    const std::byte* from = checkpoint.rows.data();
+    each_kept_row(
+        *this,
+        [&](auto* row, std::int64_t count) {
+          const std::size_t size = sizeof(*row) * static_cast<std::size_t>(count);
+          std::memcpy(row, from, size);
+          from += size;
+        },
+        [](const Retention& retention) { return !only_appends(retention); });
+  }
+  /// Becomes a copy of `other`, a cache made with the same shape and retentions: the fork of a
+  /// stream whose rows are few (a window). Copies what is kept; allocates nothing.
+  /// Precondition: nothing is uncommitted in `other`.
+  void copy_from(const KvCache& other) {
+    SLUICE_ASSERT(keys_.size() == other.keys_.size() && values_.size() == other.values_.size());
+    retentions_ = other.retentions_;
+    for (const Layer& layer : layers_)
+      for (const HeadClass& part : layer.classes) {
+        const Retention& retention = retentions_[static_cast<std::size_t>(part.retention)];
+        retention.each_stored_slot([&](std::int64_t slot) {
+          for (std::int64_t j = 0; j < part.num_heads; ++j) {
+            std::copy_n(other.key_row(part, retention, j, slot), shape_.head_dim,
+                        key_row(part, retention, j, slot));
+            std::copy_n(other.value_row(part, retention, j, slot), shape_.value_dim,
+                        value_row(part, retention, j, slot));
+          }
+        });
+      }
+  }
+
   /// StreamingLLM's batched evictions, for caches with Eviction::kOnRequest (retention.hpp).
   /// Where one retention throws, none has changed.
   void shrink() { evict_for_space(0); }
@@ -268,7 +363,7 @@ class KvCache {
   }
 
   /// Bytes of keys and values that were ever moved or copied inside the cache after they had been
-  /// stored: only evict_range() moves any.
+  /// stored: only evict_range() and keep_path() move any.
   std::int64_t bytes_moved() const { return bytes_moved_; }
 
   /// Appends retentions and the kept rows. Allocates in the writer.
@@ -442,9 +537,15 @@ class KvCache {
   /// the state too.
   template <class Self, class Visit>
   static void each_kept_row(Self& self, Visit&& visit) {
+    each_kept_row(self, visit, [](const Retention&) { return true; });
+  }
+  /// Those of the retentions that `wanted` says.
+  template <class Self, class Visit, class Wanted>
+  static void each_kept_row(Self& self, Visit&& visit, Wanted&& wanted) {
     for (const Layer& layer : self.layers_)
       for (const HeadClass& part : layer.classes) {
         const Retention& retention = self.retentions_[static_cast<std::size_t>(part.retention)];
+        if (!wanted(retention)) continue;
         retention.each_stored_slot([&](std::int64_t slot) {
           for (std::int64_t j = 0; j < part.num_heads; ++j) {
             visit(key_row_of(self, part, retention, j, slot), self.shape_.head_dim);
@@ -484,10 +585,20 @@ class KvCache {
                       key_row(part, retention, j, to));
           std::copy_n(value_row(part, retention, j, from), shape_.value_dim,
                       value_row(part, retention, j, to));
-          bytes_moved_ += shape_.head_dim * static_cast<std::int64_t>(sizeof(Key)) +
-                          shape_.value_dim * static_cast<std::int64_t>(sizeof(Value));
+          bytes_moved_ += row_bytes();
         }
       }
+  }
+
+  /// Whether a token's row stays where it is until it is taken back.
+  static bool only_appends(const Retention& retention) {
+    return retention.config().eviction == Eviction::kPerQuery &&
+           retention.window() >= kUnlimitedWindow;
+  }
+  /// Bytes of one token's key and value in one head.
+  std::int64_t row_bytes() const {
+    return shape_.head_dim * static_cast<std::int64_t>(sizeof(Key)) +
+           shape_.value_dim * static_cast<std::int64_t>(sizeof(Value));
   }
 
   std::shared_ptr<const RotaryTable> raw_key_table(const Rotary& rotary, std::int64_t capacity) {

@@ -17,11 +17,13 @@
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
+#include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/observed_attention.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/variant.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -122,6 +124,10 @@ struct GroupReader {
   MassProbe probe{};
 };
 
+/// The reader that a cache's element types ask for.
+template <class Cache>
+using GroupReaderOf = GroupReader<typename Cache::KeyType, typename Cache::ValueType>;
+
 /// Scratch of forward() for one stream, sized for a chunk and a cache; allocated at construction.
 class DecoderWorkspace;
 
@@ -187,6 +193,17 @@ class Decoder {
                                      directions);
   }
 
+  /// Pages for the streams of this model that share them, each with a PagedKvCache of its own. The
+  /// model must outlive it. \throws what PageStore throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  std::shared_ptr<PageStore<Key, Value>> make_page_store(std::int64_t num_pages,
+                                                         std::int64_t page_size) const {
+    std::vector<const Rotary*> rotaries;
+    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
+      rotaries.push_back(&rotary(layer));
+    return std::make_shared<PageStore<Key, Value>>(kv_shape(), rotaries, num_pages, page_size);
+  }
+
   /// A group of tokens of this model, for streams that read while they write. The model must
   /// outlive it. \throws Error(kConfig) as Group does.
   template <RotaryElement Key, RotaryElement Value = Key>
@@ -203,7 +220,7 @@ class Decoder {
   template <DecoderCache Cache>
   void forward(std::span<const Token> tokens, Cache& cache, DecoderWorkspace& workspace,
                ThreadTeam& team) const {
-    forward(DecoderInput{tokens}, cache, Alone<Cache>{}, workspace, team);
+    forward(DecoderInput{tokens}, cache, GroupReaderOf<Cache>{}, workspace, team);
   }
 
   /// The same for a reader among groups: the chunk is written to `cache` alone and sees, beside it,
@@ -212,9 +229,9 @@ class Decoder {
   /// segments; positions given explicitly need rotated keys in text positions
   /// (PositionRule::kInText, or a full cache): ranks are counted, not given.
   template <DecoderCache Cache>
-  void forward(const DecoderInput& input, Cache& cache,
-               const GroupReader<typename Cache::KeyType, typename Cache::ValueType>& reader,
+  void forward(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
                DecoderWorkspace& workspace, ThreadTeam& team) const {
+    SLUICE_ASSERT(input.positions.empty() || cache.takes_positions());
     run(input, cache, reader, workspace, team, [&](const CausalWindow& own) {
       return GroupCausalWindow{own, reader.own_group, reader.bidirectional};
     });
@@ -225,11 +242,35 @@ class Decoder {
   template <DecoderCache Cache, Visibility Mask>
   void forward(const DecoderInput& input, Cache& cache, const Mask& mask,
                DecoderWorkspace& workspace, ThreadTeam& team) const {
-    run(input, cache, Alone<Cache>{}, workspace, team, [&](const CausalWindow&) { return mask; });
+    SLUICE_ASSERT(input.positions.empty() || cache.takes_positions());
+    run(input, cache, GroupReaderOf<Cache>{}, workspace, team,
+        [&](const CausalWindow&) { return mask; });
+  }
+
+  /// Feeds a tree of drafted tokens (attention/draft_tree.hpp): row i of the hidden states belongs
+  /// to node i, which stands `depth` behind the cache's tokens and sees them, its ancestors and
+  /// itself, within each layer's window. The caller keeps the accepted path (KvCache::keep_path)
+  /// and commits, or rolls back. Preconditions: those above for draft.size() tokens; unless the
+  /// draft is a single path, keys are stored rotated (raw keys are placed by their slots, not by
+  /// their depths).
+  template <DecoderCache Cache>
+  void forward(const DraftTree& draft, Cache& cache, DecoderWorkspace& workspace,
+               ThreadTeam& team) const {
+    const std::int64_t first = cache.total();
+    const DecoderInput input{.tokens = draft.tokens(),
+                             .positions = draft.positions(cache.write_position(first))};
+    run(input, cache, GroupReaderOf<Cache>{}, workspace, team, [&](const CausalWindow& own) {
+      return DraftMask{own, &draft, first};
+    });
   }
 
   /// Logits of rows [first, first + logits.rows) of the last forward(). logits: [rows, vocab_size].
   void logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& workspace,
+              ThreadTeam& team) const;
+
+  /// The same for hidden states that the caller kept. hidden: [rows, hidden_size], as
+  /// DecoderWorkspace::hidden_states() gave them.
+  void logits(MatrixView<const float> hidden, MatrixView<float> logits, DecoderWorkspace& workspace,
               ThreadTeam& team) const;
 
  private:
@@ -245,20 +286,17 @@ class Decoder {
     return layers;
   }
 
-  /// A reader that sees its own cache alone.
-  template <class Cache>
-  using Alone = GroupReader<typename Cache::KeyType, typename Cache::ValueType>;
-
   /// make_mask(CausalWindow of a layer) gives the layer's visibility.
   template <class Cache, class MakeMask>
-  void run(const DecoderInput& input, Cache& cache, const Alone<Cache>& reader,
+  void run(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
            DecoderWorkspace& workspace, ThreadTeam& team, MakeMask&& make_mask) const;
 
   /// The segments that the newest `count` tokens see in one class of a layer's heads, other groups'
   /// first.
   template <class Cache>
   static int gather(std::int64_t layer, int part, std::int64_t count, const Cache& cache,
-                    const Alone<Cache>& reader, std::span<typename Cache::SegmentType> segments);
+                    const GroupReaderOf<Cache>& reader,
+                    std::span<typename Cache::SegmentType> segments);
 
   void check_weights(const std::string& where) const;
 
@@ -344,14 +382,13 @@ class DecoderWorkspace {
 };
 
 template <class Cache, class MakeMask>
-void Decoder::run(const DecoderInput& input, Cache& cache, const Alone<Cache>& reader,
+void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
                   DecoderWorkspace& w, ThreadTeam& team, MakeMask&& make_mask) const {
   using SegmentType = typename Cache::SegmentType;
   const std::int64_t count = input.count();
   SLUICE_ASSERT(count >= 1 && count <= w.max_tokens_);
-  SLUICE_ASSERT(
-      input.positions.empty() ||
-      (static_cast<std::int64_t>(input.positions.size()) == count && cache.takes_positions()));
+  SLUICE_ASSERT(input.positions.empty() ||
+                static_cast<std::int64_t>(input.positions.size()) == count);
   const DecoderConfig& c = config_;
   const auto eps = static_cast<float>(c.norm_eps);
   const std::int64_t first_index = cache.total();
@@ -433,7 +470,7 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const Alone<Cache>& r
       std::array<SegmentType, kMaxSegments> segments;
       const std::span<const SegmentType> seen(
           segments.data(),
-          static_cast<std::size_t>(gather<Cache>(l, part, count, cache, reader, segments)));
+          static_cast<std::size_t>(gather(l, part, count, cache, reader, segments)));
       const HeadClassView heads = cache.head_class(l, part);
       const auto mask = make_mask(CausalWindow{
           std::min(heads.window_size, layer_config.window_size), heads.num_sink_tokens});
@@ -478,7 +515,8 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const Alone<Cache>& r
 
 template <class Cache>
 int Decoder::gather(std::int64_t layer, int part, std::int64_t count, const Cache& cache,
-                    const Alone<Cache>& reader, std::span<typename Cache::SegmentType> segments) {
+                    const GroupReaderOf<Cache>& reader,
+                    std::span<typename Cache::SegmentType> segments) {
   using SegmentType = typename Cache::SegmentType;
   int written = 0;
   const auto take = [&](const auto& found, int more, std::int32_t group) {
@@ -510,8 +548,12 @@ int Decoder::gather(std::int64_t layer, int part, std::int64_t count, const Cach
 inline void Decoder::logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& w,
                             ThreadTeam& team) const {
   SLUICE_ASSERT(first >= 0 && first + logits.rows <= w.tokens_);
-  linear(weights_.output, w.hidden_states().middle_rows(first, logits.rows), nullptr, logits,
-         w.linear_, team, cpu{});
+  this->logits(w.hidden_states().middle_rows(first, logits.rows), logits, w, team);
+}
+
+inline void Decoder::logits(MatrixView<const float> hidden, MatrixView<float> logits,
+                            DecoderWorkspace& w, ThreadTeam& team) const {
+  linear(weights_.output, hidden, nullptr, logits, w.linear_, team, cpu{});
 }
 
 inline void Decoder::check_weights(const std::string& where) const {

@@ -147,6 +147,56 @@ class Sampler {
   const SamplerOptions& options() const noexcept { return options_; }
   std::int64_t vocab_size() const noexcept { return static_cast<std::int64_t>(scratch_.size()); }
 
+  /// What the following tokens depend on, for going back to it in the same process.
+  class Checkpoint {
+   public:
+    std::size_t bytes() const noexcept { return sizeof(Random::State) + history_.bytes(); }
+
+   private:
+    friend class Sampler;
+    Random::State random_{};
+    Buffer<Token> history_;
+    std::size_t next_ = 0;
+    std::size_t held_ = 0;
+  };
+  /// An empty checkpoint with the room that capture() needs. Allocates it.
+  Checkpoint make_checkpoint() const {
+    Checkpoint checkpoint;
+    checkpoint.history_ = Buffer<Token>(history_.size());
+    return checkpoint;
+  }
+  /// Takes the state of now. Allocates nothing.
+  void capture(Checkpoint& checkpoint) const noexcept {
+    SLUICE_ASSERT(checkpoint.history_.size() == history_.size());
+    checkpoint.random_ = random_.state();
+    std::copy(history_.span().begin(), history_.span().end(), checkpoint.history_.data());
+    checkpoint.next_ = next_;
+    checkpoint.held_ = held_;
+  }
+  /// Continues where a captured sampler stood. Allocates nothing.
+  /// Precondition: it had the same repetition_window.
+  void revert(const Checkpoint& checkpoint) noexcept {
+    SLUICE_ASSERT(checkpoint.history_.size() == history_.size());
+    random_.set_state(checkpoint.random_);
+    std::copy_n(checkpoint.history_.data(), history_.size(), history_.data());
+    next_ = checkpoint.next_;
+    held_ = checkpoint.held_;
+    count_ = 0;
+    nothing_to_sample_ = false;
+  }
+  /// Continues where `other` stands. Allocates nothing. Precondition: as revert().
+  void copy_from(const Sampler& other) noexcept {
+    SLUICE_ASSERT(other.history_.size() == history_.size());
+    random_ = other.random_;
+    std::copy_n(other.history_.data(), history_.size(), history_.data());
+    next_ = other.next_;
+    held_ = other.held_;
+    count_ = 0;
+    nothing_to_sample_ = false;
+  }
+  /// Draws from another sequence from now on: continuations of one text that shall differ.
+  void reseed(std::uint64_t seed) noexcept { random_ = Random(seed); }
+
   /// Writes what the following tokens depend on: the random state and the accepted tokens.
   void save(ByteWriter& writer) const {
     writer.write_span(std::span<const std::uint64_t>(random_.state()));

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: MIT
 /// One stream of a model: reads tokens, writes tokens, for ever, in memory that is fixed when the
-/// session is made. Verbs: accept (read), step (write one token), result (what step wrote), reset,
-/// save and restore.
+/// session is made. Verbs: accept (read), update (read a text that replaces the one before), step
+/// (write one token, or what a draft guessed), result (what step wrote), checkpoint and
+/// rollback_to, fork, reset, save and restore.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cmath>
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -16,7 +19,9 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/attention/draft_tree.hpp"
 #include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/core/atomic_file.hpp"
 #include "sluice/core/byte_stream.hpp"
 #include "sluice/core/error.hpp"
@@ -42,34 +47,61 @@ struct SessionOptions {
   std::shared_ptr<ThreadTeam> team;
   /// In which form activations meet quantised weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;
+  /// The first tokens of the stream that the session remembers, for common_prefix() and update(): 4
+  /// bytes each. 0: none.
+  std::int64_t history = 0;
+  /// Checkpoints held at once; Session::checkpoint_bytes() says what each costs.
+  int checkpoints = 0;
+  /// Reading takes a checkpoint by itself at the first end of a chunk that is this many tokens
+  /// behind the newest one (or the beginning). 0: never.
+  std::int64_t checkpoint_every = 0;
 };
 
-/// A stream over a shared model. Key and Value are the cache's element types.
+/// Names a checkpoint of one session. Ids are never used twice.
+struct CheckpointId {
+  std::uint64_t serial = 0;  ///< 0: none
+
+  friend constexpr bool operator==(const CheckpointId&, const CheckpointId&) = default;
+};
+
+/// What Session::update() found and did. Everything was read if kept + computed is the number of
+/// tokens given.
+struct UpdateResult {
+  std::int64_t common_prefix = 0;  ///< tokens that the old and the new text begin with
+  std::int64_t kept = 0;           ///< of these, tokens whose keys and values stayed
+  std::int64_t computed = 0;       ///< tokens that were fed
+};
+
+/// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache,
+/// or a PagedKvCache, whose pages sessions share.
 ///
-/// Everything is allocated by the constructor; accept() and step() allocate nothing. One thread at
-/// a time uses a session; different sessions of one model are independent.
-template <RotaryElement Key = f16, RotaryElement Value = Key>
+/// Everything is allocated by the constructor; no verb but fork(), save() and restore() allocates.
+/// One thread at a time uses a session; different sessions of one model are independent, except a
+/// session and its forks, which share their scratch: one thread at a time uses all of them.
+template <RotaryElement Key = f16, RotaryElement Value = Key, class Cache = KvCache<Key, Value>>
 class Session {
  public:
   /// \throws Error(kConfig) naming the option that makes no sense (sinks, window, chunk, capacity,
-  /// sampling, threads).
-  Session(std::shared_ptr<const Decoder> model, const SessionOptions& options)
-      : model_(std::move(model)),
-        options_(options),
-        team_(options.team ? options.team : std::make_shared<ThreadTeam>(options.num_threads)),
-        cache_(model_->make_cache<Key, Value>(plan_cache(model_->config(), options.cache))),
-        workspace_(*model_, cache_.max_chunk(), cache_.max_entries(), team_->size(),
-                   DecoderWorkspace::kDefaultSegments, options.activations),
-        sampler_(options.sampler, model_->config().vocab_size),
-        logits_(static_cast<std::size_t>(model_->config().vocab_size)) {
-    if (recomputes())
-      history_ = Buffer<Token>(static_cast<std::size_t>(2 * options.cache.window_size));
-    metrics_.set_cache_bytes(static_cast<std::int64_t>(cache_.bytes()));
+  /// sampling, threads, history, checkpoints).
+  Session(std::shared_ptr<const Decoder> model,
+          const SessionOptions& options) requires(std::same_as<Cache, KvCache<Key, Value>>)
+      : Session(
+            model, options, nullptr,
+            model->template make_cache<Key, Value>(plan_cache(model->config(), options.cache))) {}
+  /// Over a cache that the caller made for this model. options.cache must say kFull, and describes
+  /// it in snapshots. \throws Error(kConfig) as above, or for another policy.
+  Session(std::shared_ptr<const Decoder> model, const SessionOptions& options,
+          Cache&& cache) requires(!std::same_as<Cache, KvCache<Key, Value>>)
+      : Session(std::move(model), options, nullptr, std::move(cache)) {
+    if (options.cache.policy != CachePolicy::kFull)
+      throw Error(ErrorCode::kConfig, {"a cache of the caller's keeps everything", "SessionOptions",
+                                       "cache.policy", std::string(to_string(CachePolicy::kFull)),
+                                       std::string(to_string(options.cache.policy))});
   }
 
   const Decoder& model() const { return *model_; }
   const SessionOptions& options() const { return options_; }
-  const KvCache<Key, Value>& cache() const { return cache_; }
+  const Cache& cache() const { return cache_; }
   ThreadTeam& team() { return *team_; }
   StreamMetrics& metrics() { return metrics_; }
   const StreamMetrics& metrics() const { return metrics_; }
@@ -81,7 +113,17 @@ class Session {
   /// \throws Error(kShape) for a token outside the vocabulary, Error(kCapacity) when a full cache
   /// cannot hold them all. Nothing was read then.
   void accept(std::span<const Token> tokens) {
-    accept_scored(tokens, MatrixView<float>(), [](std::size_t, double) {});
+    accept(tokens, [] { return false; });
+  }
+
+  /// accept() that can be cancelled: asks stop() between chunks, before each but the first, and
+  /// reads no further once it says true. Returns how many tokens were read: the stream is then what
+  /// accept(tokens.first(read)) leaves, ready to go on in any direction.
+  template <std::predicate Stop>
+  std::int64_t accept(std::span<const Token> tokens, Stop&& stop) {
+    check(tokens, 0, cache_.total(), pending_ ? 1 : 0);
+    return read(
+        tokens, MatrixView<float>(), [](std::size_t, double) {}, stop);
   }
 
   /// accept(), and calls visit(i, nll) with the negative log-likelihood of each tokens[i] given all
@@ -89,40 +131,59 @@ class Session {
   /// [rows, vocab_size], rows >= 1, where logits are formed; without rows nothing is scored.
   template <class Visit>
   void accept_scored(std::span<const Token> tokens, MatrixView<float> scratch, Visit&& visit) {
-    check(tokens);
-    if (tokens.empty()) return;
-    const std::int64_t begin = monotonic_ns();
-    if (wrote_since_input_) metrics_.on_turn_end();
-    wrote_since_input_ = false;
-    metrics_.on_input(begin, static_cast<std::int64_t>(tokens.size()));
-    feed_pending();
-    for (std::size_t done = 0; done < tokens.size();) {
-      const std::size_t count =
-          std::min(tokens.size() - done, static_cast<std::size_t>(chunk_limit(scratch)));
-      const std::span<const Token> chunk = tokens.subspan(done, count);
-      if (scratch.rows > 0 && has_state_)
-        visit(done, negative_log_likelihood(current_logits(), chunk[0]));
-      feed(chunk);
-      // Row r of the chunk predicts token r + 1; the last row predicts what comes next.
-      if (scratch.rows > 0) {
-        const auto inner = static_cast<std::int64_t>(count) - 1;
-        for (std::int64_t first = 0; first < inner; first += scratch.rows) {
-          const std::int64_t rows = std::min(scratch.rows, inner - first);
-          const MatrixView<float> logits = scratch.middle_rows(0, rows);
-          model_->logits(first, logits, workspace_, *team_);
-          for (std::int64_t r = 0; r < rows; ++r) {
-            const auto next = static_cast<std::size_t>(first + r + 1);
-            visit(done + next,
-                  negative_log_likelihood(
-                      {logits.row(r), static_cast<std::size_t>(logits.cols)}, chunk[next]));
-          }
-        }
-      }
-      done += count;
+    check(tokens, 0, cache_.total(), pending_ ? 1 : 0);
+    read(tokens, scratch, visit, [] { return false; });
+  }
+
+  /// How many tokens the stream and `tokens` begin with in common, as far as the session remembers
+  /// (SessionOptions::history). A session's tokens are text, so equal ids are equal inputs.
+  std::int64_t common_prefix(std::span<const Token> tokens) const {
+    const std::int64_t most =
+        std::min({static_cast<std::int64_t>(tokens.size()), remembered(), position_});
+    std::int64_t length = 0;
+    while (length < most &&
+           history_[static_cast<std::size_t>(length)] == tokens[static_cast<std::size_t>(length)])
+      ++length;
+    return length;
+  }
+
+  /// Makes `tokens` the stream: what reset() and accept(tokens) leave, to the rounding between one
+  /// cut into chunks and another, without computing their common prefix again (the update mode of
+  /// Stream2LLM, arXiv 2604.16395). Keeps what can be kept exactly: the whole prefix where the
+  /// cache still holds all that it sees, else what the best checkpoint gives; the last token is
+  /// always computed. stop() is asked as accept() does; after it said true the stream is
+  /// tokens.first(kept + computed).
+  /// Without SessionOptions::history nothing of the own stream is kept. A PagedKvCache that would
+  /// keep nothing takes over pages of the same beginning that others of its store have computed.
+  /// Checkpoints of more tokens than were kept
+  /// expire. \throws what accept() throws: the stream is then as it was.
+  template <std::predicate Stop>
+  UpdateResult update(std::span<const Token> tokens, Stop&& stop) {
+    UpdateResult result;
+    result.common_prefix = common_prefix(tokens);
+    const std::int64_t limit =
+        std::min(result.common_prefix, static_cast<std::int64_t>(tokens.size()) - 1);
+    const GoBack way = way_back(limit);
+    check(tokens, way.kept, way.kept, 0);
+    if (tokens.empty()) {
+      reset();
+      return result;
     }
-    for (const Token token : tokens) sampler_.accept(token);
-    position_ += static_cast<std::int64_t>(tokens.size());
-    metrics_.on_input_done(monotonic_ns() - begin, static_cast<std::int64_t>(tokens.size()));
+    go_back(way);
+    result.kept = way.kept;
+    if constexpr (requires { cache_.adopt_prefix(tokens); })
+      if (way.kept == 0) result.kept = cache_.adopt_prefix(tokens);
+    const auto [kept, rest] = std::pair(tokens.first(static_cast<std::size_t>(result.kept)),
+                                        tokens.subspan(static_cast<std::size_t>(result.kept)));
+    sampler_.reset();
+    position_ = 0;
+    for (const Token token : kept) take(token);
+    result.computed = read(
+        rest, MatrixView<float>(), [](std::size_t, double) {}, stop);
+    return result;
+  }
+  UpdateResult update(std::span<const Token> tokens) {
+    return update(tokens, [] { return false; });
   }
 
   /// Whether step() can write: something was read, and a full cache has room.
@@ -136,12 +197,38 @@ class Session {
     if (!is_ready()) return std::nullopt;
     feed_pending();
     const Token token = sampler_.sample(current_logits());
-    sampler_.accept(token);
-    pending_ = token;
-    ++position_;
-    wrote_since_input_ = true;
-    metrics_.on_output(monotonic_ns());
+    write(token);
     return token;
+  }
+
+  /// Writes several tokens at once: verifies a tree of guesses in one forward (speculative
+  /// decoding, arXiv 2211.17192; trees as in Medusa, arXiv 2401.10774). Samples behind the root,
+  /// goes on to the child that guessed the sample, and so on; what was not guessed is taken back
+  /// without a trace. Returns the tokens written, one at least, valid until the next call: those
+  /// that step() would have written one after the other, to rounding, because each is sampled from
+  /// the model's own logits. The drafter is the caller's. Allocates nothing. \throws Error(kOrder)
+  /// unless node 0 is the token that step() wrote last; Error(kShape) for a token outside the
+  /// vocabulary; Error(kCapacity) if the nodes do not fit a chunk or the cache; Error(kUnsupported)
+  /// with kRecompute, and for a tree with branches over raw keys. The stream is then as it was.
+  std::span<const Token> step(const DraftTree& draft) {
+    check(draft);
+    model_->forward(draft, cache_, *workspace_, *team_);
+    std::int64_t accepted = 0;  // nodes
+    for (std::int64_t node = 0; node != DraftTree::kNoNode;) {
+      path_[static_cast<std::size_t>(accepted)] = node;
+      keep_hidden(node);
+      logits_fresh_ = false;
+      const Token token = sampler_.sample(current_logits());
+      written_[static_cast<std::size_t>(accepted++)] = token;
+      write(token);
+      node = draft.child(node, token);
+    }
+    cache_.keep_path(draft.size(), path_.span().first(static_cast<std::size_t>(accepted)));
+    cache_.commit();
+    for (std::int64_t i = 0; i < accepted; ++i)
+      fed_[static_cast<std::size_t>(i)] = draft.token(path_[static_cast<std::size_t>(i)]);
+    name(fed_.span().first(static_cast<std::size_t>(accepted)));
+    return written_.span().first(static_cast<std::size_t>(accepted));
   }
 
   /// The token that the last step() wrote; empty after accept() or reset().
@@ -159,17 +246,124 @@ class Session {
     cache_.reset();
     sampler_.reset();
     metrics_.on_turn_end();
+    expire(0);
     pending_.reset();
     position_ = 0;
-    history_size_ = 0;
+    window_tokens_ = 0;
     has_state_ = logits_fresh_ = window_stale_ = wrote_since_input_ = false;
   }
 
-  /// Writes a snapshot that restore() continues from bit for bit: cache, sampler, logits. Survives a
-  /// kill at any byte: the file is replaced as a whole. Allocates.
-  /// \throws Error(kIo).
+  /// Remembers this moment, sampler included, in one of SessionOptions::checkpoints places; the
+  /// oldest gives way when there is no free one. Costs a copy of checkpoint_bytes() at most.
+  /// Allocates nothing. \throws Error(kConfig) if the session was made without checkpoints.
+  CheckpointId checkpoint() {
+    if (saved_.empty())
+      throw Error(ErrorCode::kConfig, {"the session has no room for checkpoints",
+                                       "Session::checkpoint", "checkpoints", "at least 1", "0"});
+    Saved* place = &saved_.front();
+    for (Saved& saved : saved_)
+      if (saved.serial < place->serial) place = &saved;
+    place->serial = ++last_serial_;
+    cache_.capture(place->cache);
+    sampler_.capture(place->sampler);
+    std::copy_n(hidden_.data(), hidden_.size(), place->hidden.data());
+    std::copy_n(window_.data(), window_tokens_, place->window.data());
+    place->window_tokens = window_tokens_;
+    place->position = position_;
+    place->pending = pending_;
+    place->has_state = has_state_;
+    place->wrote_since_input = wrote_since_input_;
+    return {place->serial};
+  }
+
+  /// Returns to a checkpoint: everything that follows is, bit for bit, what followed then. Later
+  /// checkpoints expire; this one stays. Allocates nothing. \throws Error(kOrder) for an id that
+  /// was not given, or has expired: its place was taken, or the stream was taken back behind it
+  /// (rollback_to, update, reset, restore). The stream is then as it was.
+  void rollback_to(CheckpointId id) {
+    const auto found = std::find_if(saved_.begin(), saved_.end(), [&](const Saved& saved) {
+      return id.serial != 0 && saved.serial == id.serial;
+    });
+    if (found == saved_.end())
+      throw Error(
+          ErrorCode::kOrder,
+          {id.serial == 0 || id.serial > last_serial_ ? "no such checkpoint"
+                                                      : "the checkpoint has expired",
+           "Session::rollback_to", "id", "a checkpoint that is held", std::to_string(id.serial)});
+    for (Saved& saved : saved_)
+      if (saved.serial > id.serial) saved.serial = 0;
+    cache_.revert(found->cache);
+    sampler_.revert(found->sampler);
+    std::copy_n(found->hidden.data(), hidden_.size(), hidden_.data());
+    std::copy_n(found->window.data(), found->window_tokens, window_.data());
+    window_tokens_ = found->window_tokens;
+    position_ = found->position;
+    pending_ = found->pending;
+    if (pending_) remember_at(position_ - 1, *pending_);  // another may have been there since
+    has_state_ = found->has_state;
+    wrote_since_input_ = found->wrote_since_input;
+    logits_fresh_ = false;
+    window_stale_ = recomputes() && has_state_;
+  }
+  /// Whether rollback_to() would find it.
+  bool holds(CheckpointId id) const {
+    return id.serial != 0 && std::any_of(saved_.begin(), saved_.end(), [&](const Saved& saved) {
+             return saved.serial == id.serial;
+           });
+  }
+  /// Gives a checkpoint's place back. Ids that are not held are passed over.
+  void release(CheckpointId id) {
+    for (Saved& saved : saved_)
+      if (saved.serial == id.serial) saved.serial = 0;
+  }
+  /// Bytes that each of SessionOptions::checkpoints costs, used or not: the rows of windowed layers
+  /// (those of layers that keep everything stay in place), the sampler, one hidden state. 0 without
+  /// checkpoints.
+  std::size_t checkpoint_bytes() const {
+    if (saved_.empty()) return 0;
+    const Saved& saved = saved_.front();
+    return sizeof(Saved) + saved.cache.bytes() + saved.sampler.bytes() + saved.hidden.bytes() +
+           saved.window.bytes();
+  }
+
+  /// A second stream that continues from here, on its own from now on. Windows are copied; of a
+  /// PagedKvCache the pages are shared until one of the two writes into one. Shares model, threads
+  /// and scratch with this session. Allocates the new session, without checkpoints held.
+  /// \throws Error(kCapacity) if a paged cache's store has no place for another table.
+  Session fork() const {
+    Session child = sibling();
+    fork_into(child);
+    return child;
+  }
+  /// Makes `child`, a fork() of this session or of one it was forked from, continue from here.
+  /// Allocates nothing. \throws Error(kConfig) if it has another model or other options.
+  void fork_into(Session& child) const {
+    if (child.model_ != model_ || child.identity() != identity() ||
+        child.history_.size() != history_.size())
+      throw Error(ErrorCode::kConfig,
+                  {"a fork continues a session that was made alike", "Session::fork_into",
+                   "options", "those of the session", ""});
+    child.reset();
+    child.cache_.copy_from(cache_);
+    child.sampler_.copy_from(sampler_);
+    std::copy_n(hidden_.data(), hidden_.size(), child.hidden_.data());
+    std::copy_n(window_.data(), window_tokens_, child.window_.data());
+    std::copy_n(history_.data(), std::min(remembered(), position_), child.history_.data());
+    child.window_tokens_ = window_tokens_;
+    child.position_ = position_;
+    child.pending_ = pending_;
+    child.has_state_ = has_state_;
+    child.wrote_since_input_ = wrote_since_input_;
+    child.window_stale_ = recomputes() && has_state_;
+  }
+  /// Samples from another random sequence from now on: so that forks of one stream differ.
+  void reseed(std::uint64_t seed) { sampler_.reseed(seed); }
+
+  /// Writes a snapshot that restore() continues from bit for bit: cache, sampler, last hidden
+  /// state, remembered tokens; no checkpoints. Survives a kill at any byte: the file is replaced as
+  /// a whole. Feeds a pending token first. Allocates. \throws Error(kIo).
   void save(const std::string& path) {
-    if (has_state_) logits();
+    feed_pending();
     ByteWriter writer;
     writer.write(kSnapshotMagic);
     writer.write(kSnapshotVersion);
@@ -179,8 +373,10 @@ class Session {
     writer.write(static_cast<std::uint8_t>(wrote_since_input_));
     sampler_.save(writer);
     cache_.save(writer);
-    writer.write_span(std::span<const Token>(history_.data(), static_cast<std::size_t>(history_size_)));
-    if (has_state_) writer.write_span(std::span<const float>(logits_.span()));
+    writer.write_span(window_.span().first(static_cast<std::size_t>(window_tokens_)));
+    writer.write_span(
+        history_.span().first(static_cast<std::size_t>(std::min(remembered(), position_))));
+    writer.write_span(std::span<const float>(hidden_.span()));
     writer.write_checksum();
     write_file_atomically(path, writer.bytes());
   }
@@ -203,12 +399,15 @@ class Session {
       const bool wrote = reader.template read<std::uint8_t>("wrote") != 0;
       sampler_.restore(reader);
       cache_.restore(reader);
-      const std::vector<Token> history = reader.template read_vector<Token>(
-          "history", static_cast<std::uint64_t>(history_.size()));
-      std::copy(history.begin(), history.end(), history_.data());
-      history_size_ = static_cast<std::int64_t>(history.size());
-      if (has_state) reader.template read_span<float>("logits", logits_.span());
-      has_state_ = logits_fresh_ = has_state;
+      window_tokens_ = read_tokens(reader, "window tokens", window_);
+      const std::int64_t held = read_tokens(reader, "history", history_);
+      if (position < 0 || held != std::min(remembered(), position))
+        throw Error(ErrorCode::kFormat,
+                    {"inconsistent snapshot", path, "history",
+                     std::to_string(std::min(remembered(), position)), std::to_string(held)});
+      reader.template read_span<float>("hidden state", hidden_.span());
+      has_state_ = has_state;
+      window_stale_ = recomputes() && has_state;
       position_ = position;
       wrote_since_input_ = wrote;
     } catch (...) {
@@ -218,8 +417,88 @@ class Session {
   }
 
  private:
+  static constexpr std::int64_t kMaxHistory = std::int64_t{1} << 40;
   static constexpr std::uint64_t kSnapshotMagic = 0x314e5345'43554c53;  // "SLUCESN1"
-  static constexpr std::uint32_t kSnapshotVersion = 1;
+  static constexpr std::uint32_t kSnapshotVersion = 2;
+
+  /// A checkpoint's place.
+  struct Saved {
+    std::uint64_t serial = 0;  // 0: free
+    typename Cache::Checkpoint cache;
+    Sampler::Checkpoint sampler;
+    Buffer<float> hidden;
+    Buffer<Token> window;
+    std::int64_t window_tokens = 0;
+    std::int64_t position = 0;
+    std::optional<Token> pending{};
+    bool has_state = false;
+    bool wrote_since_input = false;
+
+    /// Tokens in the cache.
+    std::int64_t fed() const { return position - (pending ? 1 : 0); }
+  };
+
+  /// How to get back to fewer tokens: from where the stream stands, or from a checkpoint.
+  struct GoBack {
+    std::int64_t kept = 0;
+    const Saved* from = nullptr;
+  };
+
+  Session(std::shared_ptr<const Decoder> model, const SessionOptions& options,
+          std::shared_ptr<DecoderWorkspace> workspace, Cache&& cache)
+      : model_(std::move(model)),
+        options_(checked(options)),
+        team_(options.team ? options.team : std::make_shared<ThreadTeam>(options.num_threads)),
+        cache_(std::move(cache)),
+        workspace_(workspace
+                       ? std::move(workspace)
+                       : std::make_shared<DecoderWorkspace>(
+                             *model_, cache_.max_chunk(), cache_.max_entries(), team_->size(),
+                             std::max(DecoderWorkspace::kDefaultSegments, Cache::kMaxSegments),
+                             options.activations)),
+        sampler_(options.sampler, model_->config().vocab_size),
+        logits_(static_cast<std::size_t>(model_->config().vocab_size)),
+        hidden_(static_cast<std::size_t>(model_->config().hidden_size)),
+        history_(static_cast<std::size_t>(options.history)),
+        path_(static_cast<std::size_t>(cache_.max_chunk())),
+        fed_(static_cast<std::size_t>(cache_.max_chunk())),
+        written_(static_cast<std::size_t>(cache_.max_chunk())) {
+    if (recomputes())
+      window_ = Buffer<Token>(static_cast<std::size_t>(2 * options.cache.window_size));
+    for (int i = 0; i < options.checkpoints; ++i)
+      saved_.push_back({.cache = cache_.make_checkpoint(),
+                        .sampler = sampler_.make_checkpoint(),
+                        .hidden = Buffer<float>(hidden_.size()),
+                        .window = Buffer<Token>(window_.size())});
+    metrics_.set_cache_bytes(static_cast<std::int64_t>(cache_.bytes()));
+  }
+
+  static const SessionOptions& checked(const SessionOptions& options) {
+    const auto fail = [](const char* field, const char* expected, std::int64_t found) {
+      throw Error(ErrorCode::kConfig, {"option out of range", "SessionOptions", field, expected,
+                                       std::to_string(found)});
+    };
+    if (options.history < 0 || options.history > kMaxHistory)
+      fail("history", "0 to 2^40", options.history);
+    if (options.checkpoints < 0) fail("checkpoints", "0 or more", options.checkpoints);
+    if (options.checkpoint_every < 0)
+      fail("checkpoint_every", "0 or more", options.checkpoint_every);
+    if (options.checkpoint_every > 0 && options.checkpoints == 0)
+      fail("checkpoints", "at least 1, for checkpoint_every", options.checkpoints);
+    return options;
+  }
+
+  /// An empty session made alike, which shares threads and scratch.
+  Session sibling() const {
+    SessionOptions options = options_;
+    options.team = team_;
+    if constexpr (std::same_as<Cache, KvCache<Key, Value>>)
+      return Session(
+          model_, options, workspace_,
+          model_->template make_cache<Key, Value>(plan_cache(model_->config(), options.cache)));
+    else
+      return Session(model_, options, workspace_, cache_.sibling());
+  }
 
   bool recomputes() const { return options_.cache.policy == CachePolicy::kRecompute; }
 
@@ -229,23 +508,144 @@ class Session {
     return cache_.max_chunk();
   }
 
-  void check(std::span<const Token> tokens) const {
-    const std::int64_t vocab = model_->config().vocab_size;
-    for (std::size_t i = 0; i < tokens.size(); ++i)
-      if (tokens[i] < 0 || tokens[i] >= vocab)
-        throw Error(ErrorCode::kShape,
-                    {"token outside the vocabulary", "Session::accept",
-                     "tokens[" + std::to_string(i) + "]", "0 to " + std::to_string(vocab - 1),
-                     std::to_string(tokens[i])});
+  /// Whether `pending` tokens and tokens[first ..] can follow the first `fed` tokens of the cache.
+  void check(std::span<const Token> tokens, std::int64_t first, std::int64_t fed,
+             std::int64_t pending) const {
+    check_vocabulary(tokens, "Session::accept");
     if (!options_.cache.is_bounded()) return;
-    const std::int64_t coming =
-        static_cast<std::int64_t>(tokens.size()) + (pending_.has_value() ? 1 : 0);
-    const std::int64_t room = options_.cache.capacity - cache_.total();
+    const std::int64_t coming = static_cast<std::int64_t>(tokens.size()) - first + pending;
+    const std::int64_t room = room_behind(fed);
     if (coming > room)
       throw Error(ErrorCode::kCapacity, {"the full cache cannot hold that many tokens",
                                          "Session::accept", "tokens",
                                          "at most " + std::to_string(room),
                                          std::to_string(coming)});
+  }
+  void check_vocabulary(std::span<const Token> tokens, const char* where) const {
+    const std::int64_t vocab = model_->config().vocab_size;
+    for (std::size_t i = 0; i < tokens.size(); ++i)
+      if (tokens[i] < 0 || tokens[i] >= vocab)
+        throw Error(ErrorCode::kShape,
+                    {"token outside the vocabulary", where, "tokens[" + std::to_string(i) + "]",
+                     "0 to " + std::to_string(vocab - 1), std::to_string(tokens[i])});
+  }
+  void check(const DraftTree& draft) const {
+    const auto fail = [](ErrorCode code, const char* what, const char* field,
+                         const std::string& expected, const std::string& found) {
+      throw Error(code, {what, "Session::step", field, expected, found});
+    };
+    if (recomputes())
+      fail(ErrorCode::kUnsupported, "a recomputed window cannot verify drafts", "cache.policy",
+           "another policy", "recompute");
+    if (!pending_ || draft.size() == 0 || draft.token(0) != *pending_)
+      fail(ErrorCode::kOrder, "the draft does not begin with the token written last", "node 0",
+           pending_ ? std::to_string(*pending_) : "a token written by step()",
+           draft.size() == 0 ? "an empty draft" : std::to_string(draft.token(0)));
+    check_vocabulary(draft.tokens(), "Session::step");
+    if (cache_.status(draft.size()) != CacheStatus::kOk)
+      fail(ErrorCode::kCapacity, "the draft does not fit the chunk or the cache", "nodes",
+           "at most " + std::to_string(cache_.max_chunk()) + ", and room in a full cache",
+           std::to_string(draft.size()));
+    if (options_.cache.key_form == KeyForm::kRaw && !draft.is_path())
+      fail(ErrorCode::kUnsupported, "raw keys are placed by slot, not by depth", "draft",
+           "a single path, or rotated keys", "a tree with branches");
+  }
+  std::int64_t room_behind(std::int64_t fed) const {
+    if constexpr (requires { cache_.room_behind(fed); })
+      return cache_.room_behind(fed);
+    else
+      return options_.cache.capacity - fed;
+  }
+
+  /// The chunks of accept() and update(); returns how many tokens were read.
+  template <class Visit, class Stop>
+  std::int64_t read(std::span<const Token> tokens, MatrixView<float> scratch, Visit&& visit,
+                    Stop&& stop) {
+    if (tokens.empty()) return 0;
+    const std::int64_t begin = monotonic_ns();
+    if (wrote_since_input_) metrics_.on_turn_end();
+    wrote_since_input_ = false;
+    metrics_.on_input(begin, 0);
+    feed_pending();
+    std::size_t done = 0;
+    while (done < tokens.size() && (done == 0 || !stop())) {
+      const std::size_t count =
+          std::min(tokens.size() - done, static_cast<std::size_t>(chunk_limit(scratch)));
+      const std::span<const Token> chunk = tokens.subspan(done, count);
+      if (scratch.rows > 0 && has_state_)
+        visit(done, negative_log_likelihood(current_logits(), chunk[0]));
+      if constexpr (requires { cache_.room_behind(0); })
+        if (cache_.status(static_cast<std::int64_t>(count)) != CacheStatus::kOk)
+          throw Error(ErrorCode::kCapacity,
+                      {"the page store has no pages that fit", "Session::accept", "chunk",
+                       std::to_string(cache_.room_behind(cache_.total())), std::to_string(count)});
+      feed(chunk);
+      // Row r of the chunk predicts token r + 1; the last row predicts what comes next.
+      if (scratch.rows > 0) {
+        const auto inner = static_cast<std::int64_t>(count) - 1;
+        for (std::int64_t first = 0; first < inner; first += scratch.rows) {
+          const std::int64_t rows = std::min(scratch.rows, inner - first);
+          const MatrixView<float> logits = scratch.middle_rows(0, rows);
+          model_->logits(first, logits, *workspace_, *team_);
+          for (std::int64_t r = 0; r < rows; ++r) {
+            const auto next = static_cast<std::size_t>(first + r + 1);
+            visit(done + next,
+                  negative_log_likelihood({logits.row(r), static_cast<std::size_t>(logits.cols)},
+                                          chunk[next]));
+          }
+        }
+      }
+      for (const Token token : chunk) take(token);
+      metrics_.on_input(begin, static_cast<std::int64_t>(count));
+      done += count;
+      if (options_.checkpoint_every > 0 &&
+          position_ - newest_checkpoint() >= options_.checkpoint_every)
+        checkpoint();
+    }
+    metrics_.on_input_done(monotonic_ns() - begin, static_cast<std::int64_t>(done));
+    return static_cast<std::int64_t>(done);
+  }
+
+  /// Tokens fed before the newest checkpoint.
+  std::int64_t newest_checkpoint() const {
+    std::int64_t fed = 0;
+    for (const Saved& saved : saved_)
+      if (saved.serial != 0) fed = std::max(fed, saved.fed());
+    return fed;
+  }
+  /// Forgets checkpoints of more than `fed` tokens; with 0 all of them.
+  void expire(std::int64_t fed) {
+    for (Saved& saved : saved_)
+      if (fed == 0 || saved.fed() > fed) saved.serial = 0;
+  }
+
+  /// How to keep the most of the first `limit` tokens.
+  GoBack way_back(std::int64_t limit) const {
+    if (recomputes() || limit <= 0) return {};
+    const std::int64_t fed = cache_.total();
+    limit = std::min(limit, fed);
+    if (fed - limit <= cache_.max_truncate()) return {limit, nullptr};
+    GoBack best;
+    for (const Saved& saved : saved_) {
+      if (saved.serial == 0) continue;
+      const std::int64_t total = saved.cache.total();
+      if (total > limit && total - limit > saved.cache.max_truncate()) continue;
+      if (std::min(total, limit) > best.kept) best = {std::min(total, limit), &saved};
+    }
+    return best;
+  }
+  void go_back(const GoBack& way) {
+    const std::int64_t kept = way.kept;
+    if (kept == 0) {
+      reset();
+      return;
+    }
+    if (way.from != nullptr) cache_.revert(way.from->cache);
+    if (cache_.total() > kept) cache_.truncate(cache_.total() - kept);
+    expire(kept);
+    pending_.reset();
+    position_ = kept;
+    logits_fresh_ = false;
   }
 
   void feed_pending() {
@@ -255,40 +655,72 @@ class Session {
     pending_.reset();
   }
 
+  /// The stream has one token more.
+  void take(Token token) {
+    sampler_.accept(token);
+    remember_at(position_++, token);
+  }
+  /// Takes a sampled token into the stream; it is fed when something follows.
+  void write(Token token) {
+    take(token);
+    pending_ = token;
+    wrote_since_input_ = true;
+    metrics_.on_output(monotonic_ns());
+  }
+
   /// One chunk through the model.
   void feed(std::span<const Token> tokens) {
     has_state_ = true;
     logits_fresh_ = false;
     if (recomputes()) {
-      remember(tokens);
+      slide(tokens);
       window_stale_ = true;
       return;
     }
-    model_->forward(tokens, cache_, workspace_, *team_);
+    model_->forward(tokens, cache_, *workspace_, *team_);
     cache_.commit();
+    name(tokens);
+    keep_hidden(static_cast<std::int64_t>(tokens.size()) - 1);
+  }
+
+  /// Tells a cache that shares pages by their tokens what was committed.
+  void name(std::span<const Token> tokens) {
+    if constexpr (requires { cache_.name_tokens(tokens); }) cache_.name_tokens(tokens);
+  }
+
+  /// Of the last forward.
+  void keep_hidden(std::int64_t row) {
+    std::copy_n(workspace_->hidden_states().row(row), hidden_.size(), hidden_.data());
+  }
+
+  std::int64_t remembered() const { return options_.history; }
+  void remember_at(std::int64_t index, Token token) {
+    if (index < remembered()) history_[static_cast<std::size_t>(index)] = token;
   }
 
   /// Keeps the last window_size tokens: the buffer has twice the room and is moved down when full.
-  void remember(std::span<const Token> tokens) {
+  void slide(std::span<const Token> tokens) {
     const std::int64_t window = options_.cache.window_size;
     for (const Token token : tokens) {
-      if (history_size_ == 2 * window) {
-        std::copy_n(history_.data() + window + 1, window - 1, history_.data());
-        history_size_ = window - 1;
+      if (window_tokens_ == 2 * window) {
+        std::copy_n(window_.data() + window + 1, window - 1, window_.data());
+        window_tokens_ = window - 1;
       }
-      history_[static_cast<std::size_t>(history_size_++)] = token;
+      window_[static_cast<std::size_t>(window_tokens_++)] = token;
     }
   }
 
   /// Rebuilds keys and values of the window from its tokens, at positions from 0.
   void recompute() {
-    const std::int64_t count = std::min(history_size_, options_.cache.window_size);
-    const Token* tokens = history_.data() + (history_size_ - count);
+    const std::int64_t count = std::min(window_tokens_, options_.cache.window_size);
+    const Token* tokens = window_.data() + (window_tokens_ - count);
     cache_.reset();
     for (std::int64_t done = 0; done < count;) {
       const std::int64_t chunk = std::min(cache_.max_chunk(), count - done);
-      model_->forward({tokens + done, static_cast<std::size_t>(chunk)}, cache_, workspace_, *team_);
+      model_->forward({tokens + done, static_cast<std::size_t>(chunk)}, cache_, *workspace_,
+                      *team_);
       cache_.commit();
+      keep_hidden(chunk - 1);
       done += chunk;
     }
     window_stale_ = false;
@@ -297,30 +729,55 @@ class Session {
   std::span<const float> current_logits() {
     if (!logits_fresh_) {
       if (window_stale_) recompute();
-      const std::int64_t last = workspace_.hidden_states().rows - 1;
-      model_->logits(last, {logits_.data(), 1, static_cast<std::int64_t>(logits_.size())},
-                     workspace_, *team_);
+      model_->logits(
+          MatrixView<const float>(hidden_.data(), 1, static_cast<std::int64_t>(hidden_.size())),
+          MatrixView<float>(logits_.data(), 1, static_cast<std::int64_t>(logits_.size())),
+          *workspace_, *team_);
       logits_fresh_ = true;
     }
     return logits_.span();
   }
 
   /// What tells one model and one set of options from another: extents, and a few weights.
-  std::array<std::int64_t, 13> identity() const {
+  std::array<std::int64_t, 14> identity() const {
     const DecoderConfig& c = model_->config();
     const std::vector<float>& norm = model_->weights().output_norm;
     std::uint64_t hash = 0;
     for (const float value : norm) hash = hash * 1099511628211ULL + std::bit_cast<std::uint32_t>(value);
     const CacheOptions& cache = options_.cache;
-    return {c.vocab_size, c.hidden_size, c.num_layers(), c.num_qo_heads, c.num_kv_heads,
-            c.head_dim, static_cast<std::int64_t>(hash), static_cast<std::int64_t>(cache.policy),
-            cache.num_sink_tokens, cache.window_size, cache.capacity, cache.chunk(),
-            static_cast<std::int64_t>(cache.position_rule)};
+    return {c.vocab_size,
+            c.hidden_size,
+            c.num_layers(),
+            c.num_qo_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            static_cast<std::int64_t>(hash),
+            static_cast<std::int64_t>(cache.policy),
+            cache.num_sink_tokens,
+            cache.window_size,
+            cache.capacity,
+            cache.chunk(),
+            static_cast<std::int64_t>(cache.position_rule),
+            static_cast<std::int64_t>(options_.activations)};
   }
-  static constexpr std::array<const char*, 13> kIdentityFields{
-      "vocab_size", "hidden_size", "num_layers", "num_qo_heads", "num_kv_heads",
-      "head_dim", "weights", "policy", "num_sink_tokens", "window_size", "capacity", "chunk_size",
-      "position_rule"};
+  static constexpr std::array<const char*, 14> kIdentityFields{
+      "vocab_size", "hidden_size", "num_layers",    "num_qo_heads",    "num_kv_heads",
+      "head_dim",   "weights",     "policy",        "num_sink_tokens", "window_size",
+      "capacity",   "chunk_size",  "position_rule", "activations"};
+
+  /// Reads a count and that many tokens of the vocabulary into the front of a buffer.
+  std::int64_t read_tokens(ByteReader& reader, const char* field, Buffer<Token>& into) const {
+    const std::size_t begin = reader.offset();
+    const std::vector<Token> tokens =
+        reader.template read_vector<Token>(field, static_cast<std::uint64_t>(into.size()));
+    for (const Token token : tokens)
+      if (token < 0 || token >= model_->config().vocab_size)
+        reader.fail_at(begin, "token outside the vocabulary", field,
+                       "below " + std::to_string(model_->config().vocab_size),
+                       std::to_string(token));
+    std::copy(tokens.begin(), tokens.end(), into.data());
+    return static_cast<std::int64_t>(tokens.size());
+  }
 
   void write_identity(ByteWriter& writer) const {
     for (const std::int64_t value : identity()) writer.write(value);
@@ -333,19 +790,30 @@ class Session {
   std::shared_ptr<const Decoder> model_;
   SessionOptions options_;
   std::shared_ptr<ThreadTeam> team_;
-  KvCache<Key, Value> cache_;
-  DecoderWorkspace workspace_;
+  Cache cache_;
+  std::shared_ptr<DecoderWorkspace> workspace_;  // shared with forks
   Sampler sampler_;
   StreamMetrics metrics_;
-  Buffer<float> logits_;   // [vocab_size]
-  Buffer<Token> history_;  // [2 * window_size], kRecompute only
-  std::int64_t history_size_ = 0;
+  Buffer<float> logits_;       // [vocab_size]
+  Buffer<float> hidden_;       // [hidden_size], of the last fed token
+  Buffer<Token> history_;      // [SessionOptions::history], the stream's first tokens
+  Buffer<std::int64_t> path_;  // [chunk], of a verified draft
+  Buffer<Token> fed_;          // [chunk], the tokens of path_
+  Buffer<Token> written_;      // [chunk], by step(draft)
+  Buffer<Token> window_;       // [2 * window_size], kRecompute only
+  std::int64_t window_tokens_ = 0;
+  std::vector<Saved> saved_;
+  std::uint64_t last_serial_ = 0;
   std::int64_t position_ = 0;
-  std::optional<Token> pending_;   // written, not yet fed
-  bool has_state_ = false;         // something was fed
-  bool logits_fresh_ = false;      // logits_ belongs to the last fed token
-  bool window_stale_ = false;      // kRecompute: history_ is ahead of the cache
+  std::optional<Token> pending_;  // written, not yet fed
+  bool has_state_ = false;        // something was fed
+  bool logits_fresh_ = false;     // logits_ belongs to the last fed token
+  bool window_stale_ = false;     // kRecompute: window_ is ahead of the cache
   bool wrote_since_input_ = false;
 };
+
+/// A session over pages of a store that others share (Decoder::make_page_store).
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using PagedSession = Session<Key, Value, PagedKvCache<Key, Value>>;
 
 }  // namespace sluice
