@@ -13,6 +13,7 @@
 #include <string>
 #include <type_traits>
 
+#include "sluice/backend/cpu/linear_bf16.hpp"
 #include "sluice/backend/cpu/linear_int8.hpp"
 #include "sluice/backend/cpu/linear_int8_stream.hpp"
 #include "sluice/backend/cpu/linear_task.hpp"
@@ -31,16 +32,9 @@ namespace sluice {
 
 namespace detail {
 
-// Up to this many tokens weights are converted in registers, once per group of up to four tokens;
-// above it panels pay. On a Zen 4 core the two meet at about 10 tokens for four-bit types and later
-// for the others; bench/linear_bench has both sides under `crossover`.
-inline constexpr std::int64_t kStreamTokens = 8;
 // Rows and tokens that one pass over the weights serves.
 inline constexpr int kStreamRows = simd::kNumRegisters >= 32 ? 4 : 2;
 inline constexpr int kStreamGroup = 4;
-// Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
-// in a second-level cache.
-inline constexpr std::int64_t kStretchBytes = 256 * 1024;
 // Shares of rows are cut at multiples of this, so that few passes have rows left over.
 inline constexpr std::int64_t kStreamGrain = 4;
 // A panel holds kPanelRows weight rows with the columns outermost: [cols, kPanelRows].
@@ -77,18 +71,6 @@ struct InOrder {
     std::fill(prepared + cols, prepared + prepared_size(cols), 0.0F);
   }
 };
-
-template <int kRows, int kTokens>
-[[gnu::always_inline]] inline void reduce_all(const simd::VecF (&sums)[kRows][kTokens],
-                                              float (&result)[kRows][kTokens]) {
-  if constexpr (kRows == 4 && kTokens == 1) {
-    const simd::VecF four[4] = {sums[0][0], sums[1][0], sums[2][0], sums[3][0]};
-    simd::reduce_add(four, &result[0][0]);
-  } else {
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kTokens; ++t) result[r][t] = simd::reduce_add(sums[r][t]);
-  }
-}
 
 template <class Element>
 struct PlainKernel : InOrder {
@@ -533,7 +515,7 @@ void with_type(ElementType type, Function&& function) {
 // Rows `rows`, whose number is a multiple of kRows, times kTokens tokens. The kRows rows of one
 // pass are a kRows-th of all rows apart: each is then the head of a stream that runs through memory
 // without jumps, which the processor's prefetchers follow better than the short rows themselves.
-template <ElementType kType, int kRows, int kTokens>
+template <class Kernel, int kRows, int kTokens>
 void stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token, const float* prepared,
                  std::int64_t prepared_stride) {
   const std::int64_t cols = task.weight.cols;
@@ -542,8 +524,8 @@ void stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token, con
   const auto* weights = static_cast<const std::uint8_t*>(task.weight.data) + rows.begin * row_bytes;
   for (std::int64_t i = 0; i < apart; ++i, weights += row_bytes) {
     float sums[kRows][kTokens];
-    StreamKernel<kType>::template dot<kRows, kTokens>(weights, apart * row_bytes, cols, prepared,
-                                                      prepared_stride, sums);
+    Kernel::template dot<kRows, kTokens>(weights, apart * row_bytes, cols, prepared,
+                                         prepared_stride, sums);
     for (int t = 0; t < kTokens; ++t) {
       float* y = task.y.row(token + t);
       for (int r = 0; r < kRows; ++r) {
@@ -557,21 +539,21 @@ void stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token, con
 }
 
 // The same for any number of rows.
-template <ElementType kType, int kRows, int kTokens>
+template <class Kernel, int kRows, int kTokens>
 void stream_any_rows(const LinearTask& task, WorkRange rows, std::int64_t token,
                      const float* prepared, std::int64_t prepared_stride) {
   const std::int64_t middle = rows.end - (rows.end - rows.begin) % kRows;
-  stream_rows<kType, kRows, kTokens>(task, {rows.begin, middle}, token, prepared, prepared_stride);
-  stream_rows<kType, 1, kTokens>(task, {middle, rows.end}, token, prepared, prepared_stride);
+  stream_rows<Kernel, kRows, kTokens>(task, {rows.begin, middle}, token, prepared, prepared_stride);
+  stream_rows<Kernel, 1, kTokens>(task, {middle, rows.end}, token, prepared, prepared_stride);
 }
 
 // All tokens; rows in stretches that a first-level cache keeps from one group of tokens to the
 // next.
-template <ElementType kType>
+template <class Kernel>
 void stream_tokens(const LinearTask& task, WorkRange rows, std::int64_t tokens,
                    const float* prepared, std::int64_t prepared_stride) {
   if (tokens == 1)
-    return stream_any_rows<kType, kStreamRows, 1>(task, rows, 0, prepared, prepared_stride);
+    return stream_any_rows<Kernel, kStreamRows, 1>(task, rows, 0, prepared, prepared_stride);
   const std::int64_t num_rows = rows.end - rows.begin;
   const std::int64_t step =
       tokens <= kStreamGroup
@@ -582,34 +564,26 @@ void stream_tokens(const LinearTask& task, WorkRange rows, std::int64_t tokens,
     for (std::int64_t t = 0; t < tokens; t += kStreamGroup) {
       const float* group = prepared + t * prepared_stride;
       switch (std::min<std::int64_t>(tokens - t, kStreamGroup)) {
-        case 4: stream_any_rows<kType, 2, 4>(task, stretch, t, group, prepared_stride); break;
-        case 3: stream_any_rows<kType, 2, 3>(task, stretch, t, group, prepared_stride); break;
-        case 2: stream_any_rows<kType, 2, 2>(task, stretch, t, group, prepared_stride); break;
-        default: stream_any_rows<kType, 2, 1>(task, stretch, t, group, prepared_stride); break;
+        case 4: stream_any_rows<Kernel, 2, 4>(task, stretch, t, group, prepared_stride); break;
+        case 3: stream_any_rows<Kernel, 2, 3>(task, stretch, t, group, prepared_stride); break;
+        case 2: stream_any_rows<Kernel, 2, 2>(task, stretch, t, group, prepared_stride); break;
+        default: stream_any_rows<Kernel, 2, 1>(task, stretch, t, group, prepared_stride); break;
       }
     }
   }
 }
 
-// One member's share of all tasks with few tokens. scratch: [kStreamTokens * max_prepared_size].
-inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                         float* scratch, int member, int num_members) {
-  const LinearTask* prepared_for = nullptr;
-  std::int64_t stride = 0;
-  for (const LinearTask& task : tasks) {
-    const WorkRange rows = share_of(task.weight.rows, member, num_members, kStreamGrain);
-    if (rows.begin == rows.end) continue;
-    with_type(task.weight.type, [&]<ElementType kType>() {
-      using Kernel = StreamKernel<kType>;
-      if (prepared_for == nullptr || prepared_for->weight.type != kType) {
-        stride = round_up(Kernel::prepared_size(x.cols), simd::kWidth);
-        for (std::int64_t t = 0; t < x.rows; ++t)
-          Kernel::prepare(x.row(t), x.cols, scratch + t * stride);
-        prepared_for = &task;
-      }
-      stream_tokens<kType>(task, rows, x.rows, scratch, stride);
-    });
-  }
+// One member's share of one task with few tokens. scratch: [kStreamTokens * max_prepared_size];
+// it holds the tokens prepared for this kernel already if `is_prepared`.
+template <class Kernel>
+void stream_task(const LinearTask& task, MatrixView<const float> x, bool is_prepared,
+                 float* scratch, int member, int num_members) {
+  const WorkRange rows = share_of(task.weight.rows, member, num_members, kStreamGrain);
+  const std::int64_t stride = round_up(Kernel::prepared_size(x.cols), simd::kWidth);
+  if (!is_prepared)
+    for (std::int64_t t = 0; t < x.rows; ++t)
+      Kernel::prepare(x.row(t), x.cols, scratch + t * stride);
+  if (rows.begin != rows.end) stream_tokens<Kernel>(task, rows, x.rows, scratch, stride);
 }
 
 // The panels' reading of weights: `count` stored values as float32, the same bits as dequantise()
@@ -857,32 +831,44 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
 }  // namespace detail
 
 /// Scratch of linear layers, fixed at construction: for each team member, tiles of converted
-/// weights and rearranged tokens; and the choice of arithmetic. One workspace serves one call at a
-/// time.
+/// weights and rearranged tokens; for all of them together, tokens in rounded form; and the choice
+/// of arithmetic. One workspace serves one call at a time.
 class LinearWorkspace {
  public:
+  /// Tokens whose rounded form is held at once unless told otherwise.
+  static constexpr std::int64_t kDefaultTokens = 512;
+
   /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates for
   /// each member 384 KiB, or a panel of 2 kWidth rows where that is more, and 12 tokens of
-  /// max_cols, whichever `activations` are chosen. \throws Error(kConfig) unless both are positive.
+  /// max_cols, whichever `activations` are chosen; and where those are rounded about two bytes per
+  /// column of `max_tokens` tokens. Longer chunks are served in parts of that many, each of which
+  /// converts the weights again. \throws Error(kConfig) unless all are positive.
   LinearWorkspace(std::int64_t max_cols, int team_size,
-                  Activations activations = Activations::kFloat32)
+                  Activations activations = Activations::kFloat32,
+                  std::int64_t max_tokens = kDefaultTokens)
       : max_cols_(checked(max_cols, "max_cols")),
+        max_tokens_(checked(max_tokens, "max_tokens")),
         team_size_(static_cast<int>(checked(team_size, "team_size"))),
         activations_(activations),
         member_size_(size_for(max_cols)),
-        storage_(static_cast<std::size_t>(member_size_ * team_size)) {}
+        storage_(static_cast<std::size_t>(member_size_ * team_size)),
+        rounded_(static_cast<std::size_t>(
+            activations == Activations::kFloat32 ? 0 : rounded_size(max_cols, max_tokens))) {}
 
   std::int64_t max_cols() const noexcept { return max_cols_; }
+  std::int64_t max_tokens() const noexcept { return max_tokens_; }
   int team_size() const noexcept { return team_size_; }
   /// In which form products through this workspace take activations.
   Activations activations() const noexcept { return activations_; }
   /// Bytes held.
-  std::size_t bytes() const noexcept { return storage_.bytes(); }
-  /// The scratch of one member: enough for either path at max_cols columns.
+  std::size_t bytes() const noexcept { return storage_.bytes() + rounded_.bytes(); }
+  /// The scratch of one member: enough for any path at max_cols columns.
   float* member(int index) {
     SLUICE_ASSERT(index >= 0 && index < team_size_);
     return storage_.data() + index * member_size_;
   }
+  /// Rounded tokens, shared by all members.
+  float* rounded() { return rounded_.data(); }
 
  private:
   static std::int64_t checked(std::int64_t value, const char* field) {
@@ -895,25 +881,109 @@ class LinearWorkspace {
     const std::int64_t panels = std::max(detail::kPanelBudget, detail::kPanelRows * cols);
     const std::int64_t many = panels + detail::kPanelTokens * cols;
     const std::int64_t few = detail::kStreamTokens * detail::max_prepared_size(cols);
-    return detail::round_up(std::max({many, few, detail::int8_scratch_size(cols),
-                                      detail::int8_stream_scratch_size(cols)}),
-                            64);
+    return detail::round_up(
+        std::max({many, few, detail::pair_scratch_size(cols), detail::int8_scratch_size(cols),
+                  detail::int8_stream_scratch_size(cols)}),
+        64);
+  }
+  static std::int64_t rounded_size(std::int64_t cols, std::int64_t tokens) {
+    using Pairs = detail::PairPanels;
+    using Bytes = detail::Int8Panels<detail::Int8Weights<ElementType::kQ8_0>>;
+    return std::max(Pairs::num_groups(tokens) * Pairs::group_size(cols),
+                    Bytes::num_groups(tokens) * Bytes::group_size(cols));
   }
 
   std::int64_t max_cols_;
+  std::int64_t max_tokens_;
   int team_size_;
   Activations activations_;
   std::int64_t member_size_;
   Buffer<float> storage_;
+  Buffer<float> rounded_;
 };
 
 namespace detail {
 
-// One member's share of all tasks with float32 activations.
-inline void float_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                        float* scratch, int member, int num_members) {
-  if (x.rows <= kStreamTokens) return stream_tasks(tasks, x, scratch, member, num_members);
-  for (const LinearTask& task : tasks) panel_task(task, x, scratch, member, num_members);
+// Products of several tasks of one type with rounded activations, for many tokens: all members round
+// shares of the tokens, then multiply shares of the rows. Panels is PairPanels or an Int8Panels.
+template <class Panels>
+void round_and_multiply(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                        LinearWorkspace& workspace, ThreadTeam& team) {
+  const std::int64_t group_size = Panels::group_size(x.cols);
+  const std::int64_t num_strips = (x.cols + Panels::kStrip - 1) / Panels::kStrip;
+  float* rounded = workspace.rounded();
+  for (std::int64_t first = 0; first < x.rows; first += workspace.max_tokens()) {
+    const std::int64_t tokens = std::min(workspace.max_tokens(), x.rows - first);
+    const std::int64_t num_groups = Panels::num_groups(tokens);
+    team.run([&](int member, int num_members) {
+      const WorkRange items = share_of(num_groups * num_strips, member, num_members);
+      for (std::int64_t i = items.begin; i < items.end; ++i) {
+        const std::int64_t g = i / num_strips;
+        const WorkRange range = share_of(tokens, g, num_groups);
+        Panels::round_strip(x.middle_rows(first + range.begin, range.end - range.begin),
+                            i % num_strips * Panels::kStrip, rounded + g * group_size);
+      }
+    });
+    team.run([&](int member, int num_members) {
+      for (const LinearTask& task : tasks)
+        Panels::multiply(task, first, tokens, rounded, workspace.member(member), member,
+                         num_members);
+    });
+  }
+}
+
+// Calls use.operator()<kType, kForm>() with the form that activations take beside weights of a type.
+template <class Use>
+void with_form(ElementType type, Activations chosen, Use&& use) {
+  with_type(type, [&]<ElementType kType>() {
+    if constexpr (kType == ElementType::kBF16) {
+      if (chosen != Activations::kFloat32)
+        return use.template operator()<kType, Activations::kBf16>();
+    } else if constexpr (Int8Weights<kType>::kExists) {
+      if (chosen == Activations::kInt8)
+        return use.template operator()<kType, Activations::kInt8>();
+    }
+    use.template operator()<kType, Activations::kFloat32>();
+  });
+}
+
+// Few tokens: one member's share of all tasks, of which neighbours of one type share the prepared
+// tokens.
+inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                         Activations activations, float* scratch, int member, int num_members) {
+  for (std::size_t i = 0; i < tasks.size(); ++i) {
+    const LinearTask& task = tasks[i];
+    const bool is_prepared = i > 0 && tasks[i - 1].weight.type == task.weight.type;
+    with_form(task.weight.type, activations, [&]<ElementType kType, Activations kForm>() {
+      if constexpr (kForm == Activations::kInt8)
+        int8_stream_task<kType>(task, x, is_prepared, scratch, member, num_members);
+      else if constexpr (kForm == Activations::kBf16)
+        pair_stream_task(task, x, is_prepared, scratch, member, num_members);
+      else
+        stream_task<StreamKernel<kType>>(task, x, is_prepared, scratch, member, num_members);
+    });
+  }
+}
+
+// Many tokens: tasks of one type that follow one another share the rounded tokens.
+inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                        LinearWorkspace& workspace, ThreadTeam& team) {
+  for (std::size_t begin = 0, end; begin < tasks.size(); begin = end) {
+    const ElementType type = tasks[begin].weight.type;
+    for (end = begin + 1; end < tasks.size() && tasks[end].weight.type == type;) ++end;
+    const std::span<const LinearTask> same = tasks.subspan(begin, end - begin);
+    with_form(type, workspace.activations(), [&]<ElementType kType, Activations kForm>() {
+      if constexpr (kForm == Activations::kInt8)
+        round_and_multiply<Int8Panels<Int8Weights<kType>>>(same, x, workspace, team);
+      else if constexpr (kForm == Activations::kBf16)
+        round_and_multiply<PairPanels>(same, x, workspace, team);
+      else
+        team.run([&](int member, int num_members) {
+          for (const LinearTask& task : same)
+            panel_task(task, x, workspace.member(member), member, num_members);
+        });
+    });
+  }
 }
 
 // The fast products behind linear_many in nn/linear.hpp.
@@ -921,23 +991,10 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
                         LinearWorkspace& workspace, ThreadTeam& team, cpu) {
   SLUICE_ASSERT(x.cols <= workspace.max_cols() && team.size() <= workspace.team_size());
   if (x.rows == 0) return;
+  const bool can_stream = kInt8Streams || workspace.activations() != Activations::kInt8;
+  if (x.rows > kStreamTokens || !can_stream) return panel_tasks(tasks, x, workspace, team);
   team.run([&](int member, int num_members) {
-    float* scratch = workspace.member(member);
-    if (workspace.activations() == Activations::kInt8) {
-      // Tasks of plain weights among them go the other way one by one.
-      for (const LinearTask& task : tasks) {
-        with_type(task.weight.type, [&]<ElementType kType>() {
-          if constexpr (!Int8Weights<kType>::kExists)
-            float_tasks({&task, 1}, x, scratch, member, num_members);
-          else if (x.rows <= kInt8StreamTokens)
-            int8_stream_task<kType>(task, x, scratch, member, num_members);
-          else
-            int8_panel_task<Int8Weights<kType>>(task, x, scratch, member, num_members);
-        });
-      }
-      return;
-    }
-    float_tasks(tasks, x, scratch, member, num_members);
+    stream_tasks(tasks, x, workspace.activations(), workspace.member(member), member, num_members);
   });
 }
 

@@ -33,11 +33,14 @@ namespace sluice::detail {
 // Chains of additions: one per group of four lanes, so that a register of unit sums of four rows
 // is added at once.
 inline constexpr int kInt8Chains = std::max(1, simd::kWidth / 4);
-// Rows of a panel, one per lane.
-inline constexpr int kInt8Rows = simd::kWidth;
-// Tokens of one call of the panel kernel: an accumulator each beside the levels of a unit, which
-// fill 8 registers where there are 32.
+// Rows of a panel, one per lane of kInt8Vectors registers.
+inline constexpr int kInt8Vectors = simd::kNumRegisters >= 32 ? 2 : 1;
+inline constexpr int kInt8Rows = kInt8Vectors * simd::kWidth;
+// Tokens of a group, and tokens that the panel kernel multiplies at a time: for each register of
+// rows and token an accumulator and a unit's sum of products. A group and a panel of a few hundred
+// columns fill a first-level cache.
 inline constexpr int kInt8Tokens = simd::kNumRegisters >= 32 ? 16 : 8;
+inline constexpr int kInt8Four = 4;
 // Words (4 bytes) of the panels that one member holds at a time: 384 KiB.
 inline constexpr std::int64_t kInt8Budget = 96 * 1024;
 
@@ -233,39 +236,46 @@ struct Int8Group {
       : levels(memory),
         scales(memory + kInt8Tokens * (cols / 4)),
         offsets(scales + kInt8Tokens * (cols / 32)) {}
+  // The tokens from `token` on.
+  Int8Group from(std::int64_t token) const {
+    Int8Group rest = *this;
+    rest.levels += token;
+    rest.scales += token;
+    rest.offsets += token;
+    return rest;
+  }
 };
 
+// Rounds the columns c ... c + kInt8Strip - 1 of a group's tokens.
 template <class Weights>
-void fill_group(MatrixView<const float> x, const Int8Group& group) {
+void fill_group(MatrixView<const float> x, std::int64_t c, const Int8Group& group) {
   constexpr int kWords = Weights::kUnit / 4;
   alignas(64) std::int8_t strip[simd::kWidth][kInt8Strip];
   const simd::VecI ones = simd::broadcast(std::int32_t{0x01010101});
+  const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
   for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
-    for (std::int64_t c = 0; c < x.cols; c += kInt8Strip) {
-      const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
-      const std::int64_t lane = c / 32 * kInt8Tokens + first;
-      for (int i = 0; i < count; i += 32)
-        simd::store(group.scales + lane + i / 32 * kInt8Tokens,
-                    quantise_activations(x.row(first) + c + i, x.stride, x.rows - first,
-                                         strip[0] + i, kInt8Strip));
-      float* words = group.levels + c / 4 * kInt8Tokens + first;
-      for (int i = 0; i < count; i += 4 * simd::kWidth) {
-        simd::VecF square[simd::kWidth];
-        for (int t = 0; t < simd::kWidth; ++t)
-          square[t] = simd::bits_as_float(simd::load_int32(strip[t] + i));
-        simd::transpose(square);
-        const int num_words = std::min(simd::kWidth, (count - i) / 4);
-        for (int k = 0; k < num_words; ++k)
-          simd::store(words + (i / 4 + k) * kInt8Tokens, square[k]);
-      }
-      for (int i = 0; i < count; i += Weights::kUnit) {
-        simd::VecI sum = simd::broadcast(std::int32_t{0});
-        for (int k = 0; k < kWords; ++k)
-          sum = simd::dot_levels(sum, ones, simd::load_int32(words + (i / 4 + k) * kInt8Tokens));
-        simd::store(
-            group.offsets + (c + i) / Weights::kUnit * kInt8Tokens + first,
-            unit_offset<Weights>(sum, simd::load(group.scales + lane + i / 32 * kInt8Tokens)));
-      }
+    const std::int64_t lane = c / 32 * kInt8Tokens + first;
+    for (int i = 0; i < count; i += 32)
+      simd::store(group.scales + lane + i / 32 * kInt8Tokens,
+                  quantise_activations(x.row(first) + c + i, x.stride, x.rows - first, strip[0] + i,
+                                       kInt8Strip));
+    float* words = group.levels + c / 4 * kInt8Tokens + first;
+    for (int i = 0; i < count; i += 4 * simd::kWidth) {
+      simd::VecF square[simd::kWidth];
+      for (int t = 0; t < simd::kWidth; ++t)
+        square[t] = simd::bits_as_float(simd::load_int32(strip[t] + i));
+      simd::transpose(square);
+      const int num_words = std::min(simd::kWidth, (count - i) / 4);
+      for (int k = 0; k < num_words; ++k)
+        simd::store(words + (i / 4 + k) * kInt8Tokens, square[k]);
+    }
+    for (int i = 0; i < count; i += Weights::kUnit) {
+      simd::VecI sum = simd::broadcast(std::int32_t{0});
+      for (int k = 0; k < kWords; ++k)
+        sum = simd::dot_levels(sum, ones, simd::load_int32(words + (i / 4 + k) * kInt8Tokens));
+      simd::store(
+          group.offsets + (c + i) / Weights::kUnit * kInt8Tokens + first,
+          unit_offset<Weights>(sum, simd::load(group.scales + lane + i / 32 * kInt8Tokens)));
     }
   }
 }
@@ -302,21 +312,26 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
     }
     float* target = panel + c / 4 * kInt8Rows;
     for (int i = 0; i < count; i += 4 * simd::kWidth) {
-      simd::VecF square[simd::kWidth];
-      for (int r = 0; r < kInt8Rows; ++r)
-        square[r] = simd::bits_as_float(simd::load_int32(strip[r] + i));
-      simd::transpose(square);
-      const int words = std::min(simd::kWidth, (count - i) / 4);
-      for (int k = 0; k < words; ++k) simd::store(target + (i / 4 + k) * kInt8Rows, square[k]);
+      for (int side = 0; side < kInt8Rows; side += simd::kWidth) {
+        simd::VecF square[simd::kWidth];
+        for (int r = 0; r < simd::kWidth; ++r)
+          square[r] = simd::bits_as_float(simd::load_int32(strip[side + r] + i));
+        simd::transpose(square);
+        const int words = std::min(simd::kWidth, (count - i) / 4);
+        for (int k = 0; k < words; ++k)
+          simd::store(target + (i / 4 + k) * kInt8Rows + side, square[k]);
+      }
     }
   }
 }
 
-// sums[t] = one chain of a panel times the first kTokens of a group, a multiple of 4.
-template <class Weights, int kTokens>
-void add_chain(const float* panel, const Int8Group& group, std::int64_t cols, int chain,
-               simd::VecF* sums) {
+// sums[t * kInt8Vectors + v] = one chain of a panel's rows v times token t of four.
+template <class Weights>
+[[gnu::always_inline]] inline void add_chain(const float* panel, const Int8Group& four,
+                                             std::int64_t cols, int chain,
+                                             simd::VecF (&sums)[kInt8Four * kInt8Vectors]) {
   constexpr int kUnit = Weights::kUnit;
+  constexpr int kSums = kInt8Four * kInt8Vectors;
   const float* scales = panel + kInt8Rows * (cols / 4);
   const float* offsets = scales + kInt8Rows * (cols / kUnit);
   const auto word = [](const float* source) {
@@ -324,126 +339,125 @@ void add_chain(const float* panel, const Int8Group& group, std::int64_t cols, in
     std::memcpy(&value, source, sizeof(value));
     return simd::broadcast(value);
   };
-  simd::VecF total[kTokens] = {};
+  simd::VecF total[kSums] = {};
   constexpr std::int64_t kRun = Weights::kChainUnits;
   for (std::int64_t first = chain * kRun; first < cols / kUnit; first += kInt8Chains * kRun) {
     for (std::int64_t u = first; u < first + kRun; ++u) {
-      simd::VecI levels[kUnit / 4];
+      const float* levels = panel + u * (kUnit / 4) * kInt8Rows;
+      const float* words = four.levels + u * (kUnit / 4) * kInt8Tokens;
+      const float* token_scales = four.scales + u * kUnit / 32 * kInt8Tokens;
+      const float* token_offsets = four.offsets + u * kInt8Tokens;
+      simd::VecI unit_sums[kSums];
 #pragma GCC unroll 8
-      for (int k = 0; k < kUnit / 4; ++k)
-        levels[k] = simd::load_int32(panel + (u * (kUnit / 4) + k) * kInt8Rows);
-      const simd::VecF scale = simd::load(scales + u * kInt8Rows);
-      const float* words = group.levels + u * (kUnit / 4) * kInt8Tokens;
-      const float* token_scales = group.scales + u * kUnit / 32 * kInt8Tokens;
-      const float* token_offsets = group.offsets + u * kInt8Tokens;
-      // The products of a token are one chain of additions; four side by side keep the multipliers
-      // busy.
-#pragma GCC unroll 4
-      for (int four = 0; four < kTokens; four += 4) {
-        simd::VecI unit_sums[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          unit_sums[i] = simd::broadcast(std::int32_t{0});
-          if constexpr (!Weights::kHasOffset) unit_sums[i] = word(token_offsets + four + i);
-        }
+      for (int k = 0; k < kSums; ++k) {
+        unit_sums[k] = simd::broadcast(std::int32_t{0});
+        if constexpr (!Weights::kHasOffset) unit_sums[k] = word(token_offsets + k / kInt8Vectors);
+      }
 #pragma GCC unroll 8
-        for (int k = 0; k < kUnit / 4; ++k) {
+      for (int k = 0; k < kUnit / 4; ++k) {
+        simd::VecI rows[kInt8Vectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kInt8Vectors; ++v)
+          rows[v] = simd::load_int32(levels + k * kInt8Rows + v * simd::kWidth);
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const simd::VecI values = word(words + k * kInt8Tokens + four + i);
-            unit_sums[i] = Weights::kSigned ? simd::dot_signed(unit_sums[i], levels[k], values)
-                                            : simd::dot_levels(unit_sums[i], levels[k], values);
+        for (int t = 0; t < kInt8Four; ++t) {
+          const simd::VecI values = word(words + k * kInt8Tokens + t);
+#pragma GCC unroll 2
+          for (int v = 0; v < kInt8Vectors; ++v) {
+            simd::VecI& sum = unit_sums[t * kInt8Vectors + v];
+            sum = Weights::kSigned ? simd::dot_signed(sum, rows[v], values)
+                                   : simd::dot_levels(sum, rows[v], values);
           }
         }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const int t = four + i;
-          total[t] = simd::fma(simd::to_float(unit_sums[i]),
-                               scale * simd::broadcast(token_scales[t]), total[t]);
-          if constexpr (Weights::kHasOffset)
-            total[t] = simd::fma(simd::load(offsets + u * kInt8Rows),
-                                 simd::broadcast(token_offsets[t]), total[t]);
-        }
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < kSums; ++k) {
+        const std::int64_t row = u * kInt8Rows + k % kInt8Vectors * simd::kWidth;
+        const int t = k / kInt8Vectors;
+        total[k] =
+            simd::fma(simd::to_float(unit_sums[k]),
+                      simd::load(scales + row) * simd::broadcast(token_scales[t]), total[k]);
+        if constexpr (Weights::kHasOffset)
+          total[k] = simd::fma(simd::load(offsets + row), simd::broadcast(token_offsets[t]),
+                               total[k]);
       }
     }
   }
-  for (int t = 0; t < kTokens; ++t) sums[t] = total[t];
+#pragma GCC unroll 8
+  for (int k = 0; k < kSums; ++k) sums[k] = total[k];
 }
 
-// The chains first, first + step, ... as a tree: their even and their odd ones, added by the same
-// rule. It is the order in which halves of a register are folded onto each other.
-template <class Weights, int kTokens, int kStep = 1>
-void add_chains(const float* panel, const Int8Group& group, std::int64_t cols, int first,
-                simd::VecF* sums) {
-  if constexpr (kStep >= kInt8Chains) {
-    add_chain<Weights, kTokens>(panel, group, cols, first, sums);
-  } else {
-    simd::VecF others[kTokens];
-    add_chains<Weights, kTokens, 2 * kStep>(panel, group, cols, first, sums);
-    add_chains<Weights, kTokens, 2 * kStep>(panel, group, cols, first + kStep, others);
-    for (int t = 0; t < kTokens; ++t) sums[t] += others[t];
-  }
-}
-
-// One panel times the first `tokens` tokens of a group. Fours of tokens are multiplied, of which
-// the last one's lanes beyond `tokens` are dropped: fewer kernels to compile, and to keep in a
-// cache.
-template <class Weights, int kTokens>
-void multiply_int8_panel(int tokens, const LinearTask& task, const float* panel,
+// One panel times the first `tokens` tokens of a group, four at a time, of which the last one's
+// lanes beyond `tokens` are dropped.
+template <class Weights>
+void multiply_int8_panel(std::int64_t tokens, const LinearTask& task, const float* panel,
                          const Int8Group& group, std::int64_t row, std::int64_t token) {
-  if constexpr (kTokens > 4)
-    if (tokens <= kTokens - 4)
-      return multiply_int8_panel<Weights, kTokens - 4>(tokens, task, panel, group, row, token);
-  simd::VecF sums[kTokens];
-  add_chains<Weights, kTokens>(panel, group, task.weight.cols, 0, sums);
-  const std::int64_t count = std::min<std::int64_t>(kInt8Rows, task.weight.rows - row);
-  for (int t = 0; t < tokens; ++t) {
-    float* y = task.y.row(token + t) + row;
-    simd::VecF sum = sums[t];
-    if (task.bias != nullptr) sum += simd::load_partial(task.bias + row, count);
-    if (task.accumulate) sum += simd::load_partial(y, count);
-    simd::store_partial(y, sum, count);
-  }
-}
-
-template <class Weights>
-std::int64_t int8_panels_per_tile(std::int64_t cols) {
-  return std::max<std::int64_t>(1, kInt8Budget / int8_panel_size<Weights>(cols));
-}
-
-// Scratch of a member for any type: [panels of a tile, a group].
-inline std::int64_t int8_scratch_size(std::int64_t cols) {
-  const std::int64_t padded = round_up(cols, 32);
-  const std::int64_t panel = kInt8Rows * (padded / 4 + padded / 16);
-  return std::max(kInt8Budget, panel) + Int8Group::size(padded);
-}
-
-// One member's share of one task, by panels.
-template <class Weights>
-void int8_panel_task(const LinearTask& task, MatrixView<const float> x, float* scratch, int member,
-                     int num_members) {
-  const WeightMatrix& weight = task.weight;
-  const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
-  const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
-  const std::int64_t panels = int8_panels_per_tile<Weights>(weight.cols);
-  const std::int64_t tile_rows = panels * kInt8Rows;
-  const Int8Group group(scratch + panels * panel_size, weight.cols);
-  const std::int64_t num_groups = (x.rows + kInt8Tokens - 1) / kInt8Tokens;
-  for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
-    const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
-    float* panel = scratch;
-    for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
-      fill_int8_panel<Weights>(weight, row, panel);
-    for (std::int64_t g = 0; g < num_groups; ++g) {
-      const WorkRange tokens = share_of(x.rows, g, num_groups);
-      const auto count = static_cast<int>(tokens.end - tokens.begin);
-      fill_group<Weights>(x.middle_rows(tokens.begin, count), group);
-      panel = scratch;
-      for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
-        multiply_int8_panel<Weights, kInt8Tokens>(count, task, panel, group, row, tokens.begin);
+  for (std::int64_t first = 0; first < tokens; first += kInt8Four) {
+    simd::VecF sums[kInt8Four * kInt8Vectors];
+    fold_chains<kInt8Chains>(sums, [&](int chain, simd::VecF(&result)[kInt8Four * kInt8Vectors]) {
+      add_chain<Weights>(panel, group.from(first), task.weight.cols, chain, result);
+    });
+    for (int k = 0; k < kInt8Four * kInt8Vectors; ++k) {
+      const std::int64_t t = first + k / kInt8Vectors;
+      const std::int64_t begin = row + k % kInt8Vectors * simd::kWidth;
+      const std::int64_t count = std::min<std::int64_t>(simd::kWidth, task.weight.rows - begin);
+      if (t >= tokens || count <= 0) continue;
+      float* y = task.y.row(token + t) + begin;
+      simd::VecF sum = sums[k];
+      if (task.bias != nullptr) sum += simd::load_partial(task.bias + begin, count);
+      if (task.accumulate) sum += simd::load_partial(y, count);
+      simd::store_partial(y, sum, count);
     }
   }
 }
+
+// Scratch of a member for any type: the panels of a tile.
+inline std::int64_t int8_scratch_size(std::int64_t cols) {
+  const std::int64_t padded = round_up(cols, 32);
+  return std::max(kInt8Budget, kInt8Rows * (padded / 4 + padded / 16));
+}
+
+/// The chunk side of the arithmetic, in two phases (see round_and_multiply() in linear.hpp): tokens
+/// are rounded once into `rounded`, shared by all members and tasks, then multiplied by panels.
+template <class Weights>
+struct Int8Panels {
+  // Columns of an item of the first phase.
+  static constexpr std::int64_t kStrip = kInt8Strip;
+
+  static std::int64_t num_groups(std::int64_t tokens) {
+    return (tokens + kInt8Tokens - 1) / kInt8Tokens;
+  }
+  static constexpr std::int64_t group_size(std::int64_t cols) { return Int8Group::size(cols); }
+
+  static void round_strip(MatrixView<const float> x, std::int64_t c, float* group) {
+    fill_group<Weights>(x, c, Int8Group(group, x.cols));
+  }
+
+  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`.
+  static void multiply(const LinearTask& task, std::int64_t first, std::int64_t tokens,
+                       float* rounded, float* scratch, int member, int num_members) {
+    const WeightMatrix& weight = task.weight;
+    const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
+    const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
+    const std::int64_t tile_rows =
+        std::max<std::int64_t>(1, kInt8Budget / panel_size) * kInt8Rows;
+    const std::int64_t groups = num_groups(tokens);
+    for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
+      const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
+      float* panel = scratch;
+      for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
+        fill_int8_panel<Weights>(weight, row, panel);
+      for (std::int64_t g = 0; g < groups; ++g) {
+        const WorkRange range = share_of(tokens, g, groups);
+        const Int8Group group(rounded + g * group_size(weight.cols), weight.cols);
+        panel = scratch;
+        for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
+          multiply_int8_panel<Weights>(range.end - range.begin, task, panel, group, row,
+                                       first + range.begin);
+      }
+    }
+  }
+};
 
 // The upper bits of the levels of half a Q6_K block (see StreamKernel and BlockQ6_K), for register
 // v of its words: bits 0-1 and 4-5 of every byte.

@@ -19,14 +19,12 @@
 
 namespace sluice::detail {
 
-// Up to this many tokens weights are taken apart in registers, once per group of up to
+// Up to kStreamTokens tokens weights are taken apart in registers, once per group of up to
 // kInt8StreamGroup tokens; above it panels pay. On a Zen 4 core the two meet at 8 tokens for Q8_0
 // and Q6_K, at 12 for Q4_0 and Q4_1 and at 20 for Q4_K; bench/linear_bench has both sides under
 // `crossover`. Registers of one lane hold no unit: they always take panels.
-inline constexpr std::int64_t kInt8StreamTokens = simd::kWidth >= 4 ? 8 : 0;
+inline constexpr bool kInt8Streams = simd::kWidth >= 4;
 inline constexpr int kInt8StreamGroup = 4;
-// Bytes of weights that several groups of tokens visit in turn.
-inline constexpr std::int64_t kInt8StretchBytes = 256 * 1024;
 
 /// How a type's stored rows are read as pieces: four rows' levels of one unit a chain.
 ///   kColumns: columns of a step, whole blocks; kStepBytes: their stored bytes;
@@ -319,24 +317,25 @@ inline std::int64_t int8_stream_scratch_size(std::int64_t cols) {
        {int8_prepared_size<ElementType::kQ8_0>(cols), int8_prepared_size<ElementType::kQ4_K>(cols),
         int8_prepared_size<ElementType::kQ6_K>(cols)})
     prepared = std::max(prepared, size);
-  return kInt8StreamTokens * prepared + int8_rounded_size(cols);
+  return kStreamTokens * prepared + int8_rounded_size(cols);
 }
 
-// One member's share of one task with few tokens.
+// One member's share of one task with few tokens. The scratch holds the tokens prepared for this
+// type already if `is_prepared`.
 template <ElementType kType>
-void int8_stream_task(const LinearTask& task, MatrixView<const float> x, float* scratch, int member,
-                      int num_members) {
+void int8_stream_task(const LinearTask& task, MatrixView<const float> x, bool is_prepared,
+                      float* scratch, int member, int num_members) {
   const WorkRange rows = share_of(task.weight.rows, member, num_members, 4);
-  if (rows.begin == rows.end) return;
   const std::int64_t stride = int8_prepared_size<kType>(x.cols);
   float* rounded = scratch + x.rows * stride;
-  for (std::int64_t t = 0; t < x.rows; ++t)
-    prepare_int8<kType>(x.row(t), x.cols, scratch + t * stride, rounded);
+  if (!is_prepared)
+    for (std::int64_t t = 0; t < x.rows; ++t)
+      prepare_int8<kType>(x.row(t), x.cols, scratch + t * stride, rounded);
   // With more tokens than one pass serves, rows in stretches that a second-level cache keeps.
   const std::int64_t step =
       x.rows <= kInt8StreamGroup
           ? rows.end - rows.begin
-          : std::max<std::int64_t>(4, kInt8StretchBytes / task.weight.row_bytes() / 4 * 4);
+          : std::max<std::int64_t>(4, kStretchBytes / task.weight.row_bytes() / 4 * 4);
   for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
     const WorkRange stretch = {begin, std::min(begin + step, rows.end)};
     for (std::int64_t t = 0; t < x.rows; t += kInt8StreamGroup) {

@@ -1,23 +1,32 @@
 // SPDX-License-Identifier: MIT
 /// What the processor's matrix products are given, and the choice of arithmetic: shared by
-/// linear.hpp (float32 activations) and linear_int8.hpp (activations of eight bits).
+/// linear.hpp (float32 activations), linear_bf16.hpp and linear_int8.hpp (rounded ones).
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
+#include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/view.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 
 namespace sluice {
 
-/// In which form activations meet quantised weights (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K). Plain weights
-/// (F32, F16, BF16) are multiplied with float32 activations either way.
+/// In which form activations meet weights: how far they may be rounded for products that are faster
+/// then. Sums are float32 (within a block of 8-bit products exact) whatever is chosen; F32 and F16
+/// weights are always multiplied with float32 activations.
 enum class Activations : std::uint8_t {
   /// As they are: products and sums in float32, the accurate choice.
   kFloat32,
-  /// Rounded to 8 bits per token and block of 32 columns, with exact integer products within a
-  /// block: up to twice as fast where the processor multiplies bytes (AVX-512 VNNI); on plain AVX2
+  /// Rounded to bf16 (8 bits of mantissa, the precision of the weights themselves) where weights are
+  /// BF16: twice as fast for chunks of tokens where the processor multiplies pairs of bf16
+  /// (AVX512_BF16), the same results at about the speed of kFloat32 elsewhere. The rule is in
+  /// backend/cpu/linear_bf16.hpp. Quantised weights (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) still meet float32
+  /// activations.
+  kBf16,
+  /// Rounded to 8 bits per token and block of 32 columns where weights are quantised, with exact
+  /// integer products within a block, and as with kBf16 where weights are BF16: up to twice as fast where the processor multiplies bytes (AVX-512 VNNI); on plain AVX2
   /// prompts gain and single tokens of some types lose. The rule and the error bound are in
   /// backend/cpu/linear_int8.hpp.
   kInt8,
@@ -35,6 +44,52 @@ namespace detail {
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+// Up to this many tokens weights are converted in registers, once per group of up to four tokens;
+// above it panels pay. On a Zen 4 core the two meet at about 10 tokens for four-bit types and later
+// for the others; bench/linear_bench has both sides under `crossover`.
+inline constexpr std::int64_t kStreamTokens = 8;
+// Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
+// in a second-level cache.
+inline constexpr std::int64_t kStretchBytes = 256 * 1024;
+
+template <int kRows, int kTokens>
+[[gnu::always_inline]] inline void reduce_all(const simd::VecF (&sums)[kRows][kTokens],
+                                              float (&result)[kRows][kTokens]) {
+  if constexpr (kRows == 4 && kTokens == 1) {
+    const simd::VecF four[4] = {sums[0][0], sums[1][0], sums[2][0], sums[3][0]};
+    simd::reduce_add(four, &result[0][0]);
+  } else {
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTokens; ++t) result[r][t] = simd::reduce_add(sums[r][t]);
+  }
+}
+
+// Adds kChains sums of each of kCount registers by halves, the first half of the chains to the
+// second and so on, which is the order in which simd::reduce_add() folds lanes. run(chain, sums)
+// gives one chain's registers; the chains come in the order of their bits reversed, so that no more
+// than log2(kChains) of them wait. kChains is a power of two.
+constexpr int chain_in_order(int index, int num_chains) {
+  int chain = 0;
+  for (int bit = 1; bit < num_chains; bit *= 2)
+    if ((index & bit) != 0) chain += num_chains / (2 * bit);
+  return chain;
+}
+
+template <int kChains, int kCount, class Run>
+[[gnu::always_inline]] inline void fold_chains(simd::VecF (&sums)[kCount], Run&& run) {
+  simd::VecF waiting[std::bit_width(static_cast<unsigned>(kChains))][kCount];
+  for (int i = 0; i < kChains; ++i) {
+    run(chain_in_order(i, kChains), sums);
+    int level = 0;
+    for (; (i >> level & 1) != 0; ++level) {
+#pragma GCC unroll 32
+      for (int k = 0; k < kCount; ++k) sums[k] += waiting[level][k];
+    }
+#pragma GCC unroll 32
+    for (int k = 0; k < kCount; ++k) waiting[level][k] = sums[k];
+  }
 }
 
 }  // namespace detail

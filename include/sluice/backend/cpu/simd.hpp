@@ -45,6 +45,13 @@
 #define SLUICE_SIMD_VNNI 0
 #endif
 
+// An instruction that adds the products of two pairs of bf16 to each float lane.
+#if SLUICE_SIMD_AVX512 && defined(__AVX512BF16__)
+#define SLUICE_SIMD_BF16 1
+#else
+#define SLUICE_SIMD_BF16 0
+#endif
+
 namespace sluice::simd {
 
 /// Lanes of a VecF and a VecI: 16 with AVX-512, 8 with AVX, 4 otherwise, 1 without extensions.
@@ -987,6 +994,69 @@ template <bool kSigned>
          VecI{detail::bits_as<detail::NativeI>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 #else
   return detail::dot_bytes_plain<true>(sum, biased, values);
+#endif
+}
+
+/// 16 bytes of each of kWidth / 4 rows that are `stride` bytes apart: those of row g in lanes 4 g to
+/// 4 g + 3. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecI load_quads(const std::uint8_t* rows,
+                                              [[maybe_unused]] std::int64_t stride) {
+#if SLUICE_SIMD_AVX512
+  const auto quad = [&](int g) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + g * stride));
+  };
+  __m512i quads = _mm512_maskz_broadcast_i32x4(0x000f, quad(0));
+  quads = _mm512_mask_broadcast_i32x4(quads, 0x00f0, quad(1));
+  quads = _mm512_mask_broadcast_i32x4(quads, 0x0f00, quad(2));
+  quads = _mm512_mask_broadcast_i32x4(quads, 0xf000, quad(3));
+  return {detail::bits_as<detail::NativeI>(quads)};
+#elif SLUICE_SIMD_AVX
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + stride));
+  return {detail::bits_as<detail::NativeI>(
+      _mm256_insertf128_si256(_mm256_castsi128_si256(low), high, 1))};
+#else
+  return load_int32(rows);
+#endif
+}
+
+/// The same 16 bytes kWidth / 4 times. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecI repeat_quad(const void* source) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeI>(_mm512_maskz_broadcast_i32x4(
+      detail::kAllLanes, _mm_loadu_si128(static_cast<const __m128i*>(source))))};
+#else
+  return load_quads(static_cast<const std::uint8_t*>(source), 0);
+#endif
+}
+
+/// 2 kWidth values rounded to bf16 as store() does, in pairs: lane i holds values 2 i and 2 i + 1 in
+/// the order of memory, `low` being the first kWidth values. Subnormals may become zero.
+[[gnu::always_inline]] inline VecI round_pairs(VecF low, VecF high) {
+#if SLUICE_SIMD_BF16
+  const __m512bh pairs =
+      _mm512_cvtne2ps_pbh(detail::bits_as<__m512>(high.v), detail::bits_as<__m512>(low.v));
+  return {detail::bits_as<detail::NativeI>(pairs)};
+#else
+  bf16 pairs[2 * kWidth];
+  store(pairs, low);
+  store(pairs + kWidth, high);
+  return load_int32(pairs);
+#endif
+}
+
+/// Each lane of `sum` plus the products of its two bf16 in a and in b: first the product of the
+/// upper 16 bits is added, then that of the lower, each as fma() does. Where one instruction does
+/// it, operands, products and sums below 2^-126 count as zero.
+[[gnu::always_inline]] inline VecF dot_pairs(VecF sum, VecI a, VecI b) {
+#if SLUICE_SIMD_BF16
+  return {detail::bits_as<detail::NativeF>(
+      _mm512_dpbf16_ps(detail::bits_as<__m512>(sum.v), detail::bits_as<__m512bh>(a.v),
+                       detail::bits_as<__m512bh>(b.v)))};
+#else
+  const VecI upper = broadcast(std::int32_t{-65536});
+  sum = fma(bits_as_float(a & upper), bits_as_float(b & upper), sum);
+  return fma(bits_as_float(a << 16), bits_as_float(b << 16), sum);
 #endif
 }
 
