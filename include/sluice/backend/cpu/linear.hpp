@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -573,17 +574,16 @@ void stream_tokens(const LinearTask& task, WorkRange rows, std::int64_t tokens,
   }
 }
 
-// One member's share of one task with few tokens. scratch: [kStreamTokens * max_prepared_size];
-// it holds the tokens prepared for this kernel already if `is_prepared`.
+// Rows of one task with few tokens. scratch: [kStreamTokens * max_prepared_size]; it holds the
+// tokens prepared for this kernel already if `is_prepared`.
 template <class Kernel>
-void stream_task(const LinearTask& task, MatrixView<const float> x, bool is_prepared,
-                 float* scratch, int member, int num_members) {
-  const WorkRange rows = share_of(task.weight.rows, member, num_members, kStreamGrain);
+void stream_task(const LinearTask& task, WorkRange rows, MatrixView<const float> x,
+                 bool is_prepared, float* scratch) {
   const std::int64_t stride = round_up(Kernel::prepared_size(x.cols), simd::kWidth);
   if (!is_prepared)
     for (std::int64_t t = 0; t < x.rows; ++t)
       Kernel::prepare(x.row(t), x.cols, scratch + t * stride);
-  if (rows.begin != rows.end) stream_tokens<Kernel>(task, rows, x.rows, scratch, stride);
+  stream_tokens<Kernel>(task, rows, x.rows, scratch, stride);
 }
 
 // The panels' reading of weights: `count` stored values as float32, the same bits as dequantise()
@@ -869,6 +869,8 @@ class LinearWorkspace {
   }
   /// Rounded tokens, shared by all members.
   float* rounded() { return rounded_.data(); }
+  /// Counts pieces of work that members take in turn.
+  std::atomic<std::int64_t>& next_piece() { return next_piece_; }
 
  private:
   static std::int64_t checked(std::int64_t value, const char* field) {
@@ -890,7 +892,7 @@ class LinearWorkspace {
     using Pairs = detail::PairPanels;
     using Bytes = detail::Int8Panels<detail::Int8Weights<ElementType::kQ8_0>>;
     return std::max(Pairs::num_groups(tokens) * Pairs::group_size(cols),
-                    Bytes::num_groups(tokens) * Bytes::group_size(cols));
+                    Bytes::num_groups(tokens) * detail::int8_group_bound(cols));
   }
 
   std::int64_t max_cols_;
@@ -900,6 +902,7 @@ class LinearWorkspace {
   std::int64_t member_size_;
   Buffer<float> storage_;
   Buffer<float> rounded_;
+  alignas(64) std::atomic<std::int64_t> next_piece_{0};
 };
 
 namespace detail {
@@ -947,21 +950,68 @@ void with_form(ElementType type, Activations chosen, Use&& use) {
   });
 }
 
-// Few tokens: one member's share of all tasks, of which neighbours of one type share the prepared
-// tokens.
+// Members that stream weights from memory do not advance alike: the bus serves one before the other.
+// So the last kSharedPart-th of a matrix's rows is no one's, but taken in pieces by whoever is free.
+// The bits are the same: a row's sums do not depend on who forms them.
+inline constexpr std::int64_t kSharedPart = 4;
+inline constexpr std::int64_t kPieceBytes = 16 * 1024;
+inline constexpr std::int64_t kMostPieces = 32;
+
+struct StreamShares {
+  WorkRange shared;         // rows that are taken in pieces
+  std::int64_t piece_rows;  // at a time
+
+  StreamShares(const WeightMatrix& weight, int num_members)
+      : shared{num_members == 1 ? weight.rows
+                                : round_up(weight.rows - weight.rows / kSharedPart, kStreamGrain),
+               weight.rows} {
+    shared.begin = std::min(shared.begin, shared.end);
+    const std::int64_t fewest = kPieceBytes / weight.row_bytes() + 1;
+    const std::int64_t rows = (shared.end - shared.begin) / kMostPieces;
+    piece_rows = round_up(std::max(fewest, rows), 2 * kStreamGrain);
+  }
+  std::int64_t num_pieces() const {
+    return (shared.end - shared.begin + piece_rows - 1) / piece_rows;
+  }
+  WorkRange piece(std::int64_t index) const {
+    const std::int64_t begin = shared.begin + index * piece_rows;
+    return {begin, std::min(begin + piece_rows, shared.end)};
+  }
+};
+
+// Few tokens: one member's part of all tasks. `next_piece` is 0 before the members begin.
 inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                         Activations activations, float* scratch, int member, int num_members) {
-  for (std::size_t i = 0; i < tasks.size(); ++i) {
-    const LinearTask& task = tasks[i];
-    const bool is_prepared = i > 0 && tasks[i - 1].weight.type == task.weight.type;
+                         Activations activations, std::atomic<std::int64_t>& next_piece,
+                         float* scratch, int member, int num_members) {
+  const LinearTask* prepared_for = nullptr;
+  const auto stream = [&](const LinearTask& task, WorkRange rows) {
+    if (rows.begin >= rows.end) return;
+    // Tasks of one type share the prepared tokens.
+    const bool is_prepared =
+        prepared_for != nullptr && prepared_for->weight.type == task.weight.type;
+    prepared_for = &task;
     with_form(task.weight.type, activations, [&]<ElementType kType, Activations kForm>() {
       if constexpr (kForm == Activations::kInt8)
-        int8_stream_task<kType>(task, x, is_prepared, scratch, member, num_members);
+        int8_stream_task<kType>(task, rows, x, is_prepared, scratch);
       else if constexpr (kForm == Activations::kBf16)
-        pair_stream_task(task, x, is_prepared, scratch, member, num_members);
+        pair_stream_task(task, rows, x, is_prepared, scratch);
       else
-        stream_task<StreamKernel<kType>>(task, x, is_prepared, scratch, member, num_members);
+        stream_task<StreamKernel<kType>>(task, rows, x, is_prepared, scratch);
     });
+  };
+  for (const LinearTask& task : tasks)
+    stream(task, share_of(StreamShares(task.weight, num_members).shared.begin, member, num_members,
+                          2 * kStreamGrain));
+  if (num_members == 1) return;
+  std::int64_t before = 0;  // pieces of earlier tasks
+  std::int64_t piece = next_piece.fetch_add(1, std::memory_order_relaxed);
+  for (const LinearTask& task : tasks) {
+    const StreamShares shares(task.weight, num_members);
+    const std::int64_t count = shares.num_pieces();
+    for (; piece < count; piece = next_piece.fetch_add(1, std::memory_order_relaxed) - before)
+      stream(task, shares.piece(piece));
+    piece -= count;
+    before += count;
   }
 }
 
@@ -993,8 +1043,11 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
   if (x.rows == 0) return;
   const bool can_stream = kInt8Streams || workspace.activations() != Activations::kInt8;
   if (x.rows > kStreamTokens || !can_stream) return panel_tasks(tasks, x, workspace, team);
+  std::atomic<std::int64_t>& next_piece = workspace.next_piece();
+  next_piece.store(0, std::memory_order_relaxed);
   team.run([&](int member, int num_members) {
-    stream_tasks(tasks, x, workspace.activations(), workspace.member(member), member, num_members);
+    stream_tasks(tasks, x, workspace.activations(), next_piece, workspace.member(member), member,
+                 num_members);
   });
 }
 

@@ -156,10 +156,9 @@ void pair_stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token
   }
 }
 
-// One member's share of one task with few tokens, see stream_task() in linear.hpp.
-inline void pair_stream_task(const LinearTask& task, MatrixView<const float> x, bool is_prepared,
-                             float* scratch, int member, int num_members) {
-  const WorkRange rows = share_of(task.weight.rows, member, num_members, kPairPassRows);
+// Rows of one task with few tokens, see stream_task() in linear.hpp.
+inline void pair_stream_task(const LinearTask& task, WorkRange rows, MatrixView<const float> x,
+                             bool is_prepared, float* scratch) {
   const std::int64_t stride = pair_prepared_size(x.cols);
   if (!is_prepared)
     for (std::int64_t t = 0; t < x.rows; ++t) prepare_pairs(x.row(t), x.cols, scratch + t * stride);
@@ -182,7 +181,7 @@ inline void pair_stream_task(const LinearTask& task, MatrixView<const float> x, 
 }
 
 // Words of a panel of all columns, and of a group of kPairTokens rounded tokens. In both the words
-// of a chain follow one another and the chains come in the order in which fold_chains() wants them:
+// of a chain follow one another and the chains come in the order of chain_in_order():
 // [chains, steps, kPairRows or kPairTokens].
 constexpr std::int64_t pair_panel_size(std::int64_t cols) { return pair_words(cols) * kPairRows; }
 constexpr std::int64_t pair_group_size(std::int64_t cols) { return pair_words(cols) * kPairTokens; }
@@ -279,8 +278,8 @@ struct PairPanels {
       if (tokens <= kTokens - kPairGrain)
         return multiply_panel<kTokens - kPairGrain>(tokens, task, panel, group, row, token);
     const std::int64_t num_steps = pair_steps(task.weight.cols);
-    simd::VecF sums[2 * kTokens];
-    fold_chains<kPairChains>(sums, [&](int /*chain*/, simd::VecF(&result)[2 * kTokens]) {
+    ChainSums<kPairChains, 2 * kTokens> sums;
+    for (int chain = 0; chain < kPairChains; ++chain) {
       simd::VecF parts[2 * kTokens] = {};
       for (std::int64_t s = 0; s < num_steps; ++s) {
         const simd::VecI low = simd::load_int32(panel);
@@ -296,9 +295,8 @@ struct PairPanels {
         panel += kPairRows;
         group += kPairTokens;
       }
-#pragma GCC unroll 24
-      for (int k = 0; k < 2 * kTokens; ++k) result[k] = parts[k];
-    });
+      sums.add(chain, parts);
+    }
     for (int t = 0; t < tokens; ++t) {
       for (int side = 0; side < 2; ++side) {
         const std::int64_t first = row + side * simd::kWidth;
@@ -306,7 +304,7 @@ struct PairPanels {
             std::clamp<std::int64_t>(task.weight.rows - first, 0, simd::kWidth);
         if (count == 0) continue;
         float* y = task.y.row(token + t) + first;
-        simd::VecF sum = sums[2 * t + side];
+        simd::VecF sum = sums.total()[2 * t + side];
         if (task.bias != nullptr) sum += simd::load_partial(task.bias + first, count);
         if (task.accumulate) sum += simd::load_partial(y, count);
         simd::store_partial(y, sum, count);
@@ -327,13 +325,18 @@ struct PairPanels {
       float* panel = scratch;
       for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size)
         fill_pair_panel(weight, row, panel);
-      for (std::int64_t g = 0; g < groups; ++g) {
-        const WorkRange range = share_of(tokens, g, groups);
-        const float* group = rounded + g * group_size(weight.cols);
+      // Groups in blocks that a second-level cache keeps beside the panels.
+      const std::int64_t block = std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
+      for (std::int64_t begin = 0; begin < groups; begin += block) {
         panel = scratch;
-        for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size)
-          multiply_panel<kPairTokens>(static_cast<int>(range.end - range.begin), task, panel, group,
-                                      row, first + range.begin);
+        for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size) {
+          for (std::int64_t g = begin; g < std::min(begin + block, groups); ++g) {
+            const WorkRange range = share_of(tokens, g, groups);
+            multiply_panel<kPairTokens>(static_cast<int>(range.end - range.begin), task, panel,
+                                        rounded + g * group_size(weight.cols), row,
+                                        first + range.begin);
+          }
+        }
       }
     }
   }

@@ -320,12 +320,11 @@ inline std::int64_t int8_stream_scratch_size(std::int64_t cols) {
   return kStreamTokens * prepared + int8_rounded_size(cols);
 }
 
-// One member's share of one task with few tokens. The scratch holds the tokens prepared for this
-// type already if `is_prepared`.
+// Rows of one task with few tokens. The scratch holds the tokens prepared for this type already if
+// `is_prepared`.
 template <ElementType kType>
-void int8_stream_task(const LinearTask& task, MatrixView<const float> x, bool is_prepared,
-                      float* scratch, int member, int num_members) {
-  const WorkRange rows = share_of(task.weight.rows, member, num_members, 4);
+void int8_stream_task(const LinearTask& task, WorkRange rows, MatrixView<const float> x,
+                      bool is_prepared, float* scratch) {
   const std::int64_t stride = int8_prepared_size<kType>(x.cols);
   float* rounded = scratch + x.rows * stride;
   if (!is_prepared)

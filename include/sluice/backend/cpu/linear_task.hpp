@@ -53,6 +53,8 @@ inline constexpr std::int64_t kStreamTokens = 8;
 // Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
 // in a second-level cache.
 inline constexpr std::int64_t kStretchBytes = 256 * 1024;
+// Floats of rounded tokens that several panels visit in turn: 256 KiB.
+inline constexpr std::int64_t kRoundedBudget = 64 * 1024;
 
 template <int kRows, int kTokens>
 [[gnu::always_inline]] inline void reduce_all(const simd::VecF (&sums)[kRows][kTokens],
@@ -66,10 +68,10 @@ template <int kRows, int kTokens>
   }
 }
 
-// Adds kChains sums of each of kCount registers by halves, the first half of the chains to the
-// second and so on, which is the order in which simd::reduce_add() folds lanes. run(chain, sums)
-// gives one chain's registers; the chains come in the order of their bits reversed, so that no more
-// than log2(kChains) of them wait. kChains is a power of two.
+// Sums over chains of additions, for each of kCount registers, are added by halves: the first half
+// of the chains to the second and so on, which is the order in which simd::reduce_add() folds lanes.
+// chain_in_order(0), chain_in_order(1), ... is their order with the bits of their numbers reversed,
+// in which no more than log2(kChains) sums wait. Chains are a power of two.
 constexpr int chain_in_order(int index, int num_chains) {
   int chain = 0;
   for (int bit = 1; bit < num_chains; bit *= 2)
@@ -77,20 +79,23 @@ constexpr int chain_in_order(int index, int num_chains) {
   return chain;
 }
 
-template <int kChains, int kCount, class Run>
-[[gnu::always_inline]] inline void fold_chains(simd::VecF (&sums)[kCount], Run&& run) {
-  simd::VecF waiting[std::bit_width(static_cast<unsigned>(kChains))][kCount];
-  for (int i = 0; i < kChains; ++i) {
-    run(chain_in_order(i, kChains), sums);
+template <int kChains, int kCount>
+struct ChainSums {
+  static constexpr int kLevels = std::bit_width(static_cast<unsigned>(kChains));
+  simd::VecF waiting[kLevels][kCount];
+
+  // Takes the sums of chain_in_order(index), index being 0, 1, ... in turn.
+  [[gnu::always_inline]] void add(int index, simd::VecF (&sums)[kCount]) {
     int level = 0;
-    for (; (i >> level & 1) != 0; ++level) {
+    for (; (index >> level & 1) != 0; ++level) {
 #pragma GCC unroll 32
       for (int k = 0; k < kCount; ++k) sums[k] += waiting[level][k];
     }
 #pragma GCC unroll 32
     for (int k = 0; k < kCount; ++k) waiting[level][k] = sums[k];
   }
-}
+  const simd::VecF (&total() const)[kCount] { return waiting[kLevels - 1]; }
+};
 
 }  // namespace detail
 
