@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -36,8 +37,6 @@ namespace detail {
 // Rows and tokens that one pass over the weights serves.
 inline constexpr int kStreamRows = simd::kNumRegisters >= 32 ? 4 : 2;
 inline constexpr int kStreamGroup = 4;
-// Shares of rows are cut at multiples of this, so that few passes have rows left over.
-inline constexpr std::int64_t kStreamGrain = 4;
 // A panel holds kPanelRows weight rows with the columns outermost: [cols, kPanelRows].
 inline constexpr int kPanelRows = 2 * simd::kWidth;
 // Tokens of one call of the panel kernel: 2 accumulators each, and a few registers left over.
@@ -513,78 +512,67 @@ void with_type(ElementType type, Function&& function) {
   }
 }
 
-// Rows `rows`, whose number is a multiple of kRows, times kTokens tokens. The kRows rows of one
-// pass are a kRows-th of all rows apart: each is then the head of a stream that runs through memory
-// without jumps, which the processor's prefetchers follow better than the short rows themselves.
-template <class Kernel, int kRows, int kTokens>
-void stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token, const float* prepared,
-                 std::int64_t prepared_stride) {
-  const std::int64_t cols = task.weight.cols;
-  const std::int64_t row_bytes = task.weight.row_bytes();
-  const std::int64_t apart = (rows.end - rows.begin) / kRows;
-  const auto* weights = static_cast<const std::uint8_t*>(task.weight.data) + rows.begin * row_bytes;
-  for (std::int64_t i = 0; i < apart; ++i, weights += row_bytes) {
-    float sums[kRows][kTokens];
-    Kernel::template dot<kRows, kTokens>(weights, apart * row_bytes, cols, prepared,
-                                         prepared_stride, sums);
-    for (int t = 0; t < kTokens; ++t) {
-      float* y = task.y.row(token + t);
-      for (int r = 0; r < kRows; ++r) {
-        const std::int64_t row = rows.begin + r * apart + i;
-        float sum = sums[r][t];
-        if (task.bias != nullptr) sum += task.bias[row];
-        y[row] = task.accumulate ? y[row] + sum : sum;
-      }
-    }
+/// Few tokens with float32 activations: what stream_tasks() asks of each form of activations.
+///   kPassRows: rows of a pass;
+///   prepare(x, scratch): brings all tokens into the order in which the kernel reads them;
+///   run(task, all, passes, tokens, scratch): the passes `passes` of the rows `all`, for the tokens
+///     that scratch holds in prepared form.
+template <ElementType kType>
+struct FloatStream {
+  using Kernel = StreamKernel<kType>;
+  static constexpr int kPassRows = kStreamRows;
+
+  static std::int64_t stride(std::int64_t cols) {
+    return round_up(Kernel::prepared_size(cols), simd::kWidth);
   }
-}
-
-// The same for any number of rows.
-template <class Kernel, int kRows, int kTokens>
-void stream_any_rows(const LinearTask& task, WorkRange rows, std::int64_t token,
-                     const float* prepared, std::int64_t prepared_stride) {
-  const std::int64_t middle = rows.end - (rows.end - rows.begin) % kRows;
-  stream_rows<Kernel, kRows, kTokens>(task, {rows.begin, middle}, token, prepared, prepared_stride);
-  stream_rows<Kernel, 1, kTokens>(task, {middle, rows.end}, token, prepared, prepared_stride);
-}
-
-// All tokens; rows in stretches that a first-level cache keeps from one group of tokens to the
-// next.
-template <class Kernel>
-void stream_tokens(const LinearTask& task, WorkRange rows, std::int64_t tokens,
-                   const float* prepared, std::int64_t prepared_stride) {
-  if (tokens == 1)
-    return stream_any_rows<Kernel, kStreamRows, 1>(task, rows, 0, prepared, prepared_stride);
-  const std::int64_t num_rows = rows.end - rows.begin;
-  const std::int64_t step =
-      tokens <= kStreamGroup
-          ? num_rows
-          : std::max(kStreamGrain, kStretchBytes / task.weight.row_bytes() / 2 * 2);
-  for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
-    const WorkRange stretch = {begin, std::min(begin + step, rows.end)};
-    for (std::int64_t t = 0; t < tokens; t += kStreamGroup) {
-      const float* group = prepared + t * prepared_stride;
-      switch (std::min<std::int64_t>(tokens - t, kStreamGroup)) {
-        case 4: stream_any_rows<Kernel, 2, 4>(task, stretch, t, group, prepared_stride); break;
-        case 3: stream_any_rows<Kernel, 2, 3>(task, stretch, t, group, prepared_stride); break;
-        case 2: stream_any_rows<Kernel, 2, 2>(task, stretch, t, group, prepared_stride); break;
-        default: stream_any_rows<Kernel, 2, 1>(task, stretch, t, group, prepared_stride); break;
-      }
-    }
-  }
-}
-
-// Rows of one task with few tokens. scratch: [kStreamTokens * max_prepared_size]; it holds the
-// tokens prepared for this kernel already if `is_prepared`.
-template <class Kernel>
-void stream_task(const LinearTask& task, WorkRange rows, MatrixView<const float> x,
-                 bool is_prepared, float* scratch) {
-  const std::int64_t stride = round_up(Kernel::prepared_size(x.cols), simd::kWidth);
-  if (!is_prepared)
+  static void prepare(MatrixView<const float> x, float* scratch) {
     for (std::int64_t t = 0; t < x.rows; ++t)
-      Kernel::prepare(x.row(t), x.cols, scratch + t * stride);
-  stream_tokens<Kernel>(task, rows, x.rows, scratch, stride);
-}
+      Kernel::prepare(x.row(t), x.cols, scratch + t * stride(x.cols));
+  }
+
+  // kRows rows of each pass, from row number `index` on, times the kTokens tokens from `token` on.
+  template <int kRows, int kTokens>
+  static void multiply(const LinearTask& task, const StreamRows& all, WorkRange passes, int index,
+                       std::int64_t token, const float* prepared) {
+    const std::int64_t cols = task.weight.cols;
+    const std::int64_t row_bytes = task.weight.row_bytes();
+    const auto* weights = static_cast<const std::uint8_t*>(task.weight.data);
+    for (std::int64_t i = passes.begin; i < passes.end; ++i) {
+      const std::int64_t first = all.row(i, index);
+      if (all.row(i, index + kRows - 1) < all.rows.end) {
+        float sums[kRows][kTokens];
+        Kernel::template dot<kRows, kTokens>(weights + first * row_bytes, all.apart * row_bytes,
+                                             cols, prepared, stride(cols), sums);
+        for (int t = 0; t < kTokens; ++t)
+          for (int r = 0; r < kRows; ++r)
+            put_sum(task, token + t, first + r * all.apart, sums[r][t]);
+        continue;
+      }
+      for (std::int64_t row = first; row < all.rows.end; row += all.apart) {
+        float sums[1][kTokens];
+        Kernel::template dot<1, kTokens>(weights + row * row_bytes, 0, cols, prepared, stride(cols),
+                                         sums);
+        for (int t = 0; t < kTokens; ++t) put_sum(task, token + t, row, sums[0][t]);
+      }
+    }
+  }
+
+  static void run(const LinearTask& task, const StreamRows& all, WorkRange passes,
+                  std::int64_t tokens, const float* scratch) {
+    if (tokens == 1) return multiply<kPassRows, 1>(task, all, passes, 0, 0, scratch);
+    for (std::int64_t t = 0; t < tokens; t += kStreamGroup) {
+      const float* group = scratch + t * stride(task.weight.cols);
+      for (int index = 0; index < kPassRows; index += 2) {
+        switch (std::min<std::int64_t>(tokens - t, kStreamGroup)) {
+          case 4: multiply<2, 4>(task, all, passes, index, t, group); break;
+          case 3: multiply<2, 3>(task, all, passes, index, t, group); break;
+          case 2: multiply<2, 2>(task, all, passes, index, t, group); break;
+          default: multiply<2, 1>(task, all, passes, index, t, group); break;
+        }
+      }
+    }
+  }
+};
 
 // The panels' reading of weights: `count` stored values as float32, the same bits as dequantise()
 // gives. One function per kind of type, then the choice among them.
@@ -828,6 +816,11 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
   }
 }
 
+/// Where a member is in its share of the passes over all tasks.
+struct alignas(64) StreamCursor {
+  std::atomic<std::int64_t> next_block{0};
+};
+
 }  // namespace detail
 
 /// Scratch of linear layers, fixed at construction: for each team member, tiles of converted
@@ -853,7 +846,8 @@ class LinearWorkspace {
         member_size_(size_for(max_cols)),
         storage_(static_cast<std::size_t>(member_size_ * team_size)),
         rounded_(static_cast<std::size_t>(
-            activations == Activations::kFloat32 ? 0 : rounded_size(max_cols, max_tokens))) {}
+            activations == Activations::kFloat32 ? 0 : rounded_size(max_cols, max_tokens))),
+        cursors_(std::make_unique<detail::StreamCursor[]>(static_cast<std::size_t>(team_size))) {}
 
   std::int64_t max_cols() const noexcept { return max_cols_; }
   std::int64_t max_tokens() const noexcept { return max_tokens_; }
@@ -869,8 +863,8 @@ class LinearWorkspace {
   }
   /// Rounded tokens, shared by all members.
   float* rounded() { return rounded_.data(); }
-  /// Counts pieces of work that members take in turn.
-  std::atomic<std::int64_t>& next_piece() { return next_piece_; }
+  /// One for each member.
+  detail::StreamCursor* cursors() { return cursors_.get(); }
 
  private:
   static std::int64_t checked(std::int64_t value, const char* field) {
@@ -902,7 +896,7 @@ class LinearWorkspace {
   std::int64_t member_size_;
   Buffer<float> storage_;
   Buffer<float> rounded_;
-  alignas(64) std::atomic<std::int64_t> next_piece_{0};
+  std::unique_ptr<detail::StreamCursor[]> cursors_;
 };
 
 namespace detail {
@@ -935,83 +929,71 @@ void round_and_multiply(std::span<const LinearTask> tasks, MatrixView<const floa
   }
 }
 
-// Calls use.operator()<kType, kForm>() with the form that activations take beside weights of a type.
+// Calls use.operator()<kType, Form>() with what multiplies weights of a type with few tokens.
 template <class Use>
 void with_form(ElementType type, Activations chosen, Use&& use) {
   with_type(type, [&]<ElementType kType>() {
     if constexpr (kType == ElementType::kBF16) {
-      if (chosen != Activations::kFloat32)
-        return use.template operator()<kType, Activations::kBf16>();
+      if (chosen != Activations::kFloat32) return use.template operator()<kType, PairStream>();
     } else if constexpr (Int8Weights<kType>::kExists) {
-      if (chosen == Activations::kInt8)
-        return use.template operator()<kType, Activations::kInt8>();
+      if (chosen == Activations::kInt8) return use.template operator()<kType, Int8Stream<kType>>();
     }
-    use.template operator()<kType, Activations::kFloat32>();
+    use.template operator()<kType, FloatStream<kType>>();
   });
 }
 
-// Members that stream weights from memory do not advance alike: the bus serves one before the other.
-// So the last kSharedPart-th of a matrix's rows is no one's, but taken in pieces by whoever is free.
-// The bits are the same: a row's sums do not depend on who forms them.
-inline constexpr std::int64_t kSharedPart = 4;
-inline constexpr std::int64_t kPieceBytes = 16 * 1024;
-inline constexpr std::int64_t kMostPieces = 32;
+// Members that stream weights from memory do not advance alike: the bus serves one before the other,
+// or a neighbour has one's processor. So each takes the passes of its share in blocks, and one that
+// has no block left takes another's. Streams go on from block to block, and the bits are the same: a
+// row's sums do not depend on who forms them.
+inline constexpr std::int64_t kBlocksPerShare = 16;
+inline constexpr std::int64_t kFewestBlockBytes = 8 * 1024;
 
-struct StreamShares {
-  WorkRange shared;         // rows that are taken in pieces
-  std::int64_t piece_rows;  // at a time
+// One member's share of a task, cut into blocks of passes.
+template <class Form>
+struct StreamBlocks {
+  StreamRows all;
+  std::int64_t block_passes;
 
-  StreamShares(const WeightMatrix& weight, int num_members)
-      : shared{num_members == 1 ? weight.rows
-                                : round_up(weight.rows - weight.rows / kSharedPart, kStreamGrain),
-               weight.rows} {
-    shared.begin = std::min(shared.begin, shared.end);
-    const std::int64_t fewest = kPieceBytes / weight.row_bytes() + 1;
-    const std::int64_t rows = (shared.end - shared.begin) / kMostPieces;
-    piece_rows = round_up(std::max(fewest, rows), 2 * kStreamGrain);
+  StreamBlocks(const WeightMatrix& weight, std::int64_t tokens, int member, int num_members)
+      : all(share_of(weight.rows, member, num_members, Form::kPassRows), Form::kPassRows) {
+    const std::int64_t pass_bytes = Form::kPassRows * weight.row_bytes();
+    block_passes = std::max(all.apart / kBlocksPerShare, kFewestBlockBytes / pass_bytes);
+    // Several groups of tokens visit a block in turn.
+    if (tokens > kStreamGroup) block_passes = std::min(block_passes, kStretchBytes / pass_bytes);
+    block_passes = std::max<std::int64_t>(block_passes, 1);
   }
-  std::int64_t num_pieces() const {
-    return (shared.end - shared.begin + piece_rows - 1) / piece_rows;
-  }
-  WorkRange piece(std::int64_t index) const {
-    const std::int64_t begin = shared.begin + index * piece_rows;
-    return {begin, std::min(begin + piece_rows, shared.end)};
+  std::int64_t size() const { return (all.apart + block_passes - 1) / block_passes; }
+  WorkRange operator[](std::int64_t index) const {
+    return {index * block_passes, std::min((index + 1) * block_passes, all.apart)};
   }
 };
 
-// Few tokens: one member's part of all tasks. `next_piece` is 0 before the members begin.
+// Few tokens: one member's part of all tasks. Cursors are at 0 before the members begin.
 inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                         Activations activations, std::atomic<std::int64_t>& next_piece,
-                         float* scratch, int member, int num_members) {
+                         Activations activations, StreamCursor* cursors, float* scratch, int member,
+                         int num_members) {
   const LinearTask* prepared_for = nullptr;
-  const auto stream = [&](const LinearTask& task, WorkRange rows) {
-    if (rows.begin >= rows.end) return;
-    // Tasks of one type share the prepared tokens.
-    const bool is_prepared =
-        prepared_for != nullptr && prepared_for->weight.type == task.weight.type;
-    prepared_for = &task;
-    with_form(task.weight.type, activations, [&]<ElementType kType, Activations kForm>() {
-      if constexpr (kForm == Activations::kInt8)
-        int8_stream_task<kType>(task, rows, x, is_prepared, scratch);
-      else if constexpr (kForm == Activations::kBf16)
-        pair_stream_task(task, rows, x, is_prepared, scratch);
-      else
-        stream_task<StreamKernel<kType>>(task, rows, x, is_prepared, scratch);
-    });
-  };
-  for (const LinearTask& task : tasks)
-    stream(task, share_of(StreamShares(task.weight, num_members).shared.begin, member, num_members,
-                          2 * kStreamGrain));
-  if (num_members == 1) return;
-  std::int64_t before = 0;  // pieces of earlier tasks
-  std::int64_t piece = next_piece.fetch_add(1, std::memory_order_relaxed);
-  for (const LinearTask& task : tasks) {
-    const StreamShares shares(task.weight, num_members);
-    const std::int64_t count = shares.num_pieces();
-    for (; piece < count; piece = next_piece.fetch_add(1, std::memory_order_relaxed) - before)
-      stream(task, shares.piece(piece));
-    piece -= count;
-    before += count;
+  for (int i = 0; i < num_members; ++i) {
+    const int owner = (member + i) % num_members;
+    std::atomic<std::int64_t>& next = cursors[owner].next_block;
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    std::int64_t before = 0;  // blocks of earlier tasks
+    std::int64_t block = take();
+    for (const LinearTask& task : tasks) {
+      with_form(task.weight.type, activations, [&]<ElementType /*kType*/, class Form>() {
+        const StreamBlocks<Form> blocks(task.weight, x.rows, owner, num_members);
+        const std::int64_t count = blocks.size();
+        for (; block - before < count; block = take()) {
+          // Tasks of one type share the prepared tokens.
+          if (prepared_for == nullptr || prepared_for->weight.type != task.weight.type)
+            Form::prepare(x, scratch);
+          prepared_for = &task;
+          Form::run(task, blocks.all, blocks[block - before], x.rows, scratch);
+        }
+        before += count;
+      });
+    }
   }
 }
 
@@ -1022,10 +1004,10 @@ inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const floa
     const ElementType type = tasks[begin].weight.type;
     for (end = begin + 1; end < tasks.size() && tasks[end].weight.type == type;) ++end;
     const std::span<const LinearTask> same = tasks.subspan(begin, end - begin);
-    with_form(type, workspace.activations(), [&]<ElementType kType, Activations kForm>() {
-      if constexpr (kForm == Activations::kInt8)
+    with_form(type, workspace.activations(), [&]<ElementType kType, class Form>() {
+      if constexpr (std::is_same_v<Form, Int8Stream<kType>>)
         round_and_multiply<Int8Panels<Int8Weights<kType>>>(same, x, workspace, team);
-      else if constexpr (kForm == Activations::kBf16)
+      else if constexpr (std::is_same_v<Form, PairStream>)
         round_and_multiply<PairPanels>(same, x, workspace, team);
       else
         team.run([&](int member, int num_members) {
@@ -1043,10 +1025,10 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
   if (x.rows == 0) return;
   const bool can_stream = kInt8Streams || workspace.activations() != Activations::kInt8;
   if (x.rows > kStreamTokens || !can_stream) return panel_tasks(tasks, x, workspace, team);
-  std::atomic<std::int64_t>& next_piece = workspace.next_piece();
-  next_piece.store(0, std::memory_order_relaxed);
+  StreamCursor* cursors = workspace.cursors();
+  for (int i = 0; i < team.size(); ++i) cursors[i].next_block.store(0, std::memory_order_relaxed);
   team.run([&](int member, int num_members) {
-    stream_tasks(tasks, x, workspace.activations(), next_piece, workspace.member(member), member,
+    stream_tasks(tasks, x, workspace.activations(), cursors, workspace.member(member), member,
                  num_members);
   });
 }

@@ -128,57 +128,54 @@ template <int kTokens>
   }
 }
 
-// Rows `rows` times kTokens prepared tokens, the tokens from `token` on. The rows of one pass are
-// as far apart as they can be, see stream_rows() in linear.hpp.
-template <int kTokens>
-void pair_stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token,
-                      const float* prepared, std::int64_t prepared_stride) {
-  const std::int64_t row_bytes = task.weight.row_bytes();
-  const auto* weights = static_cast<const std::uint8_t*>(task.weight.data);
-  const auto put = [&](std::int64_t row, int t, float sum) {
-    float* y = task.y.row(token + t);
-    if (task.bias != nullptr) sum += task.bias[row];
-    y[row] = task.accumulate ? y[row] + sum : sum;
-  };
-  float sums[kTokens][kPairPassRows];
-  const std::int64_t apart = (rows.end - rows.begin) / kPairPassRows;
-  for (std::int64_t row = rows.begin; row < rows.begin + apart; ++row) {
-    pair_dot<kTokens>(weights + row * row_bytes, apart * row_bytes, task.weight.cols, prepared,
-                      prepared_stride, sums);
-    for (int t = 0; t < kTokens; ++t)
-      for (int r = 0; r < kPairPassRows; ++r) put(row + r * apart, t, sums[t][r]);
-  }
-  // The rows that are left, each of them in every place of a pass.
-  for (std::int64_t row = rows.begin + apart * kPairPassRows; row < rows.end; ++row) {
-    pair_dot<kTokens>(weights + row * row_bytes, 0, task.weight.cols, prepared, prepared_stride,
-                      sums);
-    for (int t = 0; t < kTokens; ++t) put(row, t, sums[t][0]);
-  }
-}
+/// Few tokens, see FloatStream in linear.hpp.
+struct PairStream {
+  static constexpr int kPassRows = kPairPassRows;
 
-// Rows of one task with few tokens, see stream_task() in linear.hpp.
-inline void pair_stream_task(const LinearTask& task, WorkRange rows, MatrixView<const float> x,
-                             bool is_prepared, float* scratch) {
-  const std::int64_t stride = pair_prepared_size(x.cols);
-  if (!is_prepared)
-    for (std::int64_t t = 0; t < x.rows; ++t) prepare_pairs(x.row(t), x.cols, scratch + t * stride);
-  // With more tokens than one pass serves, rows in stretches that a second-level cache keeps.
-  const std::int64_t step =
-      x.rows <= 4 ? rows.end - rows.begin
-                  : round_up(kStretchBytes / task.weight.row_bytes() + 1, kPairPassRows);
-  for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
-    const WorkRange stretch = {begin, std::min(begin + step, rows.end)};
-    for (std::int64_t t = 0; t < x.rows; t += 4) {
-      const float* group = scratch + t * stride;
-      switch (std::min<std::int64_t>(x.rows - t, 4)) {
-        case 4: pair_stream_rows<4>(task, stretch, t, group, stride); break;
-        case 3: pair_stream_rows<3>(task, stretch, t, group, stride); break;
-        case 2: pair_stream_rows<2>(task, stretch, t, group, stride); break;
-        default: pair_stream_rows<1>(task, stretch, t, group, stride); break;
+  static void prepare(MatrixView<const float> x, float* scratch) {
+    for (std::int64_t t = 0; t < x.rows; ++t)
+      prepare_pairs(x.row(t), x.cols, scratch + t * pair_prepared_size(x.cols));
+  }
+
+  template <int kTokens>
+  static void multiply(const LinearTask& task, const StreamRows& all, WorkRange passes,
+                       std::int64_t token, const float* prepared) {
+    const std::int64_t cols = task.weight.cols;
+    const std::int64_t row_bytes = task.weight.row_bytes();
+    const std::int64_t stride = pair_prepared_size(cols);
+    const auto* weights = static_cast<const std::uint8_t*>(task.weight.data);
+    float sums[kTokens][kPairPassRows];
+    for (std::int64_t i = passes.begin; i < passes.end; ++i) {
+      const std::int64_t first = all.row(i, 0);
+      if (all.row(i, kPairPassRows - 1) < all.rows.end) {
+        pair_dot<kTokens>(weights + first * row_bytes, all.apart * row_bytes, cols, prepared,
+                          stride, sums);
+        for (int t = 0; t < kTokens; ++t)
+          for (int r = 0; r < kPairPassRows; ++r)
+            put_sum(task, token + t, first + r * all.apart, sums[t][r]);
+        continue;
+      }
+      // One row in every place of a pass.
+      for (std::int64_t row = first; row < all.rows.end; row += all.apart) {
+        pair_dot<kTokens>(weights + row * row_bytes, 0, cols, prepared, stride, sums);
+        for (int t = 0; t < kTokens; ++t) put_sum(task, token + t, row, sums[t][0]);
       }
     }
   }
-}
+
+  static void run(const LinearTask& task, const StreamRows& all, WorkRange passes,
+                  std::int64_t tokens, const float* scratch) {
+    for (std::int64_t t = 0; t < tokens; t += 4) {
+      const float* group = scratch + t * pair_prepared_size(task.weight.cols);
+      switch (std::min<std::int64_t>(tokens - t, 4)) {
+        case 4: multiply<4>(task, all, passes, t, group); break;
+        case 3: multiply<3>(task, all, passes, t, group); break;
+        case 2: multiply<2>(task, all, passes, t, group); break;
+        default: multiply<1>(task, all, passes, t, group); break;
+      }
+    }
+  }
+};
 
 // Words of a panel of all columns, and of a group of kPairTokens rounded tokens. In both the words
 // of a chain follow one another and the chains come in the order of chain_in_order():

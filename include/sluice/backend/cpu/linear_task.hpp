@@ -8,6 +8,7 @@
 
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/element.hpp"
+#include "sluice/core/threads.hpp"
 #include "sluice/core/view.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 
@@ -53,6 +54,30 @@ inline constexpr std::int64_t kStreamTokens = 8;
 // Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
 // in a second-level cache.
 inline constexpr std::int64_t kStretchBytes = 256 * 1024;
+
+/// Rows that are streamed from memory by passes: pass i takes `pass_rows` rows, begin + i and every
+/// `apart`-th after it that is there. Each is then the head of a stream that runs through memory
+/// without jumps from pass to pass, which the processor's prefetchers follow better than the short
+/// rows themselves.
+struct StreamRows {
+  WorkRange rows;
+  std::int64_t apart;  // also the number of passes
+
+  constexpr StreamRows(WorkRange all, std::int64_t pass_rows)
+      : rows(all), apart((all.end - all.begin + pass_rows - 1) / pass_rows) {}
+  // The pass's row number `index`, which is there if it is below rows.end.
+  constexpr std::int64_t row(std::int64_t pass, std::int64_t index) const {
+    return rows.begin + index * apart + pass;
+  }
+};
+
+// y = sum + bias, or y += that.
+[[gnu::always_inline]] inline void put_sum(const LinearTask& task, std::int64_t token,
+                                           std::int64_t row, float sum) {
+  float& y = task.y.row(token)[row];
+  if (task.bias != nullptr) sum += task.bias[row];
+  y = task.accumulate ? y + sum : sum;
+}
 // Floats of rounded tokens that several panels visit in turn: 256 KiB.
 inline constexpr std::int64_t kRoundedBudget = 64 * 1024;
 
