@@ -85,11 +85,9 @@ TEST(LinearBf16, IsItsDefinitionBitForBitHoweverTheWorkIsCut) {
             }
             for (std::size_t i = 0; i < y.size(); ++i) {
               const auto row = i % static_cast<std::size_t>(shape.rows);
-              const float wanted =
-                  accumulate ? start[i] + (expected[i] + bias[row]) : expected[i];
-              ASSERT_EQ(y[i], wanted)
-                  << "[" << shape.rows << ", " << shape.cols << "], row " << row << ", chunks of "
-                  << chunk << ", " << team_size << " members";
+              const float wanted = accumulate ? start[i] + (expected[i] + bias[row]) : expected[i];
+              ASSERT_EQ(y[i], wanted) << "[" << shape.rows << ", " << shape.cols << "], row " << row
+                                      << ", chunks of " << chunk << ", " << team_size << " members";
             }
           }
         }

@@ -901,8 +901,9 @@ class LinearWorkspace {
 
 namespace detail {
 
-// Products of several tasks of one type with rounded activations, for many tokens: all members round
-// shares of the tokens, then multiply shares of the rows. Panels is PairPanels or an Int8Panels.
+// Products of several tasks of one type with rounded activations, for many tokens: all members
+// round shares of the tokens, then multiply shares of the rows. Panels is PairPanels or an
+// Int8Panels.
 template <class Panels>
 void round_and_multiply(std::span<const LinearTask> tasks, MatrixView<const float> x,
                         LinearWorkspace& workspace, ThreadTeam& team) {
@@ -942,10 +943,10 @@ void with_form(ElementType type, Activations chosen, Use&& use) {
   });
 }
 
-// Members that stream weights from memory do not advance alike: the bus serves one before the other,
-// or a neighbour has one's processor. So each takes the passes of its share in blocks, and one that
-// has no block left takes another's. Streams go on from block to block, and the bits are the same: a
-// row's sums do not depend on who forms them.
+// Members that stream weights from memory do not advance alike: the bus serves one before the
+// other, or a neighbour has one's processor. So each takes the passes of its share in blocks, and
+// one that has no block left takes another's. Streams go on from block to block, and the bits are
+// the same: a row's sums do not depend on who forms them.
 inline constexpr std::int64_t kBlocksPerShare = 16;
 inline constexpr std::int64_t kFewestBlockBytes = 8 * 1024;
 
@@ -977,7 +978,9 @@ inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const flo
   for (int i = 0; i < num_members; ++i) {
     const int owner = (member + i) % num_members;
     std::atomic<std::int64_t>& next = cursors[owner].next_block;
-    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    const auto take = [&] {
+      return next.fetch_add(1, std::memory_order_relaxed);
+    };
     std::int64_t before = 0;  // blocks of earlier tasks
     std::int64_t block = take();
     for (const LinearTask& task : tasks) {

@@ -7,11 +7,11 @@
 ///
 /// Arithmetic: products of two bf16 are exact in float32. Columns go by pairs, pair i to chain
 /// i mod 4; within a chain products are added in float32 in the order of the columns, of a pair the
-/// second one first (that is what the instruction does), each with one rounding where there is fused
-/// multiply-add. The chains 0 to 3 are added as (0 + 2) + (1 + 3). The order is a function of the
-/// columns alone: a token's outputs are the same bits whatever tokens are computed beside it, on
-/// either path, by a team of any size. Builds for different instruction sets agree bit for bit if
-/// they have fused multiply-add, wherever no operand, product or sum is below 2^-126, which the
+/// second one first (that is what the instruction does), each with one rounding where there is
+/// fused multiply-add. The chains 0 to 3 are added as (0 + 2) + (1 + 3). The order is a function of
+/// the columns alone: a token's outputs are the same bits whatever tokens are computed beside it,
+/// on either path, by a team of any size. Builds for different instruction sets agree bit for bit
+/// if they have fused multiply-add, wherever no operand, product or sum is below 2^-126, which the
 /// instruction for pairs takes as zero.
 #pragma once
 
@@ -47,7 +47,9 @@ constexpr std::int64_t pair_steps(std::int64_t cols) {
   return (cols + kPairStep - 1) / kPairStep;
 }
 // Words (two columns each) of a row in whole steps.
-constexpr std::int64_t pair_words(std::int64_t cols) { return pair_steps(cols) * kPairChains; }
+constexpr std::int64_t pair_words(std::int64_t cols) {
+  return pair_steps(cols) * kPairChains;
+}
 
 // A register of a row's pairs, of which `count` columns are there.
 [[gnu::always_inline]] inline simd::VecI load_pairs(const std::uint8_t* source,
@@ -92,7 +94,8 @@ template <int kTokens>
 #pragma GCC unroll 4
     for (int k = 0; k < kPairRegisters; ++k) {
       if constexpr (simd::kWidth >= 4)
-        pairs[k] = simd::load_quads(source + k * kPairRowsPerRegister * source_stride, source_stride);
+        pairs[k] =
+            simd::load_quads(source + k * kPairRowsPerRegister * source_stride, source_stride);
       else
         pairs[k] = simd::load_int32(source + 4 * k);
     }
@@ -180,11 +183,15 @@ struct PairStream {
 // Words of a panel of all columns, and of a group of kPairTokens rounded tokens. In both the words
 // of a chain follow one another and the chains come in the order of chain_in_order():
 // [chains, steps, kPairRows or kPairTokens].
-constexpr std::int64_t pair_panel_size(std::int64_t cols) { return pair_words(cols) * kPairRows; }
-constexpr std::int64_t pair_group_size(std::int64_t cols) { return pair_words(cols) * kPairTokens; }
+constexpr std::int64_t pair_panel_size(std::int64_t cols) {
+  return pair_words(cols) * kPairRows;
+}
+constexpr std::int64_t pair_group_size(std::int64_t cols) {
+  return pair_words(cols) * kPairTokens;
+}
 
-// Writes the words from `word` on of kWidth rows, one a register, to their lanes of a panel or group
-// that is kLanes wide; num_words are in all.
+// Writes the words from `word` on of kWidth rows, one a register, to their lanes of a panel or
+// group that is kLanes wide; num_words are in all.
 template <int kLanes>
 [[gnu::always_inline]] inline void scatter_pairs(simd::VecF (&square)[simd::kWidth],
                                                  std::int64_t word, std::int64_t num_words,
@@ -223,9 +230,10 @@ inline void fill_pair_panel(const WeightMatrix& weight, std::int64_t row, float*
         }
       } else {
         for (int r = 0; r < simd::kWidth; ++r)
-          square[r] = r < num_rows ? simd::bits_as_float(load_pairs(source + r * row_bytes + c * 2,
-                                                                    weight.cols - c))
-                                   : simd::zero();
+          square[r] =
+              r < num_rows
+                  ? simd::bits_as_float(load_pairs(source + r * row_bytes + c * 2, weight.cols - c))
+                  : simd::zero();
       }
       scatter_pairs<kPairRows>(square, c / 2, pair_words(weight.cols), panel + side * simd::kWidth);
     }
@@ -323,7 +331,8 @@ struct PairPanels {
       for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size)
         fill_pair_panel(weight, row, panel);
       // Groups in blocks that a second-level cache keeps beside the panels.
-      const std::int64_t block = std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
+      const std::int64_t block =
+          std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
       for (std::int64_t begin = 0; begin < groups; begin += block) {
         panel = scratch;
         for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size) {

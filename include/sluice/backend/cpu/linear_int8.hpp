@@ -239,8 +239,8 @@ constexpr UnitPlace place_of_unit(std::int64_t unit, std::int64_t num_units) {
 /// A panel: for each unit its words of four levels, its scales and, where a type has them, its
 /// offsets. [units, kUnit / 4 + 1 or 2, kInt8Rows]
 template <class Weights>
-inline constexpr std::int64_t kInt8PanelUnit = kInt8Rows *
-                                               (Weights::kUnit / 4 + 1 + (Weights::kHasOffset ? 1 : 0));
+inline constexpr std::int64_t kInt8PanelUnit = kInt8Rows*(Weights::kUnit / 4 + 1 +
+                                                          (Weights::kHasOffset ? 1 : 0));
 template <class Weights>
 constexpr std::int64_t int8_panel_size(std::int64_t cols) {
   return cols / Weights::kUnit * kInt8PanelUnit<Weights>;
@@ -252,7 +252,7 @@ constexpr std::int64_t int8_panel_size(std::int64_t cols) {
 /// [chains, fours, units of the chain, kUnit / 4 + 2, 4]
 inline constexpr int kInt8Fours = kInt8Tokens / kInt8Four;
 template <class Weights>
-inline constexpr std::int64_t kInt8FourUnit = kInt8Four * (Weights::kUnit / 4 + 2);
+inline constexpr std::int64_t kInt8FourUnit = kInt8Four*(Weights::kUnit / 4 + 2);
 template <class Weights>
 constexpr std::int64_t int8_group_size(std::int64_t cols) {
   return cols / Weights::kUnit * kInt8Fours * kInt8FourUnit<Weights>;
@@ -409,8 +409,8 @@ template <class Weights>
       sums[k] = simd::fma(simd::to_float(unit_sums[k]),
                           simd::load(scales) * simd::broadcast(token[0]), sums[k]);
       if constexpr (Weights::kHasOffset)
-        sums[k] = simd::fma(simd::load(scales + kInt8Rows), simd::broadcast(token[kInt8Four]),
-                            sums[k]);
+        sums[k] =
+            simd::fma(simd::load(scales + kInt8Rows), simd::broadcast(token[kInt8Four]), sums[k]);
     }
     panel += kInt8PanelUnit<Weights>;
     four += kInt8FourUnit<Weights>;
@@ -481,8 +481,7 @@ struct Int8Panels {
     const WeightMatrix& weight = task.weight;
     const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
     const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
-    const std::int64_t tile_rows =
-        std::max<std::int64_t>(1, kInt8Budget / panel_size) * kInt8Rows;
+    const std::int64_t tile_rows = std::max<std::int64_t>(1, kInt8Budget / panel_size) * kInt8Rows;
     const std::int64_t groups = num_groups(tokens);
     for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
       const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
@@ -490,7 +489,8 @@ struct Int8Panels {
       for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
         fill_int8_panel<Weights>(weight, row, panel);
       // Groups in blocks that a second-level cache keeps beside the panels.
-      const std::int64_t block = std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
+      const std::int64_t block =
+          std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
       for (std::int64_t begin = 0; begin < groups; begin += block) {
         panel = scratch;
         for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size) {

@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <string_view>
 
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/element.hpp"
@@ -20,18 +21,31 @@ namespace sluice {
 enum class Activations : std::uint8_t {
   /// As they are: products and sums in float32, the accurate choice.
   kFloat32,
-  /// Rounded to bf16 (8 bits of mantissa, the precision of the weights themselves) where weights are
+  /// Rounded to bf16 (8 bits of mantissa, the precision of the weights themselves) where weights
+  /// are
   /// BF16: twice as fast for chunks of tokens where the processor multiplies pairs of bf16
   /// (AVX512_BF16), the same results at about the speed of kFloat32 elsewhere. The rule is in
-  /// backend/cpu/linear_bf16.hpp. Quantised weights (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) still meet float32
+  /// backend/cpu/linear_bf16.hpp. Quantised weights (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) still meet
+  /// float32
   /// activations.
   kBf16,
   /// Rounded to 8 bits per token and block of 32 columns where weights are quantised, with exact
-  /// integer products within a block, and as with kBf16 where weights are BF16: up to twice as fast where the processor multiplies bytes (AVX-512 VNNI); on plain AVX2
+  /// integer products within a block, and as with kBf16 where weights are BF16: up to twice as fast
+  /// where the processor multiplies bytes (AVX-512 VNNI); on plain AVX2
   /// prompts gain and single tokens of some types lose. The rule and the error bound are in
   /// backend/cpu/linear_int8.hpp.
   kInt8,
 };
+
+/// "f32", "bf16" or "int8".
+constexpr std::string_view to_string(Activations activations) {
+  switch (activations) {
+    case Activations::kFloat32: return "f32";
+    case Activations::kBf16: return "bf16";
+    case Activations::kInt8: return "int8";
+  }
+  return "unknown";
+}
 
 /// One product of linear_many: y = x weight^T + bias, or y += that if `accumulate` is set.
 struct LinearTask {
@@ -94,9 +108,9 @@ template <int kRows, int kTokens>
 }
 
 // Sums over chains of additions, for each of kCount registers, are added by halves: the first half
-// of the chains to the second and so on, which is the order in which simd::reduce_add() folds lanes.
-// chain_in_order(0), chain_in_order(1), ... is their order with the bits of their numbers reversed,
-// in which no more than log2(kChains) sums wait. Chains are a power of two.
+// of the chains to the second and so on, which is the order in which simd::reduce_add() folds
+// lanes. chain_in_order(0), chain_in_order(1), ... is their order with the bits of their numbers
+// reversed, in which no more than log2(kChains) sums wait. Chains are a power of two.
 constexpr int chain_in_order(int index, int num_chains) {
   int chain = 0;
   for (int bit = 1; bit < num_chains; bit *= 2)
@@ -119,7 +133,9 @@ struct ChainSums {
 #pragma GCC unroll 32
     for (int k = 0; k < kCount; ++k) waiting[level][k] = sums[k];
   }
-  const simd::VecF (&total() const)[kCount] { return waiting[kLevels - 1]; }
+  const simd::VecF (&total() const)[kCount] {
+    return waiting[kLevels - 1];
+  }
 };
 
 }  // namespace detail

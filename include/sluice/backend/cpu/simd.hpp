@@ -1022,8 +1022,8 @@ template <bool kSigned>
 #endif
 }
 
-/// 16 bytes of each of kWidth / 4 rows that are `stride` bytes apart: those of row g in lanes 4 g to
-/// 4 g + 3. Needs kWidth >= 4.
+/// 16 bytes of each of kWidth / 4 rows that are `stride` bytes apart: those of row g in lanes 4 g
+/// to 4 g + 3. Needs kWidth >= 4.
 [[gnu::always_inline]] inline VecI load_quads(const std::uint8_t* rows,
                                               [[maybe_unused]] std::int64_t stride) {
 #if SLUICE_SIMD_AVX512
@@ -1055,8 +1055,8 @@ template <bool kSigned>
 #endif
 }
 
-/// 2 kWidth values rounded to bf16 as store() does, in pairs: lane i holds values 2 i and 2 i + 1 in
-/// the order of memory, `low` being the first kWidth values. Subnormals may become zero.
+/// 2 kWidth values rounded to bf16 as store() does, in pairs: lane i holds values 2 i and 2 i + 1
+/// in the order of memory, `low` being the first kWidth values. Subnormals may become zero.
 [[gnu::always_inline]] inline VecI round_pairs(VecF low, VecF high) {
 #if SLUICE_SIMD_BF16
   const __m512bh pairs =
@@ -1075,9 +1075,9 @@ template <bool kSigned>
 /// it, operands, products and sums below 2^-126 count as zero.
 [[gnu::always_inline]] inline VecF dot_pairs(VecF sum, VecI a, VecI b) {
 #if SLUICE_SIMD_BF16
-  return {detail::bits_as<detail::NativeF>(
-      _mm512_dpbf16_ps(detail::bits_as<__m512>(sum.v), detail::bits_as<__m512bh>(a.v),
-                       detail::bits_as<__m512bh>(b.v)))};
+  return {detail::bits_as<detail::NativeF>(_mm512_dpbf16_ps(detail::bits_as<__m512>(sum.v),
+                                                            detail::bits_as<__m512bh>(a.v),
+                                                            detail::bits_as<__m512bh>(b.v)))};
 #else
   const VecI upper = broadcast(std::int32_t{-65536});
   sum = fma(bits_as_float(a & upper), bits_as_float(b & upper), sum);
