@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
-/// Linear layers against this machine's read bandwidth. Names are linear/<type>/<activations>,
-/// where f32 and int8 are those of sluice::Activations; arguments are tokens, rows (out features),
+/// Linear layers against this machine's limits. Names are linear/<type>/<activations>, where f32,
+/// bf16 and int8 are those of sluice::Activations; arguments are tokens, rows (out features),
 /// cols (in features) and threads. With few tokens, weights rotate through copies that together
 /// exceed any cache, as the layers of a model do; counters are GB/s of weight bytes and GFLOP/s
-/// (two per weight and token). `read` is the bandwidth that bounds the former: the team sums a
-/// buffer that no cache holds. `crossover` compares the two paths of the CPU backend at the same
+/// (two per weight and token). `of_read` and `of_peak` are these over what the machine allows,
+/// measured in the same run: `read`, the bandwidth with which the team sums a buffer that no cache
+/// holds, and `peak`, the rate of the kind of multiplication that the products are made of,
+/// registers by registers. `crossover` compares the two paths of the CPU backend at the same
 /// shape: its kStreamTokens comes from there.
 ///
 /// The counters are those of the fastest single call, which a busy neighbour disturbs least; the
@@ -16,8 +18,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <benchmark/benchmark.h>
@@ -101,28 +105,108 @@ enum class Path { kChosen, kStream, kPanels };
 
 void multiply(const LinearTask& task, MatrixView<const float> x, LinearWorkspace& workspace,
               ThreadTeam& team, Path path) {
-  if (path == Path::kChosen) {
+  if (path == Path::kPanels)
+    sluice::detail::panel_tasks({&task, 1}, x, workspace, team);
+  else
     sluice::linear_many({&task, 1}, x, workspace, team);
-    return;
-  }
-  team.run([&](int member, int num_members) {
-    float* scratch = workspace.member(member);
-    if (workspace.activations() == Activations::kInt8) {
-      sluice::detail::with_type(task.weight.type, [&]<ElementType kType>() {
-        if constexpr (sluice::detail::Int8Weights<kType>::kExists) {
-          if (path == Path::kStream)
-            sluice::detail::int8_stream_task<kType>(task, x, scratch, member, num_members);
-          else
-            sluice::detail::int8_panel_task<sluice::detail::Int8Weights<kType>>(
-                task, x, scratch, member, num_members);
+}
+
+// The sum of a buffer, read as eight streams an eighth apart: nothing but loads bounds it, and one
+// stream alone does not occupy a core's memory requests.
+float sum_of(const float* data, WorkRange range) {
+  namespace simd = sluice::simd;
+  const std::int64_t apart = (range.end - range.begin) / 8;
+  simd::VecF sums[8] = {};
+  for (std::int64_t i = range.begin; i + simd::kWidth <= range.begin + apart; i += simd::kWidth)
+    for (int k = 0; k < 8; ++k) sums[k] += simd::load(data + k * apart + i);
+  for (int k = 1; k < 8; ++k) sums[0] += sums[k];
+  return simd::reduce_add(sums[0]);
+}
+
+// Bytes per second with which a team reads a buffer that no cache holds.
+double read_bandwidth(int threads) {
+  const Buffer<float> data(static_cast<std::size_t>(kPoolBytes) / sizeof(float));
+  ThreadTeam team(threads);
+  std::vector<float> sums(static_cast<std::size_t>(threads) * 16);
+  Fastest fastest;
+  for (int i = 0; i < 12; ++i)
+    fastest.time([&] {
+      team.run([&](int member, int num_members) {
+        sums[static_cast<std::size_t>(member) * 16] = sum_of(
+            data.data(),
+            sluice::share_of(static_cast<std::int64_t>(data.size()), member, num_members, 1024));
+      });
+    });
+  benchmark::DoNotOptimize(sums.data());
+  return static_cast<double>(data.bytes()) / fastest.seconds();
+}
+
+// The multiplications that products are made of: float32, pairs of bf16, fours of bytes.
+enum class Multiply { kFloat, kPairs, kBytes };
+
+Multiply multiply_of(ElementType type, Activations activations) {
+  if (type == ElementType::kBF16 && activations != Activations::kFloat32) return Multiply::kPairs;
+  const bool quantised = sluice::block_shape(type).values > 1;
+  return quantised && activations == Activations::kInt8 ? Multiply::kBytes : Multiply::kFloat;
+}
+
+// Products per second, times two, of a team whose members multiply registers by registers.
+double multiply_peak(Multiply kind, int threads) {
+  namespace simd = sluice::simd;
+  constexpr int kChains = simd::kNumRegisters >= 32 ? 16 : 8;
+  constexpr std::int64_t kRounds = 100'000;
+  ThreadTeam team(threads);
+  std::vector<float> results(static_cast<std::size_t>(threads) * 16);
+  const auto loop = [&](int member, auto&& multiply_add) {
+    simd::VecF sums[kChains] = {};
+    simd::VecF factor = simd::zero();
+    for (std::int64_t i = 0; i < kRounds; ++i) {
+      factor = simd::in_register(factor);
+#pragma GCC unroll 16
+      for (int k = 0; k < kChains; ++k) sums[k] = multiply_add(sums[k], factor);
+    }
+    for (int k = 1; k < kChains; ++k) sums[0] += sums[k];
+    results[static_cast<std::size_t>(member) * 16] = simd::reduce_add(sums[0]);
+  };
+  Fastest fastest;
+  for (int i = 0; i < 5; ++i)
+    fastest.time([&] {
+      team.run([&](int member, int) {
+        switch (kind) {
+          case Multiply::kFloat:
+            return loop(member, [](simd::VecF sum, simd::VecF a) { return simd::fma(a, a, sum); });
+          case Multiply::kPairs:
+            return loop(member, [](simd::VecF sum, simd::VecF a) {
+              return simd::dot_pairs(sum, simd::bits_as_int(a), simd::bits_as_int(a));
+            });
+          case Multiply::kBytes:
+            return loop(member, [](simd::VecF sum, simd::VecF a) {
+              return simd::bits_as_float(simd::dot_levels(
+                  simd::bits_as_int(sum), simd::bits_as_int(a), simd::bits_as_int(a)));
+            });
         }
       });
-    } else if (path == Path::kStream) {
-      sluice::detail::stream_tasks({&task, 1}, x, scratch, member, num_members);
-    } else {
-      sluice::detail::panel_task(task, x, scratch, member, num_members);
-    }
-  });
+    });
+  benchmark::DoNotOptimize(results.data());
+  const int products = kind == Multiply::kFloat ? 1 : kind == Multiply::kPairs ? 2 : 4;
+  return 2.0 * products * simd::kWidth * kChains * static_cast<double>(kRounds * threads) /
+         fastest.seconds();
+}
+
+// The machine's limits, measured once in a run for each number of threads.
+double limit(int threads, int which) {
+  static std::map<std::pair<int, int>, double> known;
+  const auto [place, is_new] = known.try_emplace({threads, which});
+  if (is_new)
+    place->second =
+        which < 0 ? read_bandwidth(threads) : multiply_peak(static_cast<Multiply>(which), threads);
+  return place->second;
+}
+double read_limit(int threads) {
+  return limit(threads, -1);
+}
+double multiply_limit(Multiply kind, int threads) {
+  return limit(threads, static_cast<int>(kind));
 }
 
 void run_linear(benchmark::State& state, ElementType type, Activations activations, Path path) {
@@ -150,41 +234,26 @@ void run_linear(benchmark::State& state, ElementType type, Activations activatio
     fastest.time([&] { multiply(task, {x.data(), tokens, cols}, workspace, team, path); });
     benchmark::DoNotOptimize(y.data());
   }
-  const auto weights = static_cast<double>(rows * cols);
-  state.counters["GB/s"] = static_cast<double>(weight.bytes()) / fastest.seconds() * 1e-9;
-  state.counters["GFLOP/s"] =
-      2.0 * static_cast<double>(tokens) * weights / fastest.seconds() * 1e-9;
-}
-
-// The sum of a buffer, read as eight streams an eighth apart: nothing but loads bounds it, and one
-// stream alone does not occupy a core's memory requests.
-float sum_of(const float* data, WorkRange range) {
-  namespace simd = sluice::simd;
-  const std::int64_t apart = (range.end - range.begin) / 8;
-  simd::VecF sums[8] = {};
-  for (std::int64_t i = range.begin; i + simd::kWidth <= range.begin + apart; i += simd::kWidth)
-    for (int k = 0; k < 8; ++k) sums[k] += simd::load(data + k * apart + i);
-  for (int k = 1; k < 8; ++k) sums[0] += sums[k];
-  return simd::reduce_add(sums[0]);
+  const double bandwidth = static_cast<double>(weight.bytes()) / fastest.seconds();
+  const double flops = 2.0 * static_cast<double>(tokens * rows * cols) / fastest.seconds();
+  state.counters["GB/s"] = bandwidth * 1e-9;
+  state.counters["GFLOP/s"] = flops * 1e-9;
+  state.counters["of_read"] = bandwidth / read_limit(threads);
+  state.counters["of_peak"] = flops / multiply_limit(multiply_of(type, activations), threads);
 }
 
 void read(benchmark::State& state) {
   const auto threads = static_cast<int>(state.range(0));
-  const Buffer<float> data(static_cast<std::size_t>(kPoolBytes) / sizeof(float));
-  ThreadTeam team(threads);
-  std::vector<float> sums(static_cast<std::size_t>(threads) * 16);
-  Fastest fastest;
-  for (auto _ : state) {
-    fastest.time([&] {
-      team.run([&](int member, int num_members) {
-        sums[static_cast<std::size_t>(member) * 16] = sum_of(
-            data.data(),
-            sluice::share_of(static_cast<std::int64_t>(data.size()), member, num_members, 1024));
-      });
-    });
-    benchmark::DoNotOptimize(sums.data());
-  }
-  state.counters["GB/s"] = static_cast<double>(data.bytes()) / fastest.seconds() * 1e-9;
+  double best = 0.0;
+  for (auto _ : state) best = std::max(best, read_bandwidth(threads));
+  state.counters["GB/s"] = best * 1e-9;
+}
+
+void peak(benchmark::State& state, Multiply kind) {
+  const auto threads = static_cast<int>(state.range(0));
+  double best = 0.0;
+  for (auto _ : state) best = std::max(best, multiply_peak(kind, threads));
+  state.counters["GFLOP/s"] = best * 1e-9;
 }
 
 constexpr ElementType kTypes[] = {ElementType::kF32,  ElementType::kF16,  ElementType::kBF16,
@@ -197,7 +266,7 @@ void register_type(ElementType type, Activations activations) {
     std::int64_t cols;
   };
   const std::string name =
-      std::string(sluice::to_string(type)) + (activations == Activations::kInt8 ? "/int8" : "/f32");
+      std::string(sluice::to_string(type)) + "/" + std::string(to_string(activations));
   // SmolLM2's shapes, with 768 in place of 576 for the types whose blocks are 256 wide.
   const std::int64_t width = sluice::block_shape(type).values == 256 ? 768 : 576;
   const Shape shapes[] = {{576, width}, {1536, width}, {576, 1536}, {49152, width}};
@@ -233,11 +302,24 @@ void register_all() {
       ->ArgName("threads")
       ->Arg(1)
       ->Arg(2)
+      ->Iterations(1)
       ->UseRealTime()
       ->Unit(benchmark::kMillisecond);
+  for (const auto& [name, kind] :
+       {std::pair{"f32", Multiply::kFloat}, std::pair{"bf16", Multiply::kPairs},
+        std::pair{"int8", Multiply::kBytes}})
+    benchmark::RegisterBenchmark((std::string("peak/") + name).c_str(),
+                                 [kind = kind](benchmark::State& state) { peak(state, kind); })
+        ->ArgName("threads")
+        ->Arg(1)
+        ->Arg(2)
+        ->Iterations(1)
+        ->UseRealTime()
+        ->Unit(benchmark::kMillisecond);
   for (const ElementType type : kTypes) {
     register_type(type, Activations::kFloat32);
     if (sluice::block_shape(type).values > 1) register_type(type, Activations::kInt8);
+    if (type == ElementType::kBF16) register_type(type, Activations::kBf16);
   }
 }
 

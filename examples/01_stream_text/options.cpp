@@ -78,9 +78,11 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   option("-m,--model", o.model, "GGUF file, or folder with config.json and safetensors")
       ->required();
   with_default("-t,--threads", o.threads, "threads of the model")->check(whole_number(1, 1024));
-  with_default("--activations", activations,
-               "how activations meet quantised weights: f32 (exact), int8 (rounded, faster)")
-      ->check(CLI::IsMember({"f32", "int8"}));
+  with_default(
+      "--activations", activations,
+      "how activations meet weights: f32 (exact), bf16 (rounded beside bf16 weights), int8 "
+      "(also rounded beside quantised weights, faster)")
+      ->check(CLI::IsMember({"f32", "bf16", "int8"}));
 
   group = "Input (without any of these: stdin, read as it comes)";
   CLI::Option* const prompt_option = option("-p,--prompt", prompt, "text to continue");
@@ -204,7 +206,9 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.load = taken(load_option, load);
   o.latency_log = taken(log_option, latency_log);
   o.format = format == "json" ? Format::kJson : Format::kText;
-  if (activations == "int8") o.activations = sluice::Activations::kInt8;
+  o.activations = activations == "int8"   ? sluice::Activations::kInt8
+                  : activations == "bf16" ? sluice::Activations::kBf16
+                                          : sluice::Activations::kFloat32;
   o.kv_type = kv_type == "f32" ? KvType::kF32 : kv_type == "bf16" ? KvType::kBF16 : KvType::kF16;
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;
   o.cache.position_rule =

@@ -325,7 +325,8 @@ class DecoderWorkspace {
         attended_(buffer(max_tokens, model.config().num_qo_heads * model.config().head_dim)),
         gate_(buffer(max_tokens, model.config().intermediate_size)),
         up_(buffer(max_tokens, model.config().intermediate_size)),
-        linear_(widest(model.config()), team_size, activations),
+        linear_(widest(model.config()), team_size, activations,
+                std::min(max_tokens, LinearWorkspace::kDefaultTokens)),
         lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
         mass_(static_cast<std::size_t>(model.config().num_qo_heads)) {
     const DecoderConfig& config = model.config();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// Linear layers over stored weights: y = x W^T + bias for weights of any element type, alone,
-/// added to y, or several that share x in one fork-join. Sums are float32, activations float32 or of
-/// 8 bits as the workspace says (Activations); the plain reference adds in float64.
+/// added to y, or several that share x in one fork-join. Sums are float32, activations float32
+/// or rounded to bf16 or 8 bits as the workspace says (Activations); the plain reference adds in
+/// float64.
 #pragma once
 
 #include <algorithm>
@@ -60,9 +61,9 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
 /// With a few tokens the weights are read from memory once. The result is the same bits for any
 /// team size, since members share out whole rows. With float32 activations a token may differ by
 /// float32 rounding between different token counts, because few and many tokens take different
-/// paths; with Activations::kInt8 and quantised weights it is the same bits whatever tokens are
-/// beside it. Shapes are asserted. Allocates nothing; the workspace and the team serve one call at
-/// a time.
+/// paths; where activations are rounded (Activations::kInt8 and quantised weights, kInt8 or kBf16
+/// and bf16 weights) it is the same bits whatever tokens are beside it. Shapes are asserted.
+/// Allocates nothing; the workspace and the team serve one call at a time.
 template <Backend Tag = cpu>
 void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
                  LinearWorkspace& workspace, ThreadTeam& team, Tag tag = {}) {

@@ -73,7 +73,7 @@ struct DuplexOptions {
   std::int64_t delay_capacity = 65536;
   int source_threads = 1;
   int target_threads = 1;
-  /// In which form activations meet quantised weights: exact, or rounded and faster.
+  /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;
   /// Two threads, or everything on the caller's (the sequential loop of the published systems).
   bool concurrent = true;

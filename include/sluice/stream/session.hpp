@@ -45,7 +45,7 @@ struct SessionOptions {
   int num_threads = 1;  ///< of the session's own team; not used when `team` is set
   /// A team shared with other sessions that never step at the same time; null: the session's own.
   std::shared_ptr<ThreadTeam> team;
-  /// In which form activations meet quantised weights: exact, or rounded and faster.
+  /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;
   /// The first tokens of the stream that the session remembers, for common_prefix() and update(): 4
   /// bytes each. 0: none.

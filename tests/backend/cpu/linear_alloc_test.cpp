@@ -15,6 +15,7 @@ namespace {
 TEST(LinearAllocations, NoneForAnyTypeOrNumberOfTokens) {
   LinearWorkspace exact(512, 2);
   LinearWorkspace rounded(512, 2, Activations::kInt8);
+  LinearWorkspace pairs(512, 2, Activations::kBf16, 16);
   ThreadTeam team(2);
   for (const ElementType type :
        {ElementType::kF32, ElementType::kF16, ElementType::kBF16, ElementType::kQ8_0,
@@ -23,7 +24,7 @@ TEST(LinearAllocations, NoneForAnyTypeOrNumberOfTokens) {
     const std::vector<float> x = test::random_values(30 * 512, 14);
     std::vector<float> y(30 * 70);
     const std::int64_t before = test::allocation_count();
-    for (LinearWorkspace* workspace : {&exact, &rounded})
+    for (LinearWorkspace* workspace : {&exact, &rounded, &pairs})
       for (const std::int64_t tokens : {1, 4, 8, 9, 30})
         linear_add(weight.view, MatrixView<const float>{x.data(), tokens, 512}, nullptr,
                    MatrixView<float>{y.data(), tokens, 70}, *workspace, team);

@@ -318,7 +318,7 @@ INSTANTIATE_TEST_SUITE_P(Types, LinearInt8, testing::ValuesIn(kTypes),
                          [](const auto& each) { return std::string(to_string(each.param)); });
 
 TEST(LinearInt8Many, PlainWeightsKeepFloat32Activations) {
-  const RandomMatrix plain(ElementType::kBF16, 41, 256, 11);
+  const RandomMatrix plain(ElementType::kF16, 41, 256, 11);
   const RandomMatrix first(ElementType::kQ4_1, 70, 256, 12);
   const RandomMatrix second(ElementType::kQ6_K, 19, 256, 13);
   LinearWorkspace workspace(256, 2, Activations::kInt8);

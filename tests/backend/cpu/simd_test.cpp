@@ -422,6 +422,49 @@ TEST(Simd, DotsOfBytesAreExact) {
   }
 }
 
+TEST(Simd, PairsAreRoundedAndMultiplied) {
+  std::mt19937 random(23);
+  std::normal_distribution<float> normal;
+  for (int round = 0; round < 50; ++round) {
+    float values[2 * kWidth];
+    for (float& value : values) value = normal(random);
+    if (round == 0) values[1] = kInfinity;
+    const simd::VecI rounded = simd::round_pairs(simd::load(values), simd::load(values + kWidth));
+    bf16 pairs[2 * kWidth];
+    std::memcpy(pairs, &rounded, sizeof(pairs));
+    for (int i = 0; i < 2 * kWidth; ++i) EXPECT_EQ(pairs[i].bits, bf16(values[i]).bits);
+
+    // Small whole numbers, of which float32 sums are exact.
+    bf16 a[2 * kWidth], b[2 * kWidth];
+    float sums[kWidth];
+    for (int i = 0; i < 2 * kWidth; ++i) {
+      a[i] = bf16(static_cast<float>(static_cast<int>(random() % 255) - 127));
+      b[i] = bf16(static_cast<float>(static_cast<int>(random() % 255) - 127));
+      sums[i / 2] = static_cast<float>(static_cast<int>(random() % 2001) - 1000);
+    }
+    const Lanes dots(simd::dot_pairs(simd::load(sums), simd::load_int32(a), simd::load_int32(b)));
+    for (int i = 0; i < kWidth; ++i)
+      EXPECT_EQ(dots[i], sums[i] + static_cast<float>(a[2 * i]) * static_cast<float>(b[2 * i]) +
+                             static_cast<float>(a[2 * i + 1]) * static_cast<float>(b[2 * i + 1]));
+  }
+}
+
+TEST(Simd, QuadsOfRows) {
+  if constexpr (kWidth >= 4) {
+    constexpr int kStride = 37;  // no alignment
+    std::mt19937 random(24);
+    std::uint8_t bytes[(kWidth / 4 - 1) * kStride + 16];
+    for (std::uint8_t& each : bytes) each = static_cast<std::uint8_t>(random());
+    const simd::VecI quads = simd::load_quads(bytes, kStride);
+    const simd::VecI repeated = simd::repeat_quad(bytes);
+    for (int g = 0; g < kWidth / 4; ++g) {
+      EXPECT_EQ(
+          std::memcmp(reinterpret_cast<const char*>(&quads) + 16 * g, bytes + g * kStride, 16), 0);
+      EXPECT_EQ(std::memcmp(reinterpret_cast<const char*>(&repeated) + 16 * g, bytes, 16), 0);
+    }
+  }
+}
+
 TEST(Simd, LowBytesAndIntegerMaxima) {
   std::mt19937 random(22);
   std::int32_t a[kWidth], b[kWidth];

@@ -6,13 +6,16 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <type_traits>
 
+#include "sluice/backend/cpu/linear_bf16.hpp"
 #include "sluice/backend/cpu/linear_int8.hpp"
 #include "sluice/backend/cpu/linear_int8_stream.hpp"
 #include "sluice/backend/cpu/linear_task.hpp"
@@ -31,18 +34,9 @@ namespace sluice {
 
 namespace detail {
 
-// Up to this many tokens weights are converted in registers, once per group of up to four tokens;
-// above it panels pay. On a Zen 4 core the two meet at about 10 tokens for four-bit types and later
-// for the others; bench/linear_bench has both sides under `crossover`.
-inline constexpr std::int64_t kStreamTokens = 8;
 // Rows and tokens that one pass over the weights serves.
 inline constexpr int kStreamRows = simd::kNumRegisters >= 32 ? 4 : 2;
 inline constexpr int kStreamGroup = 4;
-// Bytes of weights that several groups of tokens visit in turn, so that the later groups find them
-// in a second-level cache.
-inline constexpr std::int64_t kStretchBytes = 256 * 1024;
-// Shares of rows are cut at multiples of this, so that few passes have rows left over.
-inline constexpr std::int64_t kStreamGrain = 4;
 // A panel holds kPanelRows weight rows with the columns outermost: [cols, kPanelRows].
 inline constexpr int kPanelRows = 2 * simd::kWidth;
 // Tokens of one call of the panel kernel: 2 accumulators each, and a few registers left over.
@@ -77,18 +71,6 @@ struct InOrder {
     std::fill(prepared + cols, prepared + prepared_size(cols), 0.0F);
   }
 };
-
-template <int kRows, int kTokens>
-[[gnu::always_inline]] inline void reduce_all(const simd::VecF (&sums)[kRows][kTokens],
-                                              float (&result)[kRows][kTokens]) {
-  if constexpr (kRows == 4 && kTokens == 1) {
-    const simd::VecF four[4] = {sums[0][0], sums[1][0], sums[2][0], sums[3][0]};
-    simd::reduce_add(four, &result[0][0]);
-  } else {
-    for (int r = 0; r < kRows; ++r)
-      for (int t = 0; t < kTokens; ++t) result[r][t] = simd::reduce_add(sums[r][t]);
-  }
-}
 
 template <class Element>
 struct PlainKernel : InOrder {
@@ -530,87 +512,67 @@ void with_type(ElementType type, Function&& function) {
   }
 }
 
-// Rows `rows`, whose number is a multiple of kRows, times kTokens tokens. The kRows rows of one
-// pass are a kRows-th of all rows apart: each is then the head of a stream that runs through memory
-// without jumps, which the processor's prefetchers follow better than the short rows themselves.
-template <ElementType kType, int kRows, int kTokens>
-void stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token, const float* prepared,
-                 std::int64_t prepared_stride) {
-  const std::int64_t cols = task.weight.cols;
-  const std::int64_t row_bytes = task.weight.row_bytes();
-  const std::int64_t apart = (rows.end - rows.begin) / kRows;
-  const auto* weights = static_cast<const std::uint8_t*>(task.weight.data) + rows.begin * row_bytes;
-  for (std::int64_t i = 0; i < apart; ++i, weights += row_bytes) {
-    float sums[kRows][kTokens];
-    StreamKernel<kType>::template dot<kRows, kTokens>(weights, apart * row_bytes, cols, prepared,
-                                                      prepared_stride, sums);
-    for (int t = 0; t < kTokens; ++t) {
-      float* y = task.y.row(token + t);
-      for (int r = 0; r < kRows; ++r) {
-        const std::int64_t row = rows.begin + r * apart + i;
-        float sum = sums[r][t];
-        if (task.bias != nullptr) sum += task.bias[row];
-        y[row] = task.accumulate ? y[row] + sum : sum;
-      }
-    }
-  }
-}
-
-// The same for any number of rows.
-template <ElementType kType, int kRows, int kTokens>
-void stream_any_rows(const LinearTask& task, WorkRange rows, std::int64_t token,
-                     const float* prepared, std::int64_t prepared_stride) {
-  const std::int64_t middle = rows.end - (rows.end - rows.begin) % kRows;
-  stream_rows<kType, kRows, kTokens>(task, {rows.begin, middle}, token, prepared, prepared_stride);
-  stream_rows<kType, 1, kTokens>(task, {middle, rows.end}, token, prepared, prepared_stride);
-}
-
-// All tokens; rows in stretches that a first-level cache keeps from one group of tokens to the
-// next.
+/// Few tokens with float32 activations: what stream_tasks() asks of each form of activations.
+///   kPassRows: rows of a pass;
+///   prepare(x, scratch): brings all tokens into the order in which the kernel reads them;
+///   run(task, all, passes, tokens, scratch): the passes `passes` of the rows `all`, for the tokens
+///     that scratch holds in prepared form.
 template <ElementType kType>
-void stream_tokens(const LinearTask& task, WorkRange rows, std::int64_t tokens,
-                   const float* prepared, std::int64_t prepared_stride) {
-  if (tokens == 1)
-    return stream_any_rows<kType, kStreamRows, 1>(task, rows, 0, prepared, prepared_stride);
-  const std::int64_t num_rows = rows.end - rows.begin;
-  const std::int64_t step =
-      tokens <= kStreamGroup
-          ? num_rows
-          : std::max(kStreamGrain, kStretchBytes / task.weight.row_bytes() / 2 * 2);
-  for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
-    const WorkRange stretch = {begin, std::min(begin + step, rows.end)};
-    for (std::int64_t t = 0; t < tokens; t += kStreamGroup) {
-      const float* group = prepared + t * prepared_stride;
-      switch (std::min<std::int64_t>(tokens - t, kStreamGroup)) {
-        case 4: stream_any_rows<kType, 2, 4>(task, stretch, t, group, prepared_stride); break;
-        case 3: stream_any_rows<kType, 2, 3>(task, stretch, t, group, prepared_stride); break;
-        case 2: stream_any_rows<kType, 2, 2>(task, stretch, t, group, prepared_stride); break;
-        default: stream_any_rows<kType, 2, 1>(task, stretch, t, group, prepared_stride); break;
+struct FloatStream {
+  using Kernel = StreamKernel<kType>;
+  static constexpr int kPassRows = kStreamRows;
+
+  static std::int64_t stride(std::int64_t cols) {
+    return round_up(Kernel::prepared_size(cols), simd::kWidth);
+  }
+  static void prepare(MatrixView<const float> x, float* scratch) {
+    for (std::int64_t t = 0; t < x.rows; ++t)
+      Kernel::prepare(x.row(t), x.cols, scratch + t * stride(x.cols));
+  }
+
+  // kRows rows of each pass, from row number `index` on, times the kTokens tokens from `token` on.
+  template <int kRows, int kTokens>
+  static void multiply(const LinearTask& task, const StreamRows& all, WorkRange passes, int index,
+                       std::int64_t token, const float* prepared) {
+    const std::int64_t cols = task.weight.cols;
+    const std::int64_t row_bytes = task.weight.row_bytes();
+    const auto* weights = static_cast<const std::uint8_t*>(task.weight.data);
+    for (std::int64_t i = passes.begin; i < passes.end; ++i) {
+      const std::int64_t first = all.row(i, index);
+      if (all.row(i, index + kRows - 1) < all.rows.end) {
+        float sums[kRows][kTokens];
+        Kernel::template dot<kRows, kTokens>(weights + first * row_bytes, all.apart * row_bytes,
+                                             cols, prepared, stride(cols), sums);
+        for (int t = 0; t < kTokens; ++t)
+          for (int r = 0; r < kRows; ++r)
+            put_sum(task, token + t, first + r * all.apart, sums[r][t]);
+        continue;
+      }
+      for (std::int64_t row = first; row < all.rows.end; row += all.apart) {
+        float sums[1][kTokens];
+        Kernel::template dot<1, kTokens>(weights + row * row_bytes, 0, cols, prepared, stride(cols),
+                                         sums);
+        for (int t = 0; t < kTokens; ++t) put_sum(task, token + t, row, sums[0][t]);
       }
     }
   }
-}
 
-// One member's share of all tasks with few tokens. scratch: [kStreamTokens * max_prepared_size].
-inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                         float* scratch, int member, int num_members) {
-  const LinearTask* prepared_for = nullptr;
-  std::int64_t stride = 0;
-  for (const LinearTask& task : tasks) {
-    const WorkRange rows = share_of(task.weight.rows, member, num_members, kStreamGrain);
-    if (rows.begin == rows.end) continue;
-    with_type(task.weight.type, [&]<ElementType kType>() {
-      using Kernel = StreamKernel<kType>;
-      if (prepared_for == nullptr || prepared_for->weight.type != kType) {
-        stride = round_up(Kernel::prepared_size(x.cols), simd::kWidth);
-        for (std::int64_t t = 0; t < x.rows; ++t)
-          Kernel::prepare(x.row(t), x.cols, scratch + t * stride);
-        prepared_for = &task;
+  static void run(const LinearTask& task, const StreamRows& all, WorkRange passes,
+                  std::int64_t tokens, const float* scratch) {
+    if (tokens == 1) return multiply<kPassRows, 1>(task, all, passes, 0, 0, scratch);
+    for (std::int64_t t = 0; t < tokens; t += kStreamGroup) {
+      const float* group = scratch + t * stride(task.weight.cols);
+      for (int index = 0; index < kPassRows; index += 2) {
+        switch (std::min<std::int64_t>(tokens - t, kStreamGroup)) {
+          case 4: multiply<2, 4>(task, all, passes, index, t, group); break;
+          case 3: multiply<2, 3>(task, all, passes, index, t, group); break;
+          case 2: multiply<2, 2>(task, all, passes, index, t, group); break;
+          default: multiply<2, 1>(task, all, passes, index, t, group); break;
+        }
       }
-      stream_tokens<kType>(task, rows, x.rows, scratch, stride);
-    });
+    }
   }
-}
+};
 
 // The panels' reading of weights: `count` stored values as float32, the same bits as dequantise()
 // gives. One function per kind of type, then the choice among them.
@@ -854,35 +816,55 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
   }
 }
 
+/// Where a member is in its share of the passes over all tasks.
+struct alignas(64) StreamCursor {
+  std::atomic<std::int64_t> next_block{0};
+};
+
 }  // namespace detail
 
 /// Scratch of linear layers, fixed at construction: for each team member, tiles of converted
-/// weights and rearranged tokens; and the choice of arithmetic. One workspace serves one call at a
-/// time.
+/// weights and rearranged tokens; for all of them together, tokens in rounded form; and the choice
+/// of arithmetic. One workspace serves one call at a time.
 class LinearWorkspace {
  public:
+  /// Tokens whose rounded form is held at once unless told otherwise.
+  static constexpr std::int64_t kDefaultTokens = 512;
+
   /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates for
   /// each member 384 KiB, or a panel of 2 kWidth rows where that is more, and 12 tokens of
-  /// max_cols, whichever `activations` are chosen. \throws Error(kConfig) unless both are positive.
+  /// max_cols, whichever `activations` are chosen; and where those are rounded about two bytes per
+  /// column of `max_tokens` tokens. Longer chunks are served in parts of that many, each of which
+  /// converts the weights again. \throws Error(kConfig) unless all are positive.
   LinearWorkspace(std::int64_t max_cols, int team_size,
-                  Activations activations = Activations::kFloat32)
+                  Activations activations = Activations::kFloat32,
+                  std::int64_t max_tokens = kDefaultTokens)
       : max_cols_(checked(max_cols, "max_cols")),
+        max_tokens_(checked(max_tokens, "max_tokens")),
         team_size_(static_cast<int>(checked(team_size, "team_size"))),
         activations_(activations),
         member_size_(size_for(max_cols)),
-        storage_(static_cast<std::size_t>(member_size_ * team_size)) {}
+        storage_(static_cast<std::size_t>(member_size_ * team_size)),
+        rounded_(static_cast<std::size_t>(
+            activations == Activations::kFloat32 ? 0 : rounded_size(max_cols, max_tokens))),
+        cursors_(std::make_unique<detail::StreamCursor[]>(static_cast<std::size_t>(team_size))) {}
 
   std::int64_t max_cols() const noexcept { return max_cols_; }
+  std::int64_t max_tokens() const noexcept { return max_tokens_; }
   int team_size() const noexcept { return team_size_; }
   /// In which form products through this workspace take activations.
   Activations activations() const noexcept { return activations_; }
   /// Bytes held.
-  std::size_t bytes() const noexcept { return storage_.bytes(); }
-  /// The scratch of one member: enough for either path at max_cols columns.
+  std::size_t bytes() const noexcept { return storage_.bytes() + rounded_.bytes(); }
+  /// The scratch of one member: enough for any path at max_cols columns.
   float* member(int index) {
     SLUICE_ASSERT(index >= 0 && index < team_size_);
     return storage_.data() + index * member_size_;
   }
+  /// Rounded tokens, shared by all members.
+  float* rounded() { return rounded_.data(); }
+  /// One for each member.
+  detail::StreamCursor* cursors() { return cursors_.get(); }
 
  private:
   static std::int64_t checked(std::int64_t value, const char* field) {
@@ -895,25 +877,148 @@ class LinearWorkspace {
     const std::int64_t panels = std::max(detail::kPanelBudget, detail::kPanelRows * cols);
     const std::int64_t many = panels + detail::kPanelTokens * cols;
     const std::int64_t few = detail::kStreamTokens * detail::max_prepared_size(cols);
-    return detail::round_up(std::max({many, few, detail::int8_scratch_size(cols),
-                                      detail::int8_stream_scratch_size(cols)}),
-                            64);
+    return detail::round_up(
+        std::max({many, few, detail::pair_scratch_size(cols), detail::int8_scratch_size(cols),
+                  detail::int8_stream_scratch_size(cols)}),
+        64);
+  }
+  static std::int64_t rounded_size(std::int64_t cols, std::int64_t tokens) {
+    using Pairs = detail::PairPanels;
+    using Bytes = detail::Int8Panels<detail::Int8Weights<ElementType::kQ8_0>>;
+    return std::max(Pairs::num_groups(tokens) * Pairs::group_size(cols),
+                    Bytes::num_groups(tokens) * detail::int8_group_bound(cols));
   }
 
   std::int64_t max_cols_;
+  std::int64_t max_tokens_;
   int team_size_;
   Activations activations_;
   std::int64_t member_size_;
   Buffer<float> storage_;
+  Buffer<float> rounded_;
+  std::unique_ptr<detail::StreamCursor[]> cursors_;
 };
 
 namespace detail {
 
-// One member's share of all tasks with float32 activations.
-inline void float_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                        float* scratch, int member, int num_members) {
-  if (x.rows <= kStreamTokens) return stream_tasks(tasks, x, scratch, member, num_members);
-  for (const LinearTask& task : tasks) panel_task(task, x, scratch, member, num_members);
+// Products of several tasks of one type with rounded activations, for many tokens: all members
+// round shares of the tokens, then multiply shares of the rows. Panels is PairPanels or an
+// Int8Panels.
+template <class Panels>
+void round_and_multiply(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                        LinearWorkspace& workspace, ThreadTeam& team) {
+  const std::int64_t group_size = Panels::group_size(x.cols);
+  const std::int64_t num_strips = (x.cols + Panels::kStrip - 1) / Panels::kStrip;
+  float* rounded = workspace.rounded();
+  for (std::int64_t first = 0; first < x.rows; first += workspace.max_tokens()) {
+    const std::int64_t tokens = std::min(workspace.max_tokens(), x.rows - first);
+    const std::int64_t num_groups = Panels::num_groups(tokens);
+    team.run([&](int member, int num_members) {
+      const WorkRange items = share_of(num_groups * num_strips, member, num_members);
+      for (std::int64_t i = items.begin; i < items.end; ++i) {
+        const std::int64_t g = i / num_strips;
+        const WorkRange range = share_of(tokens, g, num_groups);
+        Panels::round_strip(x.middle_rows(first + range.begin, range.end - range.begin),
+                            i % num_strips * Panels::kStrip, rounded + g * group_size);
+      }
+    });
+    team.run([&](int member, int num_members) {
+      for (const LinearTask& task : tasks)
+        Panels::multiply(task, first, tokens, rounded, workspace.member(member), member,
+                         num_members);
+    });
+  }
+}
+
+// Calls use.operator()<kType, Form>() with what multiplies weights of a type with few tokens.
+template <class Use>
+void with_form(ElementType type, Activations chosen, Use&& use) {
+  with_type(type, [&]<ElementType kType>() {
+    if constexpr (kType == ElementType::kBF16) {
+      if (chosen != Activations::kFloat32) return use.template operator()<kType, PairStream>();
+    } else if constexpr (Int8Weights<kType>::kExists) {
+      if (chosen == Activations::kInt8) return use.template operator()<kType, Int8Stream<kType>>();
+    }
+    use.template operator()<kType, FloatStream<kType>>();
+  });
+}
+
+// Members that stream weights from memory do not advance alike: the bus serves one before the
+// other, or a neighbour has one's processor. So each takes the passes of its share in blocks, and
+// one that has no block left takes another's. Streams go on from block to block, and the bits are
+// the same: a row's sums do not depend on who forms them.
+inline constexpr std::int64_t kBlocksPerShare = 16;
+inline constexpr std::int64_t kFewestBlockBytes = 8 * 1024;
+
+// One member's share of a task, cut into blocks of passes.
+template <class Form>
+struct StreamBlocks {
+  StreamRows all;
+  std::int64_t block_passes;
+
+  StreamBlocks(const WeightMatrix& weight, std::int64_t tokens, int member, int num_members)
+      : all(share_of(weight.rows, member, num_members, Form::kPassRows), Form::kPassRows) {
+    const std::int64_t pass_bytes = Form::kPassRows * weight.row_bytes();
+    block_passes = std::max(all.apart / kBlocksPerShare, kFewestBlockBytes / pass_bytes);
+    // Several groups of tokens visit a block in turn.
+    if (tokens > kStreamGroup) block_passes = std::min(block_passes, kStretchBytes / pass_bytes);
+    block_passes = std::max<std::int64_t>(block_passes, 1);
+  }
+  std::int64_t size() const { return (all.apart + block_passes - 1) / block_passes; }
+  WorkRange operator[](std::int64_t index) const {
+    return {index * block_passes, std::min((index + 1) * block_passes, all.apart)};
+  }
+};
+
+// Few tokens: one member's part of all tasks. Cursors are at 0 before the members begin.
+inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                         Activations activations, StreamCursor* cursors, float* scratch, int member,
+                         int num_members) {
+  const LinearTask* prepared_for = nullptr;
+  for (int i = 0; i < num_members; ++i) {
+    const int owner = (member + i) % num_members;
+    std::atomic<std::int64_t>& next = cursors[owner].next_block;
+    const auto take = [&] {
+      return next.fetch_add(1, std::memory_order_relaxed);
+    };
+    std::int64_t before = 0;  // blocks of earlier tasks
+    std::int64_t block = take();
+    for (const LinearTask& task : tasks) {
+      with_form(task.weight.type, activations, [&]<ElementType /*kType*/, class Form>() {
+        const StreamBlocks<Form> blocks(task.weight, x.rows, owner, num_members);
+        const std::int64_t count = blocks.size();
+        for (; block - before < count; block = take()) {
+          // Tasks of one type share the prepared tokens.
+          if (prepared_for == nullptr || prepared_for->weight.type != task.weight.type)
+            Form::prepare(x, scratch);
+          prepared_for = &task;
+          Form::run(task, blocks.all, blocks[block - before], x.rows, scratch);
+        }
+        before += count;
+      });
+    }
+  }
+}
+
+// Many tokens: tasks of one type that follow one another share the rounded tokens.
+inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                        LinearWorkspace& workspace, ThreadTeam& team) {
+  for (std::size_t begin = 0, end; begin < tasks.size(); begin = end) {
+    const ElementType type = tasks[begin].weight.type;
+    for (end = begin + 1; end < tasks.size() && tasks[end].weight.type == type;) ++end;
+    const std::span<const LinearTask> same = tasks.subspan(begin, end - begin);
+    with_form(type, workspace.activations(), [&]<ElementType kType, class Form>() {
+      if constexpr (std::is_same_v<Form, Int8Stream<kType>>)
+        round_and_multiply<Int8Panels<Int8Weights<kType>>>(same, x, workspace, team);
+      else if constexpr (std::is_same_v<Form, PairStream>)
+        round_and_multiply<PairPanels>(same, x, workspace, team);
+      else
+        team.run([&](int member, int num_members) {
+          for (const LinearTask& task : same)
+            panel_task(task, x, workspace.member(member), member, num_members);
+        });
+    });
+  }
 }
 
 // The fast products behind linear_many in nn/linear.hpp.
@@ -921,23 +1026,13 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
                         LinearWorkspace& workspace, ThreadTeam& team, cpu) {
   SLUICE_ASSERT(x.cols <= workspace.max_cols() && team.size() <= workspace.team_size());
   if (x.rows == 0) return;
+  const bool can_stream = kInt8Streams || workspace.activations() != Activations::kInt8;
+  if (x.rows > kStreamTokens || !can_stream) return panel_tasks(tasks, x, workspace, team);
+  StreamCursor* cursors = workspace.cursors();
+  for (int i = 0; i < team.size(); ++i) cursors[i].next_block.store(0, std::memory_order_relaxed);
   team.run([&](int member, int num_members) {
-    float* scratch = workspace.member(member);
-    if (workspace.activations() == Activations::kInt8) {
-      // Tasks of plain weights among them go the other way one by one.
-      for (const LinearTask& task : tasks) {
-        with_type(task.weight.type, [&]<ElementType kType>() {
-          if constexpr (!Int8Weights<kType>::kExists)
-            float_tasks({&task, 1}, x, scratch, member, num_members);
-          else if (x.rows <= kInt8StreamTokens)
-            int8_stream_task<kType>(task, x, scratch, member, num_members);
-          else
-            int8_panel_task<Int8Weights<kType>>(task, x, scratch, member, num_members);
-        });
-      }
-      return;
-    }
-    float_tasks(tasks, x, scratch, member, num_members);
+    stream_tasks(tasks, x, workspace.activations(), cursors, workspace.member(member), member,
+                 num_members);
   });
 }
 

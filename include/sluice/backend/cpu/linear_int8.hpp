@@ -33,11 +33,14 @@ namespace sluice::detail {
 // Chains of additions: one per group of four lanes, so that a register of unit sums of four rows
 // is added at once.
 inline constexpr int kInt8Chains = std::max(1, simd::kWidth / 4);
-// Rows of a panel, one per lane.
-inline constexpr int kInt8Rows = simd::kWidth;
-// Tokens of one call of the panel kernel: an accumulator each beside the levels of a unit, which
-// fill 8 registers where there are 32.
+// Rows of a panel, one per lane of kInt8Vectors registers.
+inline constexpr int kInt8Vectors = simd::kNumRegisters >= 32 ? 2 : 1;
+inline constexpr int kInt8Rows = kInt8Vectors * simd::kWidth;
+// Tokens of a group, and tokens that the panel kernel multiplies at a time: for each register of
+// rows and token an accumulator and a unit's sum of products. A group and a panel of a few hundred
+// columns fill a first-level cache.
 inline constexpr int kInt8Tokens = simd::kNumRegisters >= 32 ? 16 : 8;
+inline constexpr int kInt8Four = 4;
 // Words (4 bytes) of the panels that one member holds at a time: 384 KiB.
 inline constexpr std::int64_t kInt8Budget = 96 * 1024;
 
@@ -212,77 +215,117 @@ template <class Weights>
     return simd::bits_as_float({level_sum.v * -Weights::kZero});
 }
 
-// Words of a panel of all columns: levels, then scales and, where a type has them, offsets.
+// Units stand chain by chain in panels and groups, so that each is read from end to end.
+struct UnitPlace {
+  std::int64_t first;  // units of the chains before
+  std::int64_t count;  // units of the chain
+  std::int64_t index;  // the unit's place among them
+};
 template <class Weights>
-constexpr std::int64_t int8_panel_size(std::int64_t cols) {
-  return kInt8Rows * (cols / 4 + cols / Weights::kUnit * (Weights::kHasOffset ? 2 : 1));
+constexpr std::int64_t units_before(std::int64_t num_units, int chain) {
+  constexpr std::int64_t kRun = Weights::kChainUnits;
+  constexpr std::int64_t kRound = kRun * kInt8Chains;
+  return num_units / kRound * kRun * chain + std::min(num_units % kRound, kRun * chain);
+}
+template <class Weights>
+constexpr UnitPlace place_of_unit(std::int64_t unit, std::int64_t num_units) {
+  constexpr std::int64_t kRun = Weights::kChainUnits;
+  const auto chain = static_cast<int>(unit / kRun % kInt8Chains);
+  const std::int64_t first = units_before<Weights>(num_units, chain);
+  return {first, units_before<Weights>(num_units, chain + 1) - first,
+          unit / (kRun * kInt8Chains) * kRun + unit % kRun};
 }
 
-/// A group of up to kInt8Tokens tokens, rounded, in the order in which the panel kernel reads it.
-/// Each array has the tokens innermost; `offsets` is, per unit, what a sum of products of levels
-/// starts with (int32), or what the weights' offsets are multiplied with (float).
-struct Int8Group {
-  float* levels;   ///< [cols / 4, kInt8Tokens], four levels each
-  float* scales;   ///< [cols / 32, kInt8Tokens]
-  float* offsets;  ///< [cols / kUnit, kInt8Tokens]
-
-  static constexpr std::int64_t size(std::int64_t cols) {
-    return kInt8Tokens * (cols / 4 + cols / 32 + cols / 16);
-  }
-  Int8Group(float* memory, std::int64_t cols)
-      : levels(memory),
-        scales(memory + kInt8Tokens * (cols / 4)),
-        offsets(scales + kInt8Tokens * (cols / 32)) {}
-};
-
+/// A panel: for each unit its words of four levels, its scales and, where a type has them, its
+/// offsets. [units, kUnit / 4 + 1 or 2, kInt8Rows]
 template <class Weights>
-void fill_group(MatrixView<const float> x, const Int8Group& group) {
-  constexpr int kWords = Weights::kUnit / 4;
+inline constexpr std::int64_t kInt8PanelUnit = kInt8Rows*(Weights::kUnit / 4 + 1 +
+                                                          (Weights::kHasOffset ? 1 : 0));
+template <class Weights>
+constexpr std::int64_t int8_panel_size(std::int64_t cols) {
+  return cols / Weights::kUnit * kInt8PanelUnit<Weights>;
+}
+
+/// A group: up to kInt8Tokens rounded tokens, in fours that the panel kernel multiplies at a time.
+/// For each unit its words, then the scales, then what a sum of products of levels starts with
+/// (int32) or what the weights' offsets are multiplied with (float).
+/// [chains, fours, units of the chain, kUnit / 4 + 2, 4]
+inline constexpr int kInt8Fours = kInt8Tokens / kInt8Four;
+template <class Weights>
+inline constexpr std::int64_t kInt8FourUnit = kInt8Four*(Weights::kUnit / 4 + 2);
+template <class Weights>
+constexpr std::int64_t int8_group_size(std::int64_t cols) {
+  return cols / Weights::kUnit * kInt8Fours * kInt8FourUnit<Weights>;
+}
+// At least that for any type.
+constexpr std::int64_t int8_group_bound(std::int64_t cols) {
+  return round_up(cols, 32) / 16 * kInt8Tokens * 6;
+}
+
+// Rounds the columns c ... c + kInt8Strip - 1 of a group's tokens.
+template <class Weights>
+void fill_group(MatrixView<const float> x, std::int64_t c, float* group) {
+  constexpr int kUnit = Weights::kUnit;
+  constexpr int kWords = kUnit / 4;
+  // Tokens of a four that a register holds.
+  constexpr int kTogether = std::min(kInt8Four, simd::kWidth);
   alignas(64) std::int8_t strip[simd::kWidth][kInt8Strip];
+  alignas(64) float words[kInt8Strip / 4][simd::kWidth];
   const simd::VecI ones = simd::broadcast(std::int32_t{0x01010101});
+  const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
   for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
-    for (std::int64_t c = 0; c < x.cols; c += kInt8Strip) {
-      const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
-      const std::int64_t lane = c / 32 * kInt8Tokens + first;
-      for (int i = 0; i < count; i += 32)
-        simd::store(group.scales + lane + i / 32 * kInt8Tokens,
-                    quantise_activations(x.row(first) + c + i, x.stride, x.rows - first,
-                                         strip[0] + i, kInt8Strip));
-      float* words = group.levels + c / 4 * kInt8Tokens + first;
-      for (int i = 0; i < count; i += 4 * simd::kWidth) {
-        simd::VecF square[simd::kWidth];
-        for (int t = 0; t < simd::kWidth; ++t)
-          square[t] = simd::bits_as_float(simd::load_int32(strip[t] + i));
-        simd::transpose(square);
-        const int num_words = std::min(simd::kWidth, (count - i) / 4);
-        for (int k = 0; k < num_words; ++k)
-          simd::store(words + (i / 4 + k) * kInt8Tokens, square[k]);
+    simd::VecF scales[kInt8Strip / 32];
+    for (int i = 0; i < count; i += 32)
+      scales[i / 32] = quantise_activations(x.row(first) + c + i, x.stride, x.rows - first,
+                                            strip[0] + i, kInt8Strip);
+    for (int i = 0; i < count; i += 4 * simd::kWidth) {
+      simd::VecF square[simd::kWidth];
+      for (int t = 0; t < simd::kWidth; ++t)
+        square[t] = simd::bits_as_float(simd::load_int32(strip[t] + i));
+      simd::transpose(square);
+      const int num_words = std::min(simd::kWidth, (count - i) / 4);
+      for (int k = 0; k < num_words; ++k) simd::store(words[i / 4 + k], square[k]);
+    }
+    for (int i = 0; i < count; i += kUnit) {
+      const UnitPlace place = place_of_unit<Weights>((c + i) / kUnit, x.cols / kUnit);
+      float* unit = group + (place.first * kInt8Fours + place.index) * kInt8FourUnit<Weights>;
+      const auto put = [&](int row, const float* lanes) {
+        for (int t = 0; t < simd::kWidth; t += kTogether) {
+          const std::int64_t token = first + t;
+          std::memcpy(unit + token / kInt8Four * place.count * kInt8FourUnit<Weights> +
+                          row * kInt8Four + token % kInt8Four,
+                      lanes + t, kTogether * sizeof(float));
+        }
+      };
+      alignas(64) float lanes[simd::kWidth];
+      simd::VecI sum = simd::broadcast(std::int32_t{0});
+      for (int k = 0; k < kWords; ++k) {
+        put(k, words[i / 4 + k]);
+        sum = simd::dot_levels(sum, ones, simd::load_int32(words[i / 4 + k]));
       }
-      for (int i = 0; i < count; i += Weights::kUnit) {
-        simd::VecI sum = simd::broadcast(std::int32_t{0});
-        for (int k = 0; k < kWords; ++k)
-          sum = simd::dot_levels(sum, ones, simd::load_int32(words + (i / 4 + k) * kInt8Tokens));
-        simd::store(
-            group.offsets + (c + i) / Weights::kUnit * kInt8Tokens + first,
-            unit_offset<Weights>(sum, simd::load(group.scales + lane + i / 32 * kInt8Tokens)));
-      }
+      simd::store(lanes, scales[i / 32]);
+      put(kWords, lanes);
+      simd::store(lanes, unit_offset<Weights>(sum, scales[i / 32]));
+      put(kWords + 1, lanes);
     }
   }
 }
 
-// Fills a panel with rows row, row + 1, ... of a matrix, one a lane: levels [cols / 4, kInt8Rows]
-// words, scales and offsets [cols / kUnit, kInt8Rows]. Missing rows are 0.
+// Fills a panel with rows row, row + 1, ... of a matrix, one a lane. Missing rows are 0.
 template <class Weights>
 void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel) {
+  constexpr int kUnit = Weights::kUnit;
   constexpr int kStrip = 256;  // columns unpacked at a time: a multiple of every block
   alignas(64) std::uint8_t strip[kInt8Rows][kStrip];
+  alignas(64) float scales[kStrip / kUnit][kInt8Rows];
+  alignas(64) float offsets[kStrip / kUnit][kInt8Rows];
+  alignas(64) float words[kStrip / 4][kInt8Rows];
   const std::int64_t num_rows = std::min<std::int64_t>(kInt8Rows, weight.rows - row);
   const std::int64_t row_bytes = weight.row_bytes();
-  float* scales = panel + kInt8Rows * (weight.cols / 4);
-  float* offsets = scales + kInt8Rows * (weight.cols / Weights::kUnit);
   if (num_rows < kInt8Rows) {
     std::memset(strip, 0, sizeof(strip));
-    std::fill(scales, panel + int8_panel_size<Weights>(weight.cols), 0.0F);
+    std::memset(scales, 0, sizeof(scales));
+    std::memset(offsets, 0, sizeof(offsets));
   }
   for (std::int64_t c = 0; c < weight.cols; c += kStrip) {
     const auto count = static_cast<int>(std::min<std::int64_t>(kStrip, weight.cols - c));
@@ -295,155 +338,173 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
         simd::prefetch_far(source + kInt8Rows * row_bytes + line);
       const std::uint8_t* block = source;
       for (int i = 0; i < count; i += Weights::kValues) {
-        const std::int64_t first = (c + i) / Weights::kUnit * kInt8Rows + r;
-        Weights::unpack(block, strip[r] + i, scales + first, offsets + first, kInt8Rows);
+        Weights::unpack(block, strip[r] + i, scales[i / kUnit] + r, offsets[i / kUnit] + r,
+                        kInt8Rows);
         block += storage_bytes(weight.type, Weights::kValues);
       }
     }
-    float* target = panel + c / 4 * kInt8Rows;
     for (int i = 0; i < count; i += 4 * simd::kWidth) {
-      simd::VecF square[simd::kWidth];
-      for (int r = 0; r < kInt8Rows; ++r)
-        square[r] = simd::bits_as_float(simd::load_int32(strip[r] + i));
-      simd::transpose(square);
-      const int words = std::min(simd::kWidth, (count - i) / 4);
-      for (int k = 0; k < words; ++k) simd::store(target + (i / 4 + k) * kInt8Rows, square[k]);
+      for (int side = 0; side < kInt8Rows; side += simd::kWidth) {
+        simd::VecF square[simd::kWidth];
+        for (int r = 0; r < simd::kWidth; ++r)
+          square[r] = simd::bits_as_float(simd::load_int32(strip[side + r] + i));
+        simd::transpose(square);
+        const int num_words = std::min(simd::kWidth, (count - i) / 4);
+        for (int k = 0; k < num_words; ++k) simd::store(words[i / 4 + k] + side, square[k]);
+      }
+    }
+    for (int i = 0; i < count; i += kUnit) {
+      const UnitPlace place = place_of_unit<Weights>((c + i) / kUnit, weight.cols / kUnit);
+      float* unit = panel + (place.first + place.index) * kInt8PanelUnit<Weights>;
+      std::memcpy(unit, words[i / 4], kUnit / 4 * sizeof(words[0]));
+      std::memcpy(unit + kUnit / 4 * kInt8Rows, scales[i / kUnit], sizeof(scales[0]));
+      if constexpr (Weights::kHasOffset)
+        std::memcpy(unit + (kUnit / 4 + 1) * kInt8Rows, offsets[i / kUnit], sizeof(offsets[0]));
     }
   }
 }
 
-// sums[t] = one chain of a panel times the first kTokens of a group, a multiple of 4.
-template <class Weights, int kTokens>
-void add_chain(const float* panel, const Int8Group& group, std::int64_t cols, int chain,
-               simd::VecF* sums) {
-  constexpr int kUnit = Weights::kUnit;
-  const float* scales = panel + kInt8Rows * (cols / 4);
-  const float* offsets = scales + kInt8Rows * (cols / kUnit);
-  const auto word = [](const float* source) {
+// sums[t * kInt8Vectors + v] = `count` units of a panel's rows v times token t of four.
+template <class Weights>
+[[gnu::always_inline]] inline void add_chain(const float* panel, const float* four,
+                                             std::int64_t count,
+                                             simd::VecF (&sums)[kInt8Four * kInt8Vectors]) {
+  constexpr int kWords = Weights::kUnit / 4;
+  constexpr int kSums = kInt8Four * kInt8Vectors;
+  const auto word = [&](int row, int t) {
     std::int32_t value;
-    std::memcpy(&value, source, sizeof(value));
+    std::memcpy(&value, four + row * kInt8Four + t, sizeof(value));
     return simd::broadcast(value);
   };
-  simd::VecF total[kTokens] = {};
-  constexpr std::int64_t kRun = Weights::kChainUnits;
-  for (std::int64_t first = chain * kRun; first < cols / kUnit; first += kInt8Chains * kRun) {
-    for (std::int64_t u = first; u < first + kRun; ++u) {
-      simd::VecI levels[kUnit / 4];
 #pragma GCC unroll 8
-      for (int k = 0; k < kUnit / 4; ++k)
-        levels[k] = simd::load_int32(panel + (u * (kUnit / 4) + k) * kInt8Rows);
-      const simd::VecF scale = simd::load(scales + u * kInt8Rows);
-      const float* words = group.levels + u * (kUnit / 4) * kInt8Tokens;
-      const float* token_scales = group.scales + u * kUnit / 32 * kInt8Tokens;
-      const float* token_offsets = group.offsets + u * kInt8Tokens;
-      // The products of a token are one chain of additions; four side by side keep the multipliers
-      // busy.
+  for (int k = 0; k < kSums; ++k) sums[k] = simd::zero();
+  for (; count > 0; --count) {
+    simd::VecI unit_sums[kSums];
+#pragma GCC unroll 8
+    for (int k = 0; k < kSums; ++k) {
+      unit_sums[k] = simd::broadcast(std::int32_t{0});
+      if constexpr (!Weights::kHasOffset) unit_sums[k] = word(kWords + 1, k / kInt8Vectors);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < kWords; ++k) {
+      simd::VecI rows[kInt8Vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kInt8Vectors; ++v)
+        rows[v] = simd::load_int32(panel + k * kInt8Rows + v * simd::kWidth);
 #pragma GCC unroll 4
-      for (int four = 0; four < kTokens; four += 4) {
-        simd::VecI unit_sums[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          unit_sums[i] = simd::broadcast(std::int32_t{0});
-          if constexpr (!Weights::kHasOffset) unit_sums[i] = word(token_offsets + four + i);
+      for (int t = 0; t < kInt8Four; ++t) {
+        const simd::VecI values = word(k, t);
+#pragma GCC unroll 2
+        for (int v = 0; v < kInt8Vectors; ++v) {
+          simd::VecI& sum = unit_sums[t * kInt8Vectors + v];
+          sum = Weights::kSigned ? simd::dot_signed(sum, rows[v], values)
+                                 : simd::dot_levels(sum, rows[v], values);
         }
+      }
+    }
 #pragma GCC unroll 8
-        for (int k = 0; k < kUnit / 4; ++k) {
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const simd::VecI values = word(words + k * kInt8Tokens + four + i);
-            unit_sums[i] = Weights::kSigned ? simd::dot_signed(unit_sums[i], levels[k], values)
-                                            : simd::dot_levels(unit_sums[i], levels[k], values);
+    for (int k = 0; k < kSums; ++k) {
+      const float* scales = panel + kWords * kInt8Rows + k % kInt8Vectors * simd::kWidth;
+      const float* token = four + kWords * kInt8Four + k / kInt8Vectors;
+      sums[k] = simd::fma(simd::to_float(unit_sums[k]),
+                          simd::load(scales) * simd::broadcast(token[0]), sums[k]);
+      if constexpr (Weights::kHasOffset)
+        sums[k] =
+            simd::fma(simd::load(scales + kInt8Rows), simd::broadcast(token[kInt8Four]), sums[k]);
+    }
+    panel += kInt8PanelUnit<Weights>;
+    four += kInt8FourUnit<Weights>;
+  }
+}
+
+// One panel times the first `tokens` tokens of a group, four at a time, of which the last one's
+// lanes beyond `tokens` are dropped. Each chain's part of the panel stays in a first-level cache
+// from one four to the next.
+template <class Weights>
+void multiply_int8_panel(std::int64_t tokens, const LinearTask& task, const float* panel,
+                         const float* group, std::int64_t row, std::int64_t token) {
+  constexpr int kSums = kInt8Four * kInt8Vectors;
+  const std::int64_t num_units = task.weight.cols / Weights::kUnit;
+  ChainSums<kInt8Chains, kSums> fours[kInt8Fours];
+  for (int i = 0; i < kInt8Chains; ++i) {
+    const int chain = chain_in_order(i, kInt8Chains);
+    const std::int64_t first = units_before<Weights>(num_units, chain);
+    const std::int64_t count = units_before<Weights>(num_units, chain + 1) - first;
+    const float* four = group + first * kInt8Fours * kInt8FourUnit<Weights>;
+    for (int f = 0; f * kInt8Four < tokens; ++f, four += count * kInt8FourUnit<Weights>) {
+      simd::VecF sums[kSums];
+      add_chain<Weights>(panel + first * kInt8PanelUnit<Weights>, four, count, sums);
+      fours[f].add(i, sums);
+    }
+  }
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    for (int v = 0; v < kInt8Vectors; ++v) {
+      const std::int64_t begin = row + v * simd::kWidth;
+      const std::int64_t count = std::min<std::int64_t>(simd::kWidth, task.weight.rows - begin);
+      if (count <= 0) continue;
+      float* y = task.y.row(token + t) + begin;
+      simd::VecF sum = fours[t / kInt8Four].total()[t % kInt8Four * kInt8Vectors + v];
+      if (task.bias != nullptr) sum += simd::load_partial(task.bias + begin, count);
+      if (task.accumulate) sum += simd::load_partial(y, count);
+      simd::store_partial(y, sum, count);
+    }
+  }
+}
+
+// Scratch of a member for any type: the panels of a tile.
+inline std::int64_t int8_scratch_size(std::int64_t cols) {
+  const std::int64_t padded = round_up(cols, 32);
+  return std::max(kInt8Budget, kInt8Rows * (padded / 4 + padded / 16));  // Q4_1 has the most
+}
+
+/// The chunk side of the arithmetic, in two phases (see round_and_multiply() in linear.hpp): tokens
+/// are rounded once into `rounded`, shared by all members and tasks, then multiplied by panels.
+template <class Weights>
+struct Int8Panels {
+  // Columns of an item of the first phase.
+  static constexpr std::int64_t kStrip = kInt8Strip;
+
+  static std::int64_t num_groups(std::int64_t tokens) {
+    return (tokens + kInt8Tokens - 1) / kInt8Tokens;
+  }
+  static constexpr std::int64_t group_size(std::int64_t cols) {
+    return int8_group_size<Weights>(cols);
+  }
+
+  static void round_strip(MatrixView<const float> x, std::int64_t c, float* group) {
+    fill_group<Weights>(x, c, group);
+  }
+
+  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`.
+  static void multiply(const LinearTask& task, std::int64_t first, std::int64_t tokens,
+                       float* rounded, float* scratch, int member, int num_members) {
+    const WeightMatrix& weight = task.weight;
+    const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
+    const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
+    const std::int64_t tile_rows = std::max<std::int64_t>(1, kInt8Budget / panel_size) * kInt8Rows;
+    const std::int64_t groups = num_groups(tokens);
+    for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
+      const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
+      float* panel = scratch;
+      for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
+        fill_int8_panel<Weights>(weight, row, panel);
+      // Groups in blocks that a second-level cache keeps beside the panels.
+      const std::int64_t block =
+          std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
+      for (std::int64_t begin = 0; begin < groups; begin += block) {
+        panel = scratch;
+        for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size) {
+          for (std::int64_t g = begin; g < std::min(begin + block, groups); ++g) {
+            const WorkRange range = share_of(tokens, g, groups);
+            multiply_int8_panel<Weights>(range.end - range.begin, task, panel,
+                                         rounded + g * group_size(weight.cols), row,
+                                         first + range.begin);
           }
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const int t = four + i;
-          total[t] = simd::fma(simd::to_float(unit_sums[i]),
-                               scale * simd::broadcast(token_scales[t]), total[t]);
-          if constexpr (Weights::kHasOffset)
-            total[t] = simd::fma(simd::load(offsets + u * kInt8Rows),
-                                 simd::broadcast(token_offsets[t]), total[t]);
         }
       }
     }
   }
-  for (int t = 0; t < kTokens; ++t) sums[t] = total[t];
-}
-
-// The chains first, first + step, ... as a tree: their even and their odd ones, added by the same
-// rule. It is the order in which halves of a register are folded onto each other.
-template <class Weights, int kTokens, int kStep = 1>
-void add_chains(const float* panel, const Int8Group& group, std::int64_t cols, int first,
-                simd::VecF* sums) {
-  if constexpr (kStep >= kInt8Chains) {
-    add_chain<Weights, kTokens>(panel, group, cols, first, sums);
-  } else {
-    simd::VecF others[kTokens];
-    add_chains<Weights, kTokens, 2 * kStep>(panel, group, cols, first, sums);
-    add_chains<Weights, kTokens, 2 * kStep>(panel, group, cols, first + kStep, others);
-    for (int t = 0; t < kTokens; ++t) sums[t] += others[t];
-  }
-}
-
-// One panel times the first `tokens` tokens of a group. Fours of tokens are multiplied, of which
-// the last one's lanes beyond `tokens` are dropped: fewer kernels to compile, and to keep in a
-// cache.
-template <class Weights, int kTokens>
-void multiply_int8_panel(int tokens, const LinearTask& task, const float* panel,
-                         const Int8Group& group, std::int64_t row, std::int64_t token) {
-  if constexpr (kTokens > 4)
-    if (tokens <= kTokens - 4)
-      return multiply_int8_panel<Weights, kTokens - 4>(tokens, task, panel, group, row, token);
-  simd::VecF sums[kTokens];
-  add_chains<Weights, kTokens>(panel, group, task.weight.cols, 0, sums);
-  const std::int64_t count = std::min<std::int64_t>(kInt8Rows, task.weight.rows - row);
-  for (int t = 0; t < tokens; ++t) {
-    float* y = task.y.row(token + t) + row;
-    simd::VecF sum = sums[t];
-    if (task.bias != nullptr) sum += simd::load_partial(task.bias + row, count);
-    if (task.accumulate) sum += simd::load_partial(y, count);
-    simd::store_partial(y, sum, count);
-  }
-}
-
-template <class Weights>
-std::int64_t int8_panels_per_tile(std::int64_t cols) {
-  return std::max<std::int64_t>(1, kInt8Budget / int8_panel_size<Weights>(cols));
-}
-
-// Scratch of a member for any type: [panels of a tile, a group].
-inline std::int64_t int8_scratch_size(std::int64_t cols) {
-  const std::int64_t padded = round_up(cols, 32);
-  const std::int64_t panel = kInt8Rows * (padded / 4 + padded / 16);
-  return std::max(kInt8Budget, panel) + Int8Group::size(padded);
-}
-
-// One member's share of one task, by panels.
-template <class Weights>
-void int8_panel_task(const LinearTask& task, MatrixView<const float> x, float* scratch, int member,
-                     int num_members) {
-  const WeightMatrix& weight = task.weight;
-  const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
-  const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
-  const std::int64_t panels = int8_panels_per_tile<Weights>(weight.cols);
-  const std::int64_t tile_rows = panels * kInt8Rows;
-  const Int8Group group(scratch + panels * panel_size, weight.cols);
-  const std::int64_t num_groups = (x.rows + kInt8Tokens - 1) / kInt8Tokens;
-  for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
-    const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
-    float* panel = scratch;
-    for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
-      fill_int8_panel<Weights>(weight, row, panel);
-    for (std::int64_t g = 0; g < num_groups; ++g) {
-      const WorkRange tokens = share_of(x.rows, g, num_groups);
-      const auto count = static_cast<int>(tokens.end - tokens.begin);
-      fill_group<Weights>(x.middle_rows(tokens.begin, count), group);
-      panel = scratch;
-      for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
-        multiply_int8_panel<Weights, kInt8Tokens>(count, task, panel, group, row, tokens.begin);
-    }
-  }
-}
+};
 
 // The upper bits of the levels of half a Q6_K block (see StreamKernel and BlockQ6_K), for register
 // v of its words: bits 0-1 and 4-5 of every byte.

@@ -19,14 +19,12 @@
 
 namespace sluice::detail {
 
-// Up to this many tokens weights are taken apart in registers, once per group of up to
+// Up to kStreamTokens tokens weights are taken apart in registers, once per group of up to
 // kInt8StreamGroup tokens; above it panels pay. On a Zen 4 core the two meet at 8 tokens for Q8_0
 // and Q6_K, at 12 for Q4_0 and Q4_1 and at 20 for Q4_K; bench/linear_bench has both sides under
 // `crossover`. Registers of one lane hold no unit: they always take panels.
-inline constexpr std::int64_t kInt8StreamTokens = simd::kWidth >= 4 ? 8 : 0;
+inline constexpr bool kInt8Streams = simd::kWidth >= 4;
 inline constexpr int kInt8StreamGroup = 4;
-// Bytes of weights that several groups of tokens visit in turn.
-inline constexpr std::int64_t kInt8StretchBytes = 256 * 1024;
 
 /// How a type's stored rows are read as pieces: four rows' levels of one unit a chain.
 ///   kColumns: columns of a step, whole blocks; kStepBytes: their stored bytes;
@@ -284,34 +282,6 @@ template <ElementType kType, int kTokens>
   for (int t = 0; t < kTokens; ++t) simd::fold_to_four(totals[t], sums[t]);
 }
 
-// Rows `rows` times kTokens prepared tokens, the tokens from `token` on. The four rows of one pass
-// are a quarter of all rows apart, as in stream_rows(); where there is no fourth row, another takes
-// its place and its sum is dropped.
-template <ElementType kType, int kTokens>
-void int8_stream_rows(const LinearTask& task, WorkRange rows, std::int64_t token,
-                      const float* prepared, std::int64_t prepared_stride) {
-  const std::int64_t row_bytes = task.weight.row_bytes();
-  const std::int64_t apart = (rows.end - rows.begin + 3) / 4;
-  const auto* weights = static_cast<const std::uint8_t*>(task.weight.data);
-  for (std::int64_t i = 0; i < apart; ++i) {
-    const std::uint8_t* four[4];
-    for (int r = 0; r < 4; ++r)
-      four[r] = weights + std::min(rows.begin + r * apart + i, rows.end - 1) * row_bytes;
-    float sums[kTokens][4];
-    int8_dot<kType, kTokens>(four, task.weight.cols, prepared, prepared_stride, sums);
-    for (int r = 0; r < 4; ++r) {
-      const std::int64_t row = rows.begin + r * apart + i;
-      if (row >= rows.end) break;
-      for (int t = 0; t < kTokens; ++t) {
-        float* y = task.y.row(token + t);
-        float sum = sums[t][r];
-        if (task.bias != nullptr) sum += task.bias[row];
-        y[row] = task.accumulate ? y[row] + sum : sum;
-      }
-    }
-  }
-}
-
 // Scratch of a member for any type: prepared tokens, and one rounded token.
 inline std::int64_t int8_stream_scratch_size(std::int64_t cols) {
   std::int64_t prepared = 0;
@@ -319,36 +289,50 @@ inline std::int64_t int8_stream_scratch_size(std::int64_t cols) {
        {int8_prepared_size<ElementType::kQ8_0>(cols), int8_prepared_size<ElementType::kQ4_K>(cols),
         int8_prepared_size<ElementType::kQ6_K>(cols)})
     prepared = std::max(prepared, size);
-  return kInt8StreamTokens * prepared + int8_rounded_size(cols);
+  return kStreamTokens * prepared + int8_rounded_size(cols);
 }
 
-// One member's share of one task with few tokens.
+/// Few tokens, see FloatStream in linear.hpp.
 template <ElementType kType>
-void int8_stream_task(const LinearTask& task, MatrixView<const float> x, float* scratch, int member,
-                      int num_members) {
-  const WorkRange rows = share_of(task.weight.rows, member, num_members, 4);
-  if (rows.begin == rows.end) return;
-  const std::int64_t stride = int8_prepared_size<kType>(x.cols);
-  float* rounded = scratch + x.rows * stride;
-  for (std::int64_t t = 0; t < x.rows; ++t)
-    prepare_int8<kType>(x.row(t), x.cols, scratch + t * stride, rounded);
-  // With more tokens than one pass serves, rows in stretches that a second-level cache keeps.
-  const std::int64_t step =
-      x.rows <= kInt8StreamGroup
-          ? rows.end - rows.begin
-          : std::max<std::int64_t>(4, kInt8StretchBytes / task.weight.row_bytes() / 4 * 4);
-  for (std::int64_t begin = rows.begin; begin < rows.end; begin += step) {
-    const WorkRange stretch = {begin, std::min(begin + step, rows.end)};
-    for (std::int64_t t = 0; t < x.rows; t += kInt8StreamGroup) {
-      const float* group = scratch + t * stride;
-      switch (std::min<std::int64_t>(x.rows - t, kInt8StreamGroup)) {
-        case 4: int8_stream_rows<kType, 4>(task, stretch, t, group, stride); break;
-        case 3: int8_stream_rows<kType, 3>(task, stretch, t, group, stride); break;
-        case 2: int8_stream_rows<kType, 2>(task, stretch, t, group, stride); break;
-        default: int8_stream_rows<kType, 1>(task, stretch, t, group, stride); break;
+struct Int8Stream {
+  static constexpr int kPassRows = 4;
+
+  static void prepare(MatrixView<const float> x, float* scratch) {
+    const std::int64_t stride = int8_prepared_size<kType>(x.cols);
+    for (std::int64_t t = 0; t < x.rows; ++t)
+      prepare_int8<kType>(x.row(t), x.cols, scratch + t * stride, scratch + x.rows * stride);
+  }
+
+  // Where a pass has no fourth row, another takes its place and its sum is dropped.
+  template <int kTokens>
+  static void multiply(const LinearTask& task, const StreamRows& all, WorkRange passes,
+                       std::int64_t token, const float* prepared) {
+    const std::int64_t row_bytes = task.weight.row_bytes();
+    const std::int64_t stride = int8_prepared_size<kType>(task.weight.cols);
+    const auto* weights = static_cast<const std::uint8_t*>(task.weight.data);
+    for (std::int64_t i = passes.begin; i < passes.end; ++i) {
+      const std::uint8_t* four[4];
+      for (int r = 0; r < 4; ++r)
+        four[r] = weights + std::min(all.row(i, r), all.rows.end - 1) * row_bytes;
+      float sums[kTokens][4];
+      int8_dot<kType, kTokens>(four, task.weight.cols, prepared, stride, sums);
+      for (int r = 0; r < 4 && all.row(i, r) < all.rows.end; ++r)
+        for (int t = 0; t < kTokens; ++t) put_sum(task, token + t, all.row(i, r), sums[t][r]);
+    }
+  }
+
+  static void run(const LinearTask& task, const StreamRows& all, WorkRange passes,
+                  std::int64_t tokens, const float* scratch) {
+    for (std::int64_t t = 0; t < tokens; t += kInt8StreamGroup) {
+      const float* group = scratch + t * int8_prepared_size<kType>(task.weight.cols);
+      switch (std::min<std::int64_t>(tokens - t, kInt8StreamGroup)) {
+        case 4: multiply<4>(task, all, passes, t, group); break;
+        case 3: multiply<3>(task, all, passes, t, group); break;
+        case 2: multiply<2>(task, all, passes, t, group); break;
+        default: multiply<1>(task, all, passes, t, group); break;
       }
     }
   }
-}
+};
 
 }  // namespace sluice::detail

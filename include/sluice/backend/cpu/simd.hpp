@@ -45,6 +45,13 @@
 #define SLUICE_SIMD_VNNI 0
 #endif
 
+// An instruction that adds the products of two pairs of bf16 to each float lane.
+#if SLUICE_SIMD_AVX512 && defined(__AVX512BF16__)
+#define SLUICE_SIMD_BF16 1
+#else
+#define SLUICE_SIMD_BF16 0
+#endif
+
 namespace sluice::simd {
 
 /// Lanes of a VecF and a VecI: 16 with AVX-512, 8 with AVX, 4 otherwise, 1 without extensions.
@@ -648,6 +655,51 @@ inline constexpr WordTable kFieldWords = [] {
 #endif
 }  // namespace detail
 
+#if !SLUICE_SIMD_AVX512
+namespace detail {
+// 16 bytes from `first` and, where a register has eight lanes, 16 from `second` or zeros if null.
+[[gnu::always_inline]] inline VecI join_quads(const char* first,
+                                              [[maybe_unused]] const char* second) {
+#if SLUICE_SIMD_AVX
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(first));
+  const __m128i high = second == nullptr
+                           ? _mm_setzero_si128()
+                           : _mm_loadu_si128(reinterpret_cast<const __m128i*>(second));
+  return {bits_as<NativeI>(_mm256_insertf128_si256(_mm256_castsi128_si256(low), high, 1))};
+#else
+  return load_int32(first);
+#endif
+}
+
+// The binary16 at first[r] in lane r and, where a register has eight lanes, the one `stride` bytes
+// after it in lane 4 + r, or 0 if the stride is 0.
+[[gnu::always_inline]] inline VecF join_halves(const char* const (&first)[4],
+                                               [[maybe_unused]] int stride) {
+  const auto half_at = [](const char* source) {
+    f16 half;
+    std::memcpy(&half, source, sizeof(half));
+    return half;
+  };
+#if SLUICE_SIMD_AVX && defined(__F16C__)
+  // Word by word into a register: stores would be read back in a wider piece, which stalls.
+  const auto word = [&](int r, int offset) {
+    return static_cast<short>(half_at(first[r] + offset).bits);
+  };
+  const __m128i low = _mm_setr_epi16(word(0, 0), word(1, 0), word(2, 0), word(3, 0), 0, 0, 0, 0);
+  if (stride == 0) return {bits_as<NativeF>(_mm256_cvtph_ps(low))};
+  const __m128i high = _mm_setr_epi16(word(0, stride), word(1, stride), word(2, stride),
+                                      word(3, stride), 0, 0, 0, 0);
+  return {bits_as<NativeF>(_mm256_cvtph_ps(_mm_unpacklo_epi64(low, high)))};
+#else
+  float values[kWidth] = {};
+  for (int i = 0; i < kWidth; ++i)
+    if (i < 4 || stride != 0) values[i] = to_float(half_at(first[i % 4] + i / 4 * stride));
+  return load(values);
+#endif
+}
+}  // namespace detail
+#endif
+
 /// kWidth / 4 records of kStride bytes: what a group of small quantised blocks is to a register.
 /// Needs kWidth >= 4, and kStride even and 16 to 20.
 template <int kStride>
@@ -680,15 +732,9 @@ class Records {
 #if SLUICE_SIMD_AVX512
     const __m512i words = _mm512_load_si512(detail::kChunkWords<kStride, kOffset>.words);
     return {detail::bits_as<detail::NativeI>(_mm512_permutex2var_epi16(head_, words, tail_))};
-#elif SLUICE_SIMD_AVX
-    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source_ + kOffset));
-    const __m128i second =
-        count_ < 2 ? _mm_setzero_si128()
-                   : _mm_loadu_si128(reinterpret_cast<const __m128i*>(source_ + kStride + kOffset));
-    return {detail::bits_as<detail::NativeI>(
-        _mm256_insertf128_si256(_mm256_castsi128_si256(first), second, 1))};
 #else
-    return load_int32(source_ + kOffset);
+    const char* chunk = source_ + kOffset;
+    return detail::join_quads(chunk, count_ < 2 ? nullptr : chunk + kStride);
 #endif
   }
 
@@ -705,15 +751,9 @@ class Records {
     return {detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(
         detail::kAllLanes, _mm512_maskz_extracti64x4_epi64(detail::kAllOfEight, picked, 0)))};
 #else
-    float values[kWidth] = {};
-    for (int g = 0; g < (kWidth > 4 ? rows[0].count_ : 1); ++g) {
-      for (int r = 0; r < 4; ++r) {
-        f16 half;
-        std::memcpy(&half, rows[r].source_ + g * kStride + kOffset, sizeof(half));
-        values[4 * g + r] = to_float(half);
-      }
-    }
-    return load(values);
+    const char* const first[4] = {rows[0].source_ + kOffset, rows[1].source_ + kOffset,
+                                  rows[2].source_ + kOffset, rows[3].source_ + kOffset};
+    return detail::join_halves(first, rows[0].count_ < 2 ? 0 : kStride);
 #endif
   }
 
@@ -775,10 +815,8 @@ class WideRecords {
     return {detail::bits_as<detail::NativeI>(
         _mm512_permutex2var_epi16(parts_[2 * kRun], words, parts_[2 * kRun + 1]))};
 #else
-    char bytes[4 * kWidth] = {};
-    for (int g = 0; g < (kWidth > 4 ? count_ : 1); ++g)
-      std::memcpy(bytes + 16 * g, source_ + 34 * g + 2 + 16 * kRun, 16);
-    return load_int32(bytes);
+    const char* run = source_ + 2 + 16 * kRun;
+    return detail::join_quads(run, count_ < 2 ? nullptr : run + 34);
 #endif
   }
 
@@ -795,15 +833,9 @@ class WideRecords {
     return {detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(
         detail::kAllLanes, _mm512_maskz_extracti64x4_epi64(detail::kAllOfEight, picked, 0)))};
 #else
-    float values[kWidth] = {};
-    for (int g = 0; g < (kWidth > 4 ? rows[0].count_ : 1); ++g) {
-      for (int r = 0; r < 4; ++r) {
-        f16 half;
-        std::memcpy(&half, rows[r].source_ + 34 * g, sizeof(half));
-        values[4 * g + r] = to_float(half);
-      }
-    }
-    return load(values);
+    const char* const first[4] = {rows[0].source_, rows[1].source_, rows[2].source_,
+                                  rows[3].source_};
+    return detail::join_halves(first, rows[0].count_ < 2 ? 0 : 34);
 #endif
   }
 
@@ -990,6 +1022,69 @@ template <bool kSigned>
 #endif
 }
 
+/// 16 bytes of each of kWidth / 4 rows that are `stride` bytes apart: those of row g in lanes 4 g
+/// to 4 g + 3. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecI load_quads(const std::uint8_t* rows,
+                                              [[maybe_unused]] std::int64_t stride) {
+#if SLUICE_SIMD_AVX512
+  const auto quad = [&](int g) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + g * stride));
+  };
+  __m512i quads = _mm512_maskz_broadcast_i32x4(0x000f, quad(0));
+  quads = _mm512_mask_broadcast_i32x4(quads, 0x00f0, quad(1));
+  quads = _mm512_mask_broadcast_i32x4(quads, 0x0f00, quad(2));
+  quads = _mm512_mask_broadcast_i32x4(quads, 0xf000, quad(3));
+  return {detail::bits_as<detail::NativeI>(quads)};
+#elif SLUICE_SIMD_AVX
+  const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows));
+  const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + stride));
+  return {detail::bits_as<detail::NativeI>(
+      _mm256_insertf128_si256(_mm256_castsi128_si256(low), high, 1))};
+#else
+  return load_int32(rows);
+#endif
+}
+
+/// The same 16 bytes kWidth / 4 times. Needs kWidth >= 4.
+[[gnu::always_inline]] inline VecI repeat_quad(const void* source) {
+#if SLUICE_SIMD_AVX512
+  return {detail::bits_as<detail::NativeI>(_mm512_maskz_broadcast_i32x4(
+      detail::kAllLanes, _mm_loadu_si128(static_cast<const __m128i*>(source))))};
+#else
+  return load_quads(static_cast<const std::uint8_t*>(source), 0);
+#endif
+}
+
+/// 2 kWidth values rounded to bf16 as store() does, in pairs: lane i holds values 2 i and 2 i + 1
+/// in the order of memory, `low` being the first kWidth values. Subnormals may become zero.
+[[gnu::always_inline]] inline VecI round_pairs(VecF low, VecF high) {
+#if SLUICE_SIMD_BF16
+  const __m512bh pairs =
+      _mm512_cvtne2ps_pbh(detail::bits_as<__m512>(high.v), detail::bits_as<__m512>(low.v));
+  return {detail::bits_as<detail::NativeI>(pairs)};
+#else
+  bf16 pairs[2 * kWidth];
+  store(pairs, low);
+  store(pairs + kWidth, high);
+  return load_int32(pairs);
+#endif
+}
+
+/// Each lane of `sum` plus the products of its two bf16 in a and in b: first the product of the
+/// upper 16 bits is added, then that of the lower, each as fma() does. Where one instruction does
+/// it, operands, products and sums below 2^-126 count as zero.
+[[gnu::always_inline]] inline VecF dot_pairs(VecF sum, VecI a, VecI b) {
+#if SLUICE_SIMD_BF16
+  return {detail::bits_as<detail::NativeF>(_mm512_dpbf16_ps(detail::bits_as<__m512>(sum.v),
+                                                            detail::bits_as<__m512bh>(a.v),
+                                                            detail::bits_as<__m512bh>(b.v)))};
+#else
+  const VecI upper = broadcast(std::int32_t{-65536});
+  sum = fma(bits_as_float(a & upper), bits_as_float(b & upper), sum);
+  return fma(bits_as_float(a << 16), bits_as_float(b << 16), sum);
+#endif
+}
+
 /// Sums within groups of four lanes, of four registers: lane 4 g + r of the result is the sum of
 /// lanes 4 g to 4 g + 3 of a[r]. Needs kWidth >= 4.
 [[gnu::always_inline]] inline VecI add_groups(const VecI (&a)[4]) {
@@ -1071,10 +1166,7 @@ template <bool kSigned>
       _mm512_maskz_shuffle_i64x2(detail::kAllOfEight, first, second, 0xdd))};
 #else
   const auto* bytes = static_cast<const char*>(source);
-  char runs[2][4 * kWidth] = {};
-  for (int i = 0; i < kWidth / 4; ++i)
-    for (int k = 0; k < 2; ++k) std::memcpy(runs[k] + 16 * i, bytes + 32 * i + 16 * k, 16);
-  for (int k = 0; k < 2; ++k) target[k] = load_int32(runs[k]);
+  for (int k = 0; k < 2; ++k) target[k] = detail::join_quads(bytes + 16 * k, bytes + 32 + 16 * k);
 #endif
 }
 
