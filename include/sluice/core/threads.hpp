@@ -230,7 +230,7 @@ class ThreadTeam {
   }
 
   void stop() {
-    stopping_ = true;
+    stopping_.store(true, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_seq_cst);
     generation_.notify_all();
   }
@@ -241,14 +241,14 @@ class ThreadTeam {
       while (generation_.load(std::memory_order_acquire) == seen)
         wait_for_change(generation_, seen);
       seen = generation_.load(std::memory_order_acquire);
-      if (stopping_) return;
+      if (stopping_.load(std::memory_order_relaxed)) return;
       take_part(member);
     }
   }
 
   int num_threads_;
-  bool stopping_ = false;          // published by generation_
-  std::atomic<bool> busy_{false};  // a thread is forking
+  std::atomic<bool> stopping_{false};  // published by generation_
+  std::atomic<bool> busy_{false};      // a thread is forking
   std::atomic<void*> context_{nullptr};
   std::atomic<void (*)(void*, std::int64_t, int)> invoke_{nullptr};
   std::atomic<std::int64_t> count_{0};
