@@ -195,6 +195,9 @@ class Decoder {
               ThreadTeam& team) const;
 
  private:
+  // Rows of a chunk that a member of the team claims together for what goes row by row.
+  static constexpr std::int64_t kTokensAtOnce = 16;
+
   /// make_mask(CausalWindow of a layer) gives the layer's visibility.
   template <class Key, class Value, class MakeMask>
   void run(const DecoderInput& input, KvCache<Key, Value>& cache,
@@ -321,7 +324,11 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
   const MatrixView<float> up(w.up_.data(), count, c.intermediate_size);
   const auto norm = [&](MatrixView<const float> x, const std::vector<float>& weight,
                         MatrixView<float> y) {
-    rms_norm(x, weight.data(), eps, y, c.norm_adds_one);
+    team.for_each_range(x.rows, kTokensAtOnce, [&](WorkRange range, int) {
+      const std::int64_t rows = range.end - range.begin;
+      rms_norm(x.middle_rows(range.begin, rows), weight.data(), eps,
+               y.middle_rows(range.begin, rows), c.norm_adds_one);
+    });
   };
   const auto bias = [](const std::vector<float>& values) {
     return values.empty() ? nullptr : values.data();
@@ -362,13 +369,9 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
     const HeadsView<const float> keys(key.data, count, c.num_kv_heads, c.head_dim);
     const HeadsView<const float> values(value.data, count, c.num_kv_heads, c.head_dim);
     const float* rotation = w.write_rotation_[rotary_index].rows();
-    if (count == 1)
-      cache.store(l, keys, values, rotation, 0, 1);
-    else
-      team.run([&](int member, int members) {
-        const WorkRange share = share_of(count, member, members);
-        cache.store(l, keys, values, rotation, share.begin, share.end);
-      });
+    team.for_each_range(count, kTokensAtOnce, [&](WorkRange range, int) {
+      cache.store(l, keys, values, rotation, range.begin, range.end);
+    });
 
     std::array<Segment<Key, Value>, kMaxSegments> segments;
     const std::span<const Segment<Key, Value>> seen(
@@ -395,15 +398,11 @@ void Decoder::run(const DecoderInput& input, KvCache<Key, Value>& cache,
     const std::array<LinearTask, 2> expand{LinearTask{layer.gate, nullptr, gate},
                                            LinearTask{layer.up, nullptr, up}};
     linear_many(expand, normed, w.linear_, team, cpu{});
-    const std::int64_t elements = count * c.intermediate_size;
-    if (count == 1)
-      gate_up(c.activation, gate.data, up.data, gate.data, elements);
-    else
-      team.run([&](int member, int members) {
-        const WorkRange share = share_of(elements, member, members, 16);
-        gate_up(c.activation, gate.data + share.begin, up.data + share.begin,
-                gate.data + share.begin, share.end - share.begin);
-      });
+    team.for_each_range(count, kTokensAtOnce, [&](WorkRange range, int) {
+      const std::int64_t begin = range.begin * c.intermediate_size;
+      gate_up(c.activation, gate.data + begin, up.data + begin, gate.data + begin,
+              (range.end - range.begin) * c.intermediate_size);
+    });
     add_branch(layer.down, gate, nullptr, layer.post_feed_forward_norm);
   }
   norm(hidden, weights_.output_norm, normed);
