@@ -46,8 +46,8 @@ double ms_since(std::int64_t begin) {
   return static_cast<double>(monotonic_ns() - begin) * 1e-6;
 }
 
-/// Peak resident memory of this program alone: getrusage's would be that of whoever started it where
-/// that is more. 0 where the system has no /proc.
+/// Peak resident memory of this program alone: getrusage's would be that of whoever started it
+/// where that is more. 0 where the system has no /proc.
 double peak_resident_mb() {
   std::ifstream status("/proc/self/status");
   for (std::string word; status >> word;)
@@ -152,8 +152,7 @@ int main(int argc, char** argv) try {
     else
       throw std::invalid_argument("unknown task '" + task + "'");
     std::cout << "{\"task\": \"" << task << "\", \"load_ms\": " << load_ms
-              << ", \"peak_resident_mb\": " << peak_resident_mb()
-              << ", \"ms\": [";
+              << ", \"peak_resident_mb\": " << peak_resident_mb() << ", \"ms\": [";
     for (std::size_t i = 0; i < ms.size(); ++i) std::cout << (i == 0 ? "" : ", ") << ms[i];
     std::cout << "]}" << std::endl;
   }

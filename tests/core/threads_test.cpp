@@ -129,6 +129,46 @@ TEST_P(ThreadTeamSizes, AMemberThatIsHeldUpHoldsOneItemOnly) {
   }
 }
 
+TEST(ThreadTeam, AMemberThatWasWaitedForRestsAndComesBack) {
+  ThreadTeam team(2);
+  const auto items_of_the_member = [&] {
+    std::atomic<int> count{0};
+    team.for_each(8, [&](std::int64_t, int member) {
+      if (member == 0)
+        sleep_ms(1);  // time enough for the other to come
+      else
+        ++count;
+    });
+    return count.load();
+  };
+  bool rested = false;
+  for (int attempt = 0; attempt < 20 && !rested; ++attempt) {
+    std::atomic<bool> joined{false};
+    std::atomic<bool> left{false};
+    team.for_each(2, [&](std::int64_t, int member) {
+      if (member == 1) {
+        joined = true;
+        while (!left) std::this_thread::yield();
+        sleep_ms(20);  // the caller has nothing left to do meanwhile
+      } else {
+        const auto begin = std::chrono::steady_clock::now();
+        while (!joined && std::chrono::steady_clock::now() - begin < std::chrono::seconds(1))
+          std::this_thread::yield();
+        left = true;
+      }
+    });
+    // Where the scheduler kept the caller away for all of the rest, try again.
+    rested = items_of_the_member() == 0;
+  }
+  EXPECT_TRUE(rested);
+  bool back = false;
+  for (int attempt = 0; attempt < 20 && !back; ++attempt) {
+    sleep_ms(50);
+    back = items_of_the_member() > 0;
+  }
+  EXPECT_TRUE(back);
+}
+
 TEST(ThreadTeam, ASecondCallerDoesItsWorkAlone) {
   // As long as one caller's items wait for it, the other must not wait for the members.
   ThreadTeam team(2);

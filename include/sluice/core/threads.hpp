@@ -61,6 +61,11 @@ constexpr WorkRange share_of(std::int64_t total, std::int64_t index, std::int64_
 /// does an item is a matter of chance; results are the same bits as long as items do not depend on
 /// it.
 ///
+/// A member that keeps the caller waiting for much longer than an item takes has met a neighbour
+/// that may be there to stay: it rests for eight times as long, fifty milliseconds at most. So a
+/// busy neighbour costs what the team does without that core and about a tenth, not one of its time
+/// slices at every fork-join.
+///
 /// Several threads may fork on one team at the same time, as sessions do that share it: members
 /// help whoever comes first, the others do their items alone.
 class ThreadTeam {
@@ -131,10 +136,9 @@ class ThreadTeam {
     }
     generation_.fetch_add(1, std::memory_order_seq_cst);
     generation_.notify_all();
-    take_part(0);
-    for (std::uint32_t left = unfinished_.load(std::memory_order_acquire); left != 0;
-         left = unfinished_.load(std::memory_order_acquire))
-      wait_for_change(unfinished_, left);
+    const Clock::time_point begin = Clock::now();
+    const std::uint32_t own = take_part(0);
+    if (unfinished_.load(std::memory_order_acquire) != 0) await_others(begin, own);
     busy_.store(false, std::memory_order_release);
   }
 
@@ -156,12 +160,20 @@ class ThreadTeam {
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   // Low bits of Share::open: items of the share that nobody has claimed yet; above them the number
   // of the fork-join, so that nobody can claim from one that is over.
   static constexpr std::uint64_t kItemMask = static_cast<std::uint64_t>(kMaxItems);
   struct alignas(64) Share {
     std::atomic<std::uint64_t> open{0};
+    std::atomic<bool> takes_part{false};     // its member, in some fork-join
+    std::atomic<Clock::rep> rests_until{0};  // its member, on Clock
+    bool was_waited_for = false;             // the caller's
   };
+  // A member is held to be stopped when the caller has waited for this and four items' time.
+  static constexpr std::chrono::microseconds kPatience{300};
+  static constexpr std::chrono::milliseconds kLongestRest{50};
   // Spinning outlasts the gap between two kernels of a step; yielding, during which others of this
   // core go first, the gap between two steps. Both are far shorter than a scheduler's time slice.
   static constexpr std::chrono::microseconds kSpinFor{30};
@@ -184,29 +196,52 @@ class ThreadTeam {
                 {"member cannot be pinned", "ThreadTeam", "cpus", expected, std::to_string(cpu)});
   }
 
-  // Returns some time after `value` has changed from `seen`, or for no reason.
-  static void wait_for_change(const std::atomic<std::uint32_t>& value, std::uint32_t seen) {
-    const auto begin = std::chrono::steady_clock::now();
+  // Spins, then yields; returns true as soon as `value` is not `seen`, false when it is time to
+  // park.
+  static bool changes_soon(const std::atomic<std::uint32_t>& value, std::uint32_t seen) {
+    const Clock::time_point begin = Clock::now();
     for (;;) {
       for (int spin = 0; spin < 16; ++spin) {
-        if (value.load(std::memory_order_acquire) != seen) return;
+        if (value.load(std::memory_order_acquire) != seen) return true;
         spin_pause();
       }
-      const auto waited = std::chrono::steady_clock::now() - begin;
-      if (waited > kYieldFor) break;
+      const auto waited = Clock::now() - begin;
+      if (waited > kYieldFor) return false;
       if (waited > kSpinFor) std::this_thread::yield();
     }
-    value.wait(seen, std::memory_order_acquire);
+  }
+
+  // Waits for the items that other members hold. `own`: how many the caller did since `begin`.
+  void await_others(Clock::time_point begin, std::uint32_t own) {
+    const Clock::time_point from = Clock::now();
+    for (std::uint32_t left = unfinished_.load(std::memory_order_acquire); left != 0;
+         left = unfinished_.load(std::memory_order_acquire)) {
+      if (changes_soon(unfinished_, left)) continue;
+      for (Share& share : shares_)
+        share.was_waited_for = share.takes_part.load(std::memory_order_relaxed);
+      unfinished_.wait(left, std::memory_order_acquire);
+    }
+    const Clock::time_point now = Clock::now();
+    if (now - from <= kPatience + 4 * (from - begin) / std::max(own, 1U)) return;
+    const auto rest = std::min<Clock::duration>(8 * (now - from), kLongestRest);
+    for (Share& share : shares_)
+      if (std::exchange(share.was_waited_for, false))
+        share.rests_until.store((now + rest).time_since_epoch().count(), std::memory_order_relaxed);
   }
 
   // Claims and does items until none are left: the member's own, then those of the members behind.
-  void take_part(int member) {
+  // Returns how many it did.
+  std::uint32_t take_part(int member) {
     std::uint32_t finished = 0;
+    std::atomic<bool>& takes_part = shares_[static_cast<std::size_t>(member)].takes_part;
+    takes_part.store(member != 0, std::memory_order_relaxed);
     for (int step = 0; step < num_threads_; ++step)
       finished += take_from((member + step) % num_threads_, member);
     if (finished != 0 && unfinished_.fetch_sub(finished, std::memory_order_acq_rel) == finished &&
         member != 0)
       unfinished_.notify_one();
+    takes_part.store(false, std::memory_order_relaxed);
+    return finished;
   }
 
   // Claims and does items of one share; returns how many.
@@ -236,12 +271,16 @@ class ThreadTeam {
   }
 
   void work(int member) {
+    const std::atomic<Clock::rep>& rests_until =
+        shares_[static_cast<std::size_t>(member)].rests_until;
     std::uint32_t seen = 0;
     for (;;) {
-      while (generation_.load(std::memory_order_acquire) == seen)
-        wait_for_change(generation_, seen);
+      if (!changes_soon(generation_, seen)) generation_.wait(seen, std::memory_order_acquire);
       seen = generation_.load(std::memory_order_acquire);
       if (stopping_.load(std::memory_order_relaxed)) return;
+      const Clock::time_point until{Clock::duration(rests_until.load(std::memory_order_relaxed))};
+      if (until.time_since_epoch().count() != 0 && until > Clock::now())
+        std::this_thread::sleep_until(until);
       take_part(member);
     }
   }

@@ -916,43 +916,28 @@ inline void float_tasks(std::span<const LinearTask> tasks, MatrixView<const floa
   for (const LinearTask& task : tasks) panel_task(task, x, scratch, member, num_members);
 }
 
-// Into how many shares of rows the products of a call are cut, for members to claim: of single
-// tokens into shares of about 192 KiB of weights, ten microseconds of reading; of chunks into two
-// for each member, since every share rearranges the tokens anew.
-inline std::int64_t num_shares(std::span<const LinearTask> tasks, std::int64_t tokens,
-                               std::int64_t members) {
-  if (members == 1) return 1;
-  if (tokens > kStreamTokens) return 2 * members;
-  std::int64_t bytes = 0;
-  for (const LinearTask& task : tasks) bytes += task.weight.bytes();
-  constexpr std::int64_t kShareBytes = 192 * 1024;
-  return members * std::clamp<std::int64_t>(bytes / (kShareBytes * members), 1, 64);
-}
-
 // The fast products behind linear_many in nn/linear.hpp.
 inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
                         LinearWorkspace& workspace, ThreadTeam& team, cpu) {
   SLUICE_ASSERT(x.cols <= workspace.max_cols() && team.size() <= workspace.team_size());
   if (x.rows == 0) return;
-  const auto shares = static_cast<int>(num_shares(tasks, x.rows, team.size()));
-  team.for_each(shares, [&](std::int64_t item, int member) {
-    const auto share = static_cast<int>(item);
+  team.run([&](int member, int num_members) {
     float* scratch = workspace.member(member);
     if (workspace.activations() == Activations::kInt8) {
       // Tasks of plain weights among them go the other way one by one.
       for (const LinearTask& task : tasks) {
         with_type(task.weight.type, [&]<ElementType kType>() {
           if constexpr (!Int8Weights<kType>::kExists)
-            float_tasks({&task, 1}, x, scratch, share, shares);
+            float_tasks({&task, 1}, x, scratch, member, num_members);
           else if (x.rows <= kInt8StreamTokens)
-            int8_stream_task<kType>(task, x, scratch, share, shares);
+            int8_stream_task<kType>(task, x, scratch, member, num_members);
           else
-            int8_panel_task<Int8Weights<kType>>(task, x, scratch, share, shares);
+            int8_panel_task<Int8Weights<kType>>(task, x, scratch, member, num_members);
         });
       }
       return;
     }
-    float_tasks(tasks, x, scratch, share, shares);
+    float_tasks(tasks, x, scratch, member, num_members);
   });
 }
 
