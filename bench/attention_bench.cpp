@@ -4,6 +4,7 @@
 /// Counters: K/V bandwidth in bytes/s for one query, flop/s for a chunk.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <span>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "sluice/attention/attend.hpp"
+#include "sluice/backend/cpu/simd.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/random.hpp"
 
@@ -42,8 +44,7 @@ class Layer {
                  .rotary_dim = static_cast<int>(geometry.head_dim)}),
         config_(RetentionConfig::sink_window(sinks, window, chunk)),
         cache_({1, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim},
-               std::span(&config_, 1),
-               std::array{LayerCacheConfig{0, &rotary_}}),
+               std::span(&config_, 1), std::array{LayerCacheConfig{0, &rotary_}}),
         team_(threads),
         workspace_(&rotary_,
                    {.num_qo_heads = geometry.num_qo_heads,
@@ -78,7 +79,8 @@ class Layer {
     const std::int64_t first = cache_.total() - tokens;
     const AttentionVariant<> variant{0.125F, {config_.window_size, config_.num_sink_tokens}};
     attend(AttentionQuery{{query_.data(), tokens, geometry_.num_qo_heads, geometry_.head_dim},
-                          first, static_cast<Position>(first)},
+                          first,
+                          static_cast<Position>(first)},
            std::span<const Segment<Element>>(segments.data(), static_cast<std::size_t>(count)),
            variant,
            HeadsView<float>(out_.data(), tokens, geometry_.num_qo_heads, geometry_.head_dim),
@@ -119,9 +121,9 @@ void decode_step(benchmark::State& state) {
   }
   const std::int64_t bytes = (sinks + window) * geometry.num_kv_heads * geometry.head_dim * 2 *
                              static_cast<std::int64_t>(sizeof(Element));
-  state.counters["kv_bytes_per_s"] = benchmark::Counter(
-      static_cast<double>(bytes), benchmark::Counter::kIsIterationInvariantRate,
-      benchmark::Counter::OneK::kIs1000);
+  state.counters["kv_bytes_per_s"] =
+      benchmark::Counter(static_cast<double>(bytes), benchmark::Counter::kIsIterationInvariantRate,
+                         benchmark::Counter::OneK::kIs1000);
 }
 
 /// The cache alone: append, store, list segments, commit.
@@ -149,11 +151,64 @@ void prefill_chunk(benchmark::State& state) {
     layer.attend_newest(chunk);
     layer.cache().commit();
   }
-  const std::int64_t flops =
-      chunk * (window + 4) * geometry.num_qo_heads * geometry.head_dim * 4;
-  state.counters["flop_per_s"] = benchmark::Counter(
-      static_cast<double>(flops), benchmark::Counter::kIsIterationInvariantRate,
-      benchmark::Counter::OneK::kIs1000);
+  const std::int64_t flops = chunk * (window + 4) * geometry.num_qo_heads * geometry.head_dim * 4;
+  state.counters["flop_per_s"] =
+      benchmark::Counter(static_cast<double>(flops), benchmark::Counter::kIsIterationInvariantRate,
+                         benchmark::Counter::OneK::kIs1000);
+}
+
+/// A whole prompt of `length` tokens in chunks of 512: causal attention over all that came before,
+/// or through 4 sinks + 1,020 keys, where the time is linear in the length. flop_per_s counts the
+/// keys that the tokens see, 4 operations a channel, and no others.
+template <class Element>
+void prefill_prompt(benchmark::State& state) {
+  const Geometry geometry = geometry_of(state);
+  const std::int64_t length = state.range(3);
+  const bool full = state.range(4) == 0;
+  const std::int64_t chunk = 512;
+  const std::int64_t sinks = full ? 0 : 4;
+  const std::int64_t window = full ? length : state.range(4);
+  Layer<Element> layer(geometry, sinks, window, chunk, static_cast<int>(state.range(5)));
+  for (auto _ : state) {
+    layer.cache().reset();
+    for (std::int64_t done = 0; done < length; done += chunk) {
+      layer.append(chunk);
+      layer.attend_newest(chunk);
+      layer.cache().commit();
+    }
+  }
+  std::int64_t pairs = 0;
+  for (std::int64_t t = 0; t < length; ++t) pairs += std::min(t + 1, sinks + window);
+  const std::int64_t flops = pairs * geometry.num_qo_heads * geometry.head_dim * 4;
+  state.counters["flop_per_s"] =
+      benchmark::Counter(static_cast<double>(flops), benchmark::Counter::kIsIterationInvariantRate,
+                         benchmark::Counter::OneK::kIs1000);
+}
+
+/// What the processor can do: independent fused multiply-adds in registers, on one thread.
+void multiply_add_peak(benchmark::State& state) {
+  constexpr int kChains = 12;
+  constexpr int kSteps = 1000;
+  simd::VecF sum[kChains];
+  for (simd::VecF& chain : sum) chain = simd::broadcast(1.0F);
+  const simd::VecF factor = simd::broadcast(0.999F);
+  const simd::VecF summand = simd::broadcast(0.5F);
+  for (auto _ : state)
+    for (int step = 0; step < kSteps; ++step)
+      for (simd::VecF& chain : sum) chain = simd::in_register(simd::fma(chain, factor, summand));
+  for (const simd::VecF& chain : sum) benchmark::DoNotOptimize(simd::reduce_add(chain));
+  state.counters["flop_per_s"] = benchmark::Counter(2.0 * kChains * kSteps * simd::kWidth,
+                                                    benchmark::Counter::kIsIterationInvariantRate,
+                                                    benchmark::Counter::OneK::kIs1000);
+}
+
+void prompts(benchmark::internal::Benchmark* bench) {
+  bench->ArgNames({"qo_heads", "kv_heads", "head_dim", "length", "window", "threads"});
+  for (const Geometry& g : {Geometry{9, 3, 64}, Geometry{32, 8, 128}})
+    for (const std::int64_t window : {0, 1020})  // 0: everything
+      for (const std::int64_t length : {512, 2048, 8192})
+        for (const std::int64_t threads : {1, 2})
+          bench->Args({g.num_qo_heads, g.num_kv_heads, g.head_dim, length, window, threads});
 }
 
 void geometries(benchmark::internal::Benchmark* bench, bool with_threads) {
@@ -170,13 +225,23 @@ void geometries(benchmark::internal::Benchmark* bench, bool with_threads) {
         bench->Args({g.num_qo_heads, g.num_kv_heads, g.head_dim, window, threads});
     }
 }
-void threaded(benchmark::internal::Benchmark* bench) { geometries(bench, true); }
-void single(benchmark::internal::Benchmark* bench) { geometries(bench, false); }
+void threaded(benchmark::internal::Benchmark* bench) {
+  geometries(bench, true);
+}
+void single(benchmark::internal::Benchmark* bench) {
+  geometries(bench, false);
+}
 
 BENCHMARK(decode_step<float>)->Name("attention/decode/cpu/f32")->Apply(threaded)->UseRealTime();
 BENCHMARK(decode_step<f16>)->Name("attention/decode/cpu/f16")->Apply(threaded)->UseRealTime();
 BENCHMARK(decode_step<bf16>)->Name("attention/decode/cpu/bf16")->Apply(threaded)->UseRealTime();
 BENCHMARK(cache_step<f16>)->Name("cache/step/cpu/f16")->Apply(single);
+BENCHMARK(multiply_add_peak)->Name("attention/peak/cpu/f32");
+BENCHMARK(prefill_prompt<f16>)
+    ->Name("attention/prefill/cpu/f16")
+    ->Apply(prompts)
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
 BENCHMARK(prefill_chunk<f16>)->Name("attention/prefill256/cpu/f16")->Apply(threaded)->UseRealTime();
 
 }  // namespace

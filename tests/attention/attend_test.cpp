@@ -311,9 +311,48 @@ TEST(AttendSegments, AnyListIsReadUnderItsRules) {
   }
 }
 
+TEST(AttendSegments, HeadsOfEverySizeAndGroups) {
+  // Widths of one to sixteen registers and between, groups that fill kernels' blocks of heads or
+  // leave some, values as wide as keys or not; a ring that has wrapped, and few and many rows, with
+  // the last panel of a block full or nearly empty.
+  Random random(5);
+  for (const std::int64_t dim : {16, 40, 48, 64, 80, 96, 112, 128, 256}) {
+    for (const std::int64_t group : {1, 2, 3, 4, 5, 7, 8}) {
+      if (dim > 128 && group > 3) continue;
+      const std::int64_t value_dim = group % 3 == 0 ? dim + 16 : dim;
+      const std::int64_t tokens =
+          group % 2 == 0 ? 1 : 1 + static_cast<std::int64_t>(random.below(30));
+      const auto window = static_cast<std::int64_t>(60 + random.below(80));
+      const auto cut = static_cast<std::int64_t>(1 + random.below(50));
+      SCOPED_TRACE(testing::Message() << "dim " << dim << ", group " << group << ", " << tokens
+                                      << " rows, window " << window << ", cut " << cut);
+      for (const std::int64_t rows_at_once : {tokens, std::int64_t{1}}) {
+        Scene<f16, bf16> scene({.kv_heads = 1, .group = group, .dim = dim, .value_dim = value_dim},
+                               rotary_for(dim), static_cast<std::uint64_t>(dim + group));
+        const std::int64_t total = 500;
+        add_sinks_and_ring(scene, 4, total - rows_at_once - window + 1, total, cut, window);
+        const std::int64_t first = total - rows_at_once;
+        scene.check(scene.queries(rows_at_once), first, static_cast<Position>(first),
+                    AttentionVariant<>{.sm_scale = scale_for(dim),
+                                       .visibility = {.window_size = window, .num_sink_tokens = 4}},
+                    causal(window, 4));
+      }
+    }
+  }
+}
+
+TEST(AttendSegments, GroupsOfMoreHeadsThanABlockHasColumns) {
+  Scene<float, float> scene({.kv_heads = 1, .group = 230, .dim = 16, .value_dim = 16},
+                            rotary_for(16), 3);
+  scene.add(run_at(0, 140));
+  for (const std::int64_t tokens : {1, 3})
+    scene.check(scene.queries(tokens), 140 - tokens, static_cast<Position>(140 - tokens),
+                AttentionVariant<>{.sm_scale = 0.25F}, causal());
+}
+
 TEST(AttendSegments, EveryLengthAroundTilesAndSplits) {
-  for (const std::int64_t count :
-       {1, 2, 15, 16, 17, 127, 128, 129, 255, 256, 257, 383, 385, 511, 512, 513, 770}) {
+  for (const std::int64_t count : {1,   2,   15,  16,  17,  63,  64,  65,  127,  128,  129, 255,
+                                   256, 257, 383, 385, 511, 512, 513, 770, 2047, 2049, 2300}) {
     for (const std::int64_t tokens : {1, 3}) {
       SCOPED_TRACE(testing::Message() << count << " keys, " << tokens << " rows");
       Scene<float, float> scene({.kv_heads = 1, .group = 3, .dim = 32, .value_dim = 32},

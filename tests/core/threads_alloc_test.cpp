@@ -97,20 +97,24 @@ TEST(ThreadTeamAllocations, RunAllocatesNothing) {
   for (int size : {1, 2, 4}) {
     ThreadTeam team(size);
     team.run([](int, int) {});
-    std::array<int, 4> calls{};
+    std::array<std::atomic<int>, 4> calls{};  // of shares
+    std::atomic<std::int64_t> items{0};
     const std::array<double, 32> large_capture{};  // more than a std::function holds in place
     EXPECT_EQ(allocations_of([&] {
-                for (int round = 0; round < 1000; ++round)
+                for (int round = 0; round < 1000; ++round) {
                   team.run([&calls, large_capture](int index, int) {
                     calls[static_cast<std::size_t>(index)] +=
                         1 + static_cast<int>(large_capture[3]);
                   });
+                  team.for_each(10, [&](std::int64_t item, int) { items += item; });
+                }
                 std::this_thread::sleep_for(std::chrono::milliseconds(50));
                 team.run([&](int index, int) { ++calls[static_cast<std::size_t>(index)]; });
               }),
               0);
     for (int index = 0; index < size; ++index)
       EXPECT_EQ(calls[static_cast<std::size_t>(index)], 1001);
+    EXPECT_EQ(items, 45'000);
   }
 }
 

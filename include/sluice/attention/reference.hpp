@@ -91,7 +91,8 @@ void attend_reference(HeadsView<const float> query, std::int64_t first_index,
       const double denominator = sum + std::exp(sink - max);
       for (std::size_t j = 0; j < scores.size(); ++j)
         for (std::int64_t d = 0; d < out.head_dim; ++d)
-          result[d] += std::exp(scores[j] - max) / denominator * values[j][static_cast<std::size_t>(d)];
+          result[d] +=
+              std::exp(scores[j] - max) / denominator * values[j][static_cast<std::size_t>(d)];
     }
   }
 }

@@ -274,6 +274,9 @@ class Decoder {
               ThreadTeam& team) const;
 
  private:
+  // Rows of a chunk that a member of the team claims together for what goes row by row.
+  static constexpr std::int64_t kTokensAtOnce = 16;
+
   /// How each layer uses a cache of the plan.
   std::vector<LayerCacheConfig> layer_configs(const CachePlan& plan) const {
     std::vector<LayerCacheConfig> layers;
@@ -413,7 +416,11 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
   const MatrixView<float> up(w.up_.data(), count, c.intermediate_size);
   const auto norm = [&](MatrixView<const float> x, const std::vector<float>& weight,
                         MatrixView<float> y) {
-    rms_norm(x, weight.data(), eps, y, c.norm_adds_one);
+    team.for_each_range(x.rows, kTokensAtOnce, [&](WorkRange range, int) {
+      const std::int64_t rows = range.end - range.begin;
+      rms_norm(x.middle_rows(range.begin, rows), weight.data(), eps,
+               y.middle_rows(range.begin, rows), c.norm_adds_one);
+    });
   };
   const auto bias = [](const std::vector<float>& values) {
     return values.empty() ? nullptr : values.data();
@@ -454,13 +461,9 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
     const HeadsView<const float> keys(key.data, count, c.num_kv_heads, c.head_dim);
     const HeadsView<const float> values(value.data, count, c.num_kv_heads, c.head_dim);
     const float* rotation = w.write_rotation_[rotary_index].rows();
-    if (count == 1)
-      cache.store(l, keys, values, rotation, 0, 1);
-    else
-      team.run([&](int member, int members) {
-        const WorkRange share = share_of(count, member, members);
-        cache.store(l, keys, values, rotation, share.begin, share.end);
-      });
+    team.for_each_range(count, kTokensAtOnce, [&](WorkRange range, int) {
+      cache.store(l, keys, values, rotation, range.begin, range.end);
+    });
 
     const AttentionQuery rows{{query.data, count, c.num_qo_heads, c.head_dim},
                               first_index,
@@ -500,15 +503,11 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
     const std::array<LinearTask, 2> expand{LinearTask{layer.gate, nullptr, gate},
                                            LinearTask{layer.up, nullptr, up}};
     linear_many(expand, normed, w.linear_, team, cpu{});
-    const std::int64_t elements = count * c.intermediate_size;
-    if (count == 1)
-      gate_up(c.activation, gate.data, up.data, gate.data, elements);
-    else
-      team.run([&](int member, int members) {
-        const WorkRange share = share_of(elements, member, members, 16);
-        gate_up(c.activation, gate.data + share.begin, up.data + share.begin,
-                gate.data + share.begin, share.end - share.begin);
-      });
+    team.for_each_range(count, kTokensAtOnce, [&](WorkRange range, int) {
+      const std::int64_t begin = range.begin * c.intermediate_size;
+      gate_up(c.activation, gate.data + begin, up.data + begin, gate.data + begin,
+              (range.end - range.begin) * c.intermediate_size);
+    });
     add_branch(layer.down, gate, nullptr, layer.post_feed_forward_norm);
   }
   norm(hidden, weights_.output_norm, normed);

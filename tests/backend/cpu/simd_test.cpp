@@ -179,6 +179,15 @@ TEST(Simd, Reductions) {
   float sums[4];
   simd::reduce_add(registers, sums);
   for (int i = 0; i < 4; ++i) EXPECT_TRUE(same_bits(sums[i], simd::reduce_add(registers[i])));
+  simd::add_lanes(registers, sums);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_NEAR(sums[i], simd::reduce_add(registers[i]), 8 * kWidth * 0x1p-24);
+    // The order is the same in every place.
+    const simd::VecF same[4] = {registers[i], registers[i], registers[i], registers[i]};
+    float again[4];
+    simd::add_lanes(same, again);
+    EXPECT_TRUE(same_bits(again[3 - i], sums[i]));
+  }
   float lane[kWidth];
   for (int i = 0; i < kWidth; ++i) {
     std::fill(lane, lane + kWidth, -kInfinity);

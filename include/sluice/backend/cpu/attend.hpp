@@ -1,25 +1,30 @@
 // SPDX-License-Identifier: MIT
-/// attend() for the CPU. One query row (decoding): keys are split into runs of 256, each (KV head,
-/// split) is a work item that streams its keys and values once for all query heads of the group,
-/// and the partial results merge by log-sum-exp. Several rows (prefill): each (KV head, block of
-/// query rows) runs an online softmax over key tiles as small matrix products; masked tiles are
-/// skipped. Neither way of cutting depends on the number of threads, so neither does the result.
+/// attend() for the CPU. One query row (decoding): keys are split into runs of 64 to 256, each (KV
+/// head, split) is a work item that streams its keys and values once for all query heads of the
+/// group, and whoever finishes the last split of a head merges them by log-sum-exp. Several rows
+/// (prefill): each (KV head, block of query rows) runs an online softmax over key tiles; a tile is
+/// converted once and met by the block's query rows a panel of columns at a time, each panel with
+/// the keys that it can see. Neither way of cutting depends on the number of threads, so neither
+/// does the result.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/softmax_state.hpp"
 #include "sluice/attention/variant.hpp"
+#include "sluice/backend/cpu/attend_kernels.hpp"
 #include "sluice/backend/cpu/simd.hpp"
-#include "sluice/backend/cpu/tile_product.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
 #include "sluice/core/backend.hpp"
@@ -49,13 +54,14 @@ class AttentionWorkspace<cpu> {
   AttentionWorkspace(const Rotary* rotary, const AttentionShape& shape, int team_size)
       : shape_(checked(rotary, shape)),
         group_(shape.num_qo_heads / shape.num_kv_heads),
+        key_cols_(padded(shape.head_dim)),
         value_cols_(padded(shape.value_dim)),
-        tile_tokens_(std::max<std::int64_t>(1, kTileRows / group_)),
-        tile_rows_(std::min(tile_tokens_, shape.max_queries) * group_),
-        max_splits_(shape.max_keys / kSplitKeys + 1 + shape.max_segments),
+        max_splits_(std::max<std::int64_t>(32, shape.max_keys / kMostSplitKeys) + 1 +
+                    shape.max_segments),
         partial_out_(static_cast<std::size_t>(max_splits_ * shape.num_qo_heads * shape.value_dim)),
         partial_state_(static_cast<std::size_t>(max_splits_ * shape.num_qo_heads)),
-        splits_(static_cast<std::size_t>(max_splits_)) {
+        splits_(static_cast<std::size_t>(max_splits_)),
+        splits_left_(static_cast<std::size_t>(shape.num_kv_heads)) {
     if (rotary != nullptr) {
       tables_.reserve(static_cast<std::size_t>(shape.max_segments));
       for (int i = 0; i < shape.max_segments; ++i) tables_.emplace_back(*rotary, shape.max_queries);
@@ -63,9 +69,13 @@ class AttentionWorkspace<cpu> {
     if (team_size < 1)
       throw Error(ErrorCode::kConfig, {"no team to work for", "AttentionWorkspace", "team_size",
                                        "at least 1", std::to_string(team_size)});
-    const std::int64_t decode = group_ * (padded(shape.head_dim) + kSplitKeys);
-    const std::int64_t tiles = tile_rows_ * (shape.head_dim + kTileKeys + value_cols_ + 2) +
-                               kTileKeys * (2 * shape.head_dim + value_cols_);
+    const std::int64_t decode = group_ * (key_cols_ + kMostSplitKeys + value_cols_) + 4 * key_cols_;
+    const std::int64_t columns =
+        std::max(panels(1), std::min(kBlockPanels, panels(shape.max_queries))) *
+        detail::kTileColumns;
+    const std::int64_t tiles = kTileKeys * (key_cols_ + value_cols_ + detail::kTileColumns) +
+                               columns * (key_cols_ + value_cols_ + 2) + detail::kTileColumns +
+                               simd::kWidth * (key_cols_ + value_cols_) + kTileKeys;
     for (int i = 0; i < team_size; ++i)
       scratch_.emplace_back(static_cast<std::size_t>(std::max(decode, tiles) + 64));
   }
@@ -85,9 +95,9 @@ class AttentionWorkspace<cpu> {
   template <class Key, class Value, class Variant>
   friend class detail::CpuAttention;
 
-  static constexpr std::int64_t kSplitKeys = 256;  // keys of a decode work item
-  static constexpr std::int64_t kTileKeys = 128;   // keys of a prefill tile
-  static constexpr std::int64_t kTileRows = 192;   // query rows of a prefill tile
+  static constexpr std::int64_t kMostSplitKeys = 256;  // keys of a decode work item
+  static constexpr std::int64_t kTileKeys = 128;       // keys of a prefill tile
+  static constexpr std::int64_t kBlockPanels = 4;      // panels of a prefill work item, at most
 
   struct Split {
     int segment;
@@ -96,8 +106,14 @@ class AttentionWorkspace<cpu> {
     bool masked;
   };
 
+  // Whole registers and whole blocks of accumulators.
   static std::int64_t padded(std::int64_t count) {
-    return (count + simd::kWidth - 1) / simd::kWidth * simd::kWidth;
+    constexpr std::int64_t kUnit = std::max(simd::kWidth, detail::kTileBlockRows);
+    return (count + kUnit - 1) / kUnit * kUnit;
+  }
+  // Panels that the query rows of `tokens` tokens and one KV head fill.
+  std::int64_t panels(std::int64_t tokens) const {
+    return (tokens * group_ + detail::kTileColumns - 1) / detail::kTileColumns;
   }
 
   static const AttentionShape& checked(const Rotary* rotary, const AttentionShape& shape) {
@@ -121,16 +137,16 @@ class AttentionWorkspace<cpu> {
   }
 
   AttentionShape shape_;
-  std::int64_t group_;        // query heads of a KV head
-  std::int64_t value_cols_;   // value_dim rounded up to whole registers
-  std::int64_t tile_tokens_;  // tokens of a prefill tile
-  std::int64_t tile_rows_;    // group_ rows each
+  std::int64_t group_;       // query heads of a KV head
+  std::int64_t key_cols_;    // head_dim rounded up to whole registers
+  std::int64_t value_cols_;  // value_dim likewise
   std::int64_t max_splits_;
   std::vector<RotaryTable> tables_;     // one per distinct reader rule of a call
   std::vector<Buffer<float>> scratch_;  // one per team member
   Buffer<float> partial_out_;           // [splits, num_qo_heads, value_dim]
   Buffer<SoftmaxState> partial_state_;  // [splits, num_qo_heads]
   Buffer<Split> splits_;
+  std::vector<std::atomic<std::int64_t>> splits_left_;  // of each KV head, in a decode call
 };
 
 namespace detail {
@@ -142,6 +158,7 @@ class CpuAttention {
   using Workspace = AttentionWorkspace<cpu>;
   using SegmentType = Segment<Key, Value>;
   static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+  static constexpr std::int64_t kMaskKeys = 16;  // keys that are classified together
 
   CpuAttention(const AttentionQuery& query, std::span<const SegmentType> segments,
                const Variant& variant, HeadsView<float> out, float* lse, Workspace& workspace)
@@ -165,7 +182,8 @@ class CpuAttention {
 
   void run(ThreadTeam& team) {
     SLUICE_ASSERT(team.size() <= static_cast<int>(workspace_.scratch_.size()));
-    if (query_.rows.tokens == 1 && decode_vectors() > 0)
+    if (query_.rows.tokens == 1 && workspace_.shape_.head_dim % simd::kWidth == 0 &&
+        workspace_.shape_.value_dim % simd::kWidth == 0)
       decode(team);
     else
       prefill(team);
@@ -296,20 +314,21 @@ class CpuAttention {
 
   // ---- one query row -------------------------------------------------------------------------
 
-  /// Registers of a head when keys and values have one width of 1, 2, 4, 8 or 16 registers; else 0.
-  int decode_vectors() const {
-    const std::int64_t dim = workspace_.shape_.head_dim;
-    if (dim != workspace_.shape_.value_dim || dim % simd::kWidth != 0) return 0;
-    const std::int64_t vectors = dim / simd::kWidth;
-    return vectors <= 16 && (vectors & (vectors - 1)) == 0 ? static_cast<int>(vectors) : 0;
+  /// Keys of a split of `keys` in all: enough splits for several threads even where keys are few,
+  /// and little to merge where they are many.
+  static constexpr std::int64_t split_keys(std::int64_t keys) {
+    return keys <= 512 ? 64 : keys <= 2048 ? 128 : Workspace::kMostSplitKeys;
   }
 
   void decode(ThreadTeam& team) {
+    std::int64_t all_keys = 0;
+    for (const SegmentType& segment : segments_) all_keys += segment.rule.visible;
+    const std::int64_t length = split_keys(all_keys);
     std::int64_t splits = 0;
     for (std::size_t s = 0; s < segments_.size(); ++s) {
       const std::int64_t keys = segments_[s].rule.visible;
-      for (std::int64_t begin = 0; begin < keys; begin += Workspace::kSplitKeys) {
-        const std::int64_t end = std::min(begin + Workspace::kSplitKeys, keys);
+      for (std::int64_t begin = 0; begin < keys; begin += length) {
+        const std::int64_t end = std::min(begin + length, keys);
         const TileVisibility tile = classify(segments_[s], 0, 1, begin, end);
         if (tile == TileVisibility::kNone) continue;
         SLUICE_ASSERT(splits < workspace_.max_splits_);
@@ -317,115 +336,73 @@ class CpuAttention {
                                                                   tile == TileVisibility::kSome};
       }
     }
-    const std::int64_t items = splits * segment_heads();
-    team.run([&](int member, int members) {
-      const WorkRange share = share_of(items, member, members);
-      for (std::int64_t item = share.begin; item < share.end; ++item)
-        decode_item(item % splits, item / splits,
-                    workspace_.scratch_[static_cast<std::size_t>(member)].data());
+    const std::int64_t heads = segment_heads();
+    if (splits == 0) {
+      for (std::int64_t j = 0; j < heads; ++j) merge_heads(j, 0);
+      return;
+    }
+    for (std::int64_t j = 0; j < heads; ++j)
+      workspace_.splits_left_[static_cast<std::size_t>(j)].store(splits, std::memory_order_relaxed);
+    team.for_each(splits * heads, [&](std::int64_t item, int member) {
+      const std::int64_t kv_head = item / splits;
+      decode_split(item % splits, kv_head,
+                   workspace_.scratch_[static_cast<std::size_t>(member)].data());
+      // The last one has seen what the others wrote.
+      if (workspace_.splits_left_[static_cast<std::size_t>(kv_head)].fetch_sub(
+              1, std::memory_order_acq_rel) == 1)
+        merge_heads(kv_head, splits);
     });
-    for (std::int64_t j = 0; j < segment_heads(); ++j)
-      for (std::int64_t g = 0; g < workspace_.group_; ++g) merge_splits(first_head(j) + g, splits);
   }
 
-  void decode_item(std::int64_t split, std::int64_t kv_head, float* scratch) {
-    switch (decode_vectors()) {
-      case 1: return decode_heads<1>(split, kv_head, scratch);
-      case 2: return decode_heads<2>(split, kv_head, scratch);
-      case 4: return decode_heads<4>(split, kv_head, scratch);
-      case 8: return decode_heads<8>(split, kv_head, scratch);
-      default: return decode_heads<16>(split, kv_head, scratch);
-    }
-  }
-
-  template <int kVectors>
-  void decode_heads(std::int64_t split_index, std::int64_t kv_head, float* scratch) {
+  /// All query heads of one KV head against one split.
+  void decode_split(std::int64_t split_index, std::int64_t kv_head, float* scratch) {
+    const std::int64_t dim = workspace_.shape_.head_dim;
+    const std::int64_t value_dim = workspace_.shape_.value_dim;
     const std::int64_t group = workspace_.group_;
-    const std::int64_t first = first_head(kv_head);
-    std::int64_t head = 0;
-    // Values are accumulated in registers: few heads at once when heads are wide.
-    if constexpr (kVectors <= 4) {
-      for (; head + 4 <= group; head += 4)
-        decode_block<kVectors, 4>(split_index, kv_head, first + head, scratch);
-      if (head + 3 == group) {
-        decode_block<kVectors, 3>(split_index, kv_head, first + head, scratch);
-        return;
-      }
-    }
-    if constexpr (kVectors <= 8)
-      for (; head + 2 <= group; head += 2)
-        decode_block<kVectors, 2>(split_index, kv_head, first + head, scratch);
-    for (; head < group; ++head)
-      decode_block<kVectors, 1>(split_index, kv_head, first + head, scratch);
-  }
-
-  /// kHeads query heads of one KV head against one split.
-  template <int kVectors, int kHeads>
-  void decode_block(std::int64_t split_index, std::int64_t kv_head, std::int64_t first_head,
-                    float* scratch) {
-    constexpr int kDim = kVectors * simd::kWidth;
+    const std::int64_t head = first_head(kv_head);
     const auto& split = workspace_.splits_[static_cast<std::size_t>(split_index)];
     const SegmentType& segment = segments_[static_cast<std::size_t>(split.segment)];
     const std::int64_t count = split.end - split.begin;
-    float* query = scratch;                   // [kHeads, kDim]
-    float* scores = scratch + kHeads * kDim;  // [kHeads, kSplitKeys]
-    for (int h = 0; h < kHeads; ++h)
-      load_query(static_cast<std::size_t>(split.segment), 0, first_head + h, query + h * kDim);
-
-    simd::VecF q[kHeads][kVectors];
-    for (int h = 0; h < kHeads; ++h)
-      for (int v = 0; v < kVectors; ++v) q[h][v] = simd::load(query + h * kDim + v * simd::kWidth);
-    const Key* key = segment.key(kv_head, split.begin);
-    for (std::int64_t j = 0; j < count; ++j, key += segment.key_token_stride) {
-      simd::VecF k[kVectors];
-      if (segment.key_rotation == nullptr) {
-        simd::prefetch(key + 8 * segment.key_token_stride);
-        for (int v = 0; v < kVectors; ++v) k[v] = simd::load(key + v * simd::kWidth);
-      } else {
-        float rotated[kDim];
-        workspace_.rotary()->rotate(
-            segment.key_rotation + (split.begin + j) * segment.key_rotation_stride, key, rotated);
-        for (int v = 0; v < kVectors; ++v) k[v] = simd::load(rotated + v * simd::kWidth);
-      }
-      for (int h = 0; h < kHeads; ++h) {
-        simd::VecF sum = q[h][0] * k[0];
-        for (int v = 1; v < kVectors; ++v) sum = simd::fma(q[h][v], k[v], sum);
-        scores[h * Workspace::kSplitKeys + j] = simd::reduce_add(sum);
+    float* const query = scratch;               // [group, dim]
+    float* const scores = query + group * dim;  // [group, kMostSplitKeys]
+    for (std::int64_t g = 0; g < group; ++g)
+      load_query(static_cast<std::size_t>(split.segment), 0, head + g, query + g * dim);
+    const Key* const keys = segment.key(kv_head, split.begin);
+    if (segment.key_rotation == nullptr) {
+      decode_scores(group, query, dim, keys, segment.key_token_stride, count, scores,
+                    Workspace::kMostSplitKeys);
+    } else {
+      float* const rotated = scores + group * Workspace::kMostSplitKeys;  // [4, dim]
+      for (std::int64_t j = 0; j < count; j += 4) {
+        const std::int64_t some = std::min<std::int64_t>(4, count - j);
+        for (std::int64_t i = 0; i < some; ++i)
+          workspace_.rotary()->rotate(
+              segment.key_rotation + (split.begin + j + i) * segment.key_rotation_stride,
+              keys + (j + i) * segment.key_token_stride, rotated + i * dim);
+        decode_scores(group, query, dim, rotated, dim, some, scores + j, Workspace::kMostSplitKeys);
       }
     }
-
-    SoftmaxState state[kHeads];
-    for (int h = 0; h < kHeads; ++h) {
-      const std::span<float> row(scores + h * Workspace::kSplitKeys,
+    const std::int64_t first_row = split_index * workspace_.shape_.num_qo_heads + head;
+    for (std::int64_t g = 0; g < group; ++g) {
+      const std::span<float> row(scores + g * Workspace::kMostSplitKeys,
                                  static_cast<std::size_t>(count));
-      variant_.transform.apply(score_row(segment, 0, first_head + h, split.begin), row);
+      variant_.transform.apply(score_row(segment, 0, head + g, split.begin), row);
       if (split.masked) mask_row(segment, 0, split.begin, row);
-      state[h].max = row_max(row);
-      if (!state[h].empty())
-        state[h].sum = exponentiate(row, state[h].max);
+      SoftmaxState state{.max = row_max(row), .sum = 0};
+      if (!state.empty())
+        state.sum = exponentiate(row, state.max);
       else
         std::fill(row.begin(), row.end(), 0.0F);
+      workspace_.partial_state_[static_cast<std::size_t>(first_row + g)] = state;
     }
+    decode_sums(group, scores, Workspace::kMostSplitKeys, segment.value(kv_head, split.begin),
+                segment.value_token_stride, count,
+                workspace_.partial_out_.data() + first_row * value_dim, value_dim);
+  }
 
-    simd::VecF sum[kHeads][kVectors];
-    for (int h = 0; h < kHeads; ++h)
-      for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::zero();
-    const Value* value = segment.value(kv_head, split.begin);
-    for (std::int64_t j = 0; j < count; ++j, value += segment.value_token_stride) {
-      simd::prefetch(value + 8 * segment.value_token_stride);
-      simd::VecF x[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = simd::load(value + v * simd::kWidth);
-      for (int h = 0; h < kHeads; ++h) {
-        const simd::VecF weight = simd::broadcast(scores[h * Workspace::kSplitKeys + j]);
-        for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::fma(weight, x[v], sum[h][v]);
-      }
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      const std::int64_t row = split_index * workspace_.shape_.num_qo_heads + first_head + h;
-      float* out = workspace_.partial_out_.data() + row * kDim;
-      for (int v = 0; v < kVectors; ++v) simd::store(out + v * simd::kWidth, sum[h][v]);
-      workspace_.partial_state_[static_cast<std::size_t>(row)] = state[h];
-    }
+  void merge_heads(std::int64_t kv_head, std::int64_t splits) {
+    for (std::int64_t g = 0; g < workspace_.group_; ++g)
+      merge_splits(first_head(kv_head) + g, splits);
   }
 
   /// Adds the splits of one head in their order; the first split's row is the accumulator.
@@ -453,106 +430,223 @@ class CpuAttention {
 
   // ---- several query rows --------------------------------------------------------------------
 
+  /// The query rows of an item, as columns: column c is query head c % group of token begin + c /
+  /// group. Panels of kTileColumns columns follow each other.
+  struct Block {
+    std::int64_t begin = 0;    // first token
+    std::int64_t end = 0;      // behind the last one
+    std::int64_t kv_head = 0;  // on the segments' head axis
+    float* keys = nullptr;     // [kTileKeys, key_cols]
+    float* values = nullptr;   // [kTileKeys, value_cols]
+    float* scores = nullptr;   // [kTileKeys, kTileColumns], of one panel
+    float* query = nullptr;    // [panels, key_cols, kTileColumns]
+    float* sums = nullptr;     // [panels, value_cols, kTileColumns]
+    float* max = nullptr;      // [panels, kTileColumns]
+    float* sum = nullptr;      // [panels, kTileColumns]
+    float* factors = nullptr;  // [kTileColumns]
+    float* rows = nullptr;     // [kWidth, key_cols or value_cols]
+    float* line = nullptr;     // [kTileKeys], scores of one row
+
+    std::int64_t columns(std::int64_t group) const { return (end - begin) * group; }
+  };
+
   void prefill(ThreadTeam& team) {
-    const std::int64_t blocks =
-        (query_.rows.tokens + workspace_.tile_tokens_ - 1) / workspace_.tile_tokens_;
-    const std::int64_t items = blocks * segment_heads();
-    team.run([&](int member, int members) {
-      float* scratch = workspace_.scratch_[static_cast<std::size_t>(member)].data();
-      // Items are dealt round: later blocks see more keys than earlier ones.
-      for (std::int64_t item = member; item < items; item += members)
-        prefill_item(item / blocks, item % blocks, scratch);
+    // A block is whole tokens that fill at most kBlockPanels panels, of fewer panels where that
+    // leaves too few items to share out, but at least one token however many heads its group has.
+    const std::int64_t tokens = query_.rows.tokens;
+    const std::int64_t group = workspace_.group_;
+    std::int64_t block_panels = Workspace::kBlockPanels;
+    const auto block_tokens = [&] {
+      return std::max<std::int64_t>(1, block_panels * kTileColumns / group);
+    };
+    const auto blocks = [&] {
+      return (tokens + block_tokens() - 1) / block_tokens();
+    };
+    while (block_panels > 1 && blocks() * segment_heads() < 16) block_panels /= 2;
+    const std::int64_t count = blocks();
+    team.for_each(count * segment_heads(), [&](std::int64_t item, int member) {
+      // Later blocks see more keys than earlier ones: the long items first.
+      const std::int64_t block = count - 1 - item % count;
+      prefill_block(item / count, block * block_tokens(),
+                    std::min((block + 1) * block_tokens(), tokens),
+                    workspace_.scratch_[static_cast<std::size_t>(member)].data());
     });
   }
 
-  void prefill_item(std::int64_t kv_head, std::int64_t block, float* scratch) {
-    const std::int64_t dim = workspace_.shape_.head_dim;
+  void prefill_block(std::int64_t kv_head, std::int64_t begin, std::int64_t end, float* scratch) {
     const std::int64_t group = workspace_.group_;
+    const std::int64_t key_cols = workspace_.key_cols_;
     const std::int64_t value_cols = workspace_.value_cols_;
-    const std::int64_t begin = block * workspace_.tile_tokens_;
-    const std::int64_t end = std::min(begin + workspace_.tile_tokens_, query_.rows.tokens);
-    const std::int64_t rows = (end - begin) * group;
-    const std::int64_t head = first_head(kv_head);
-    float* keys = scratch;                                                // [head_dim, kTileKeys]
-    float* values = keys + Workspace::kTileKeys * dim;                    // [kTileKeys, value_cols]
-    float* scores = values + Workspace::kTileKeys * value_cols;           // [rows, kTileKeys]
-    float* sums = scores + workspace_.tile_rows_ * Workspace::kTileKeys;  // [rows, value_cols]
-    float* query = sums + workspace_.tile_rows_ * value_cols;             // [rows, head_dim]
-    auto* states = reinterpret_cast<SoftmaxState*>(query + workspace_.tile_rows_ * dim);  // [rows]
-    float* row = query + workspace_.tile_rows_ * (dim + 2);  // [head_dim], one key
-    std::fill_n(sums, rows * value_cols, 0.0F);
-    std::fill_n(states, rows, SoftmaxState{});
+    const std::int64_t columns = workspace_.panels(end - begin) * kTileColumns;
+    Block block{.begin = begin, .end = end, .kv_head = kv_head};
+    const auto take = [&](std::int64_t size) {
+      return std::exchange(scratch, scratch + size);
+    };
+    block.keys = take(Workspace::kTileKeys * key_cols);
+    block.values = take(Workspace::kTileKeys * value_cols);
+    block.scores = take(Workspace::kTileKeys * kTileColumns);
+    block.query = take(columns * key_cols);
+    block.sums = take(columns * value_cols);
+    block.max = take(columns);
+    block.sum = take(columns);
+    block.factors = take(kTileColumns);
+    block.rows = take(simd::kWidth * std::max(key_cols, value_cols));
+    block.line = take(Workspace::kTileKeys);
+    std::fill_n(block.sums, columns * value_cols, 0.0F);
+    std::fill_n(block.max, columns, kMinusInfinity);
+    std::fill_n(block.sum, columns, 0.0F);
 
+    int loaded = -1;  // the rotation that block.query has
     for (std::size_t s = 0; s < segments_.size(); ++s) {
       const SegmentType& segment = segments_[s];
-      bool loaded = false;
       for (std::int64_t first = 0; first < segment.rule.visible; first += Workspace::kTileKeys) {
         const std::int64_t last = std::min(first + Workspace::kTileKeys, segment.rule.visible);
-        const TileVisibility tile = classify(segment, begin, end, first, last);
-        if (tile == TileVisibility::kNone) continue;
-        if (!loaded) {
-          for (std::int64_t t = begin; t < end; ++t)
-            for (std::int64_t g = 0; g < group; ++g)
-              load_query(s, t, head + g, query + ((t - begin) * group + g) * dim);
-          loaded = true;
-        }
-        const std::int64_t count = last - first;
-        const std::int64_t cols = Workspace::padded(count);
-        load_keys(segment, kv_head, first, count, cols, keys, row);
-        load_values(segment, kv_head, first, count, values);
-        tile_product<false>(query, dim, keys, Workspace::kTileKeys, scores, Workspace::kTileKeys,
-                            rows, cols, dim);
-        for (std::int64_t r = 0; r < rows; ++r) {
-          float* line = scores + r * Workspace::kTileKeys;
-          const std::span<float> visible(line, static_cast<std::size_t>(count));
-          const std::int64_t token = begin + r / group;
-          variant_.transform.apply(score_row(segment, token, head + r % group, first), visible);
-          if (tile == TileVisibility::kSome) mask_row(segment, token, first, visible);
-          const float max = row_max(visible);
-          if (max == kMinusInfinity) {
-            std::fill_n(line, count, 0.0F);
-            continue;
-          }
-          const float factor = states[r].raise_max(max);
-          if (factor != 1.0F)
-            for (std::int64_t d = 0; d < value_cols; ++d) sums[r * value_cols + d] *= factor;
-          states[r].sum += exponentiate(visible, states[r].max);
-        }
-        tile_product<true>(scores, Workspace::kTileKeys, values, value_cols, sums, value_cols, rows,
-                           value_cols, count);
+        if (classify(segment, begin, end, first, last) == TileVisibility::kNone) continue;
+        if (loaded != table_of_[s]) load_queries(s, block);
+        loaded = table_of_[s];
+        load_keys(segment, kv_head, first, last - first, block.keys);
+        load_values(segment, kv_head, first, last - first, block.values);
+        for (std::int64_t column = 0; column < block.columns(group); column += kTileColumns)
+          prefill_panel(segment, block, column, first, last);
       }
     }
-    for (std::int64_t r = 0; r < rows; ++r)
-      finish(begin + r / group, head + r % group, sums + r * value_cols, states[r]);
+    finish_block(block);
   }
 
-  /// Keys of a tile as columns, raw ones rotated; columns from count to cols are 0.
-  void load_keys(const SegmentType& segment, std::int64_t kv_head, std::int64_t first,
-                 std::int64_t count, std::int64_t cols, float* keys, float* row) const {
+  /// Query rows of a block as columns, rotated for segment s. Columns beyond the last are 0.
+  void load_queries(std::size_t s, const Block& block) const {
     const std::int64_t dim = workspace_.shape_.head_dim;
-    for (std::int64_t j = 0; j < count; ++j) {
+    const std::int64_t key_cols = workspace_.key_cols_;
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t columns = block.columns(group);
+    const std::int64_t head = first_head(block.kv_head);
+    for (std::int64_t c = 0; c < columns; c += simd::kWidth) {
+      for (std::int64_t i = 0; i < simd::kWidth; ++i) {
+        float* const row = block.rows + i * key_cols;
+        if (c + i < columns)
+          load_query(s, block.begin + (c + i) / group, head + (c + i) % group, row);
+        const std::int64_t from = c + i < columns ? dim : 0;
+        std::fill(row + from, row + key_cols, 0.0F);
+      }
+      transpose(block.rows, key_cols, simd::kWidth, key_cols,
+                block.query + c / kTileColumns * kTileColumns * key_cols + c % kTileColumns,
+                kTileColumns);
+    }
+  }
+
+  /// The panel that begins with `column` against keys first to last of a segment, which
+  /// block.keys and block.values hold.
+  void prefill_panel(const SegmentType& segment, const Block& block, std::int64_t column,
+                     std::int64_t first, std::int64_t last) const {
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t columns =
+        std::min<std::int64_t>(block.columns(group) - column, kTileColumns);
+    const std::int64_t token_begin = block.begin + column / group;
+    const std::int64_t token_end = block.begin + (column + columns - 1) / group + 1;
+    // The keys that some row of the panel may see: those of a later token, or behind a window, are
+    // left out a block of rows at a time.
+    std::int64_t begin = first;
+    const auto hidden = [&](std::int64_t from, std::int64_t to) {
+      return classify(segment, token_begin, token_end, from, to) == TileVisibility::kNone;
+    };
+    while (begin < last && hidden(begin, std::min(begin + kTileBlockRows, last)))
+      begin += kTileBlockRows;
+    if (begin >= last) return;
+    std::int64_t end = last;
+    while (true) {
+      const std::int64_t from = first + (end - 1 - first) / kTileBlockRows * kTileBlockRows;
+      if (!hidden(from, end)) break;
+      end = from;
+    }
+    const std::int64_t count = end - begin;
+    const float* const keys = block.keys + (begin - first) * workspace_.key_cols_;
+    const float* const values = block.values + (begin - first) * workspace_.value_cols_;
+    const float* const query = block.query + column * workspace_.key_cols_;
+    float* const sums = block.sums + column * workspace_.value_cols_;
+    const auto with_vectors = [&]<int kVectors>() {
+      tile_scores<kVectors>(keys, workspace_.key_cols_, count, query, workspace_.shape_.head_dim,
+                            block.scores);
+      apply_variant(segment, block, column, columns, begin, end, token_begin, token_end);
+      tile_softmax<kVectors>(block.scores, count, block.max + column, block.sum + column,
+                             block.factors);
+      tile_sums<kVectors>(values, workspace_.value_cols_, count, block.scores,
+                          workspace_.value_cols_, block.factors, sums);
+    };
+    if (columns <= simd::kWidth)
+      with_vectors.template operator()<1>();
+    else if (kTileVectors == 2 || columns <= 2 * simd::kWidth)
+      with_vectors.template operator()<2>();
+    else
+      with_vectors.template operator()<kTileVectors>();
+  }
+
+  /// Transforms and masks the scores of a panel against keys begin to end.
+  void apply_variant(const SegmentType& segment, const Block& block, std::int64_t column,
+                     std::int64_t columns, std::int64_t begin, std::int64_t end,
+                     std::int64_t token_begin, std::int64_t token_end) const {
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t count = end - begin;
+    if constexpr (!std::is_same_v<decltype(variant_.transform), PlainScores>) {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        for (std::int64_t j = 0; j < count; ++j) block.line[j] = block.scores[j * kTileColumns + c];
+        variant_.transform.apply(score_row(segment, block.begin + (column + c) / group,
+                                           first_head(block.kv_head) + (column + c) % group, begin),
+                                 std::span<float>(block.line, static_cast<std::size_t>(count)));
+        for (std::int64_t j = 0; j < count; ++j) block.scores[j * kTileColumns + c] = block.line[j];
+      }
+    }
+    if (classify(segment, token_begin, token_end, begin, end) == TileVisibility::kAll) return;
+    for (std::int64_t token = token_begin; token < token_end; ++token) {
+      const std::int64_t from = std::max((token - block.begin) * group - column, std::int64_t{0});
+      const std::int64_t to = std::min((token - block.begin + 1) * group - column, columns);
+      const QueryInfo info = query_info(token);
+      for (std::int64_t key = begin; key < end; key += kMaskKeys) {
+        const std::int64_t stop = std::min(key + kMaskKeys, end);
+        const TileVisibility tile = classify(segment, token, token + 1, key, stop);
+        if (tile == TileVisibility::kAll) continue;
+        for (std::int64_t j = key; j < stop; ++j)
+          if (tile == TileVisibility::kNone ||
+              !variant_.visibility.visible(info, key_info(segment, j)))
+            std::fill(block.scores + (j - begin) * kTileColumns + from,
+                      block.scores + (j - begin) * kTileColumns + to, kMinusInfinity);
+      }
+    }
+  }
+
+  void finish_block(const Block& block) {
+    const std::int64_t value_cols = workspace_.value_cols_;
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t columns = block.columns(group);
+    for (std::int64_t c = 0; c < columns; c += simd::kWidth) {
+      transpose(block.sums + c / kTileColumns * kTileColumns * value_cols + c % kTileColumns,
+                kTileColumns, value_cols, simd::kWidth, block.rows, value_cols);
+      for (std::int64_t i = 0; i < simd::kWidth && c + i < columns; ++i)
+        finish(block.begin + (c + i) / group, first_head(block.kv_head) + (c + i) % group,
+               block.rows + i * value_cols, {.max = block.max[c + i], .sum = block.sum[c + i]});
+    }
+  }
+
+  /// Keys of a tile as rows, raw ones rotated.
+  void load_keys(const SegmentType& segment, std::int64_t kv_head, std::int64_t first,
+                 std::int64_t count, float* keys) const {
+    const std::int64_t dim = workspace_.shape_.head_dim;
+    for (std::int64_t j = 0; j < count; ++j, keys += workspace_.key_cols_) {
       const Key* key = segment.key(kv_head, first + j);
       if (segment.key_rotation != nullptr)
         workspace_.rotary()->rotate(
-            segment.key_rotation + (first + j) * segment.key_rotation_stride, key, row);
+            segment.key_rotation + (first + j) * segment.key_rotation_stride, key, keys);
       else
-        widen(key, dim, row);
-      for (std::int64_t d = 0; d < dim; ++d) keys[d * Workspace::kTileKeys + j] = row[d];
+        widen(key, dim, keys);
     }
-    if (count < cols)
-      for (std::int64_t d = 0; d < dim; ++d)
-        std::fill(keys + d * Workspace::kTileKeys + count, keys + d * Workspace::kTileKeys + cols,
-                  0.0F);
   }
 
-  /// Values of a tile as rows; columns beyond value_dim are 0.
+  /// Values of a tile as rows; channels beyond value_dim are 0.
   void load_values(const SegmentType& segment, std::int64_t kv_head, std::int64_t first,
                    std::int64_t count, float* values) const {
     const std::int64_t dim = workspace_.shape_.value_dim;
-    for (std::int64_t j = 0; j < count; ++j) {
-      float* row = values + j * workspace_.value_cols_;
-      widen(segment.value(kv_head, first + j), dim, row);
-      std::fill(row + dim, row + workspace_.value_cols_, 0.0F);
+    for (std::int64_t j = 0; j < count; ++j, values += workspace_.value_cols_) {
+      widen(segment.value(kv_head, first + j), dim, values);
+      std::fill(values + dim, values + workspace_.value_cols_, 0.0F);
     }
   }
 

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: MIT
+/// The inner loops of attend() on the CPU, free of variants and segments. One query row: products
+/// of a few query heads with a run of keys, and weighted sums of a run of values, each read once
+/// for all heads of the group. Several rows: the two products of a tile with query rows as columns,
+/// so that keys and values are used as they are stored, and maxima, exponentials and sums go down
+/// columns without a horizontal step.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "sluice/backend/cpu/simd.hpp"
+#include "sluice/core/config.hpp"
+
+namespace sluice::detail {
+
+// ---- one query row ---------------------------------------------------------------------------
+
+/// Heads whose products or sums one pass over keys or values forms, at most.
+inline constexpr int kDecodeHeads = simd::kNumRegisters >= 32 ? 4 : 2;
+/// Registers of a value row that one pass sums up, at most.
+inline constexpr int kDecodeVectors = simd::kNumRegisters >= 32 ? 4 : 3;
+
+/// Fetches what a pass over rows of `dim` elements will reach in a page's time: the processor's own
+/// prefetching ends at each page.
+template <class Element>
+[[gnu::always_inline]] inline void fetch_ahead(const Element* row, std::int64_t dim) {
+  constexpr std::int64_t kAhead = 4096 / static_cast<std::int64_t>(sizeof(Element));
+  constexpr std::int64_t kLine = 64 / static_cast<std::int64_t>(sizeof(Element));
+  for (std::int64_t d = 0; d < dim; d += kLine) simd::prefetch(row + kAhead + d);
+}
+
+/// scores[h * score_stride + j] = <query_h, key_j> for kHeads heads and four keys: key_j = keys + j
+/// * stride, query_h = query + h * dim; dim a multiple of simd::kWidth. The order of additions of a
+/// score does not depend on kHeads.
+template <int kHeads, class Key>
+[[gnu::always_inline]] inline void decode_products(const float* query, std::int64_t dim,
+                                                   const Key* keys, std::int64_t stride,
+                                                   float* scores, std::int64_t score_stride) {
+  simd::VecF sum[kHeads][4];
+  for (int h = 0; h < kHeads; ++h)
+    for (int j = 0; j < 4; ++j) sum[h][j] = simd::zero();
+  for (std::int64_t d = 0; d < dim; d += simd::kWidth) {
+    simd::VecF k[4];
+    for (int j = 0; j < 4; ++j) k[j] = simd::in_register(simd::load(keys + j * stride + d));
+    for (int h = 0; h < kHeads; ++h) {
+      const simd::VecF q = simd::load(query + h * dim + d);
+      for (int j = 0; j < 4; ++j) sum[h][j] = simd::fma(q, k[j], sum[h][j]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h) simd::add_lanes(sum[h], scores + h * score_stride);
+}
+
+/// The same for any number of heads: keys are loaded once from memory.
+template <class Key>
+[[gnu::always_inline]] inline void decode_products(std::int64_t heads, const float* query,
+                                                   std::int64_t dim, const Key* keys,
+                                                   std::int64_t stride, float* scores,
+                                                   std::int64_t score_stride) {
+  std::int64_t h = 0;
+  const auto some = [&]<int kHeads>() {
+    decode_products<kHeads>(query + h * dim, dim, keys, stride, scores + h * score_stride,
+                            score_stride);
+    h += kHeads;
+  };
+  while (heads - h >= kDecodeHeads) some.template operator()<kDecodeHeads>();
+  if constexpr (kDecodeHeads > 3)
+    if (heads - h == 3) return some.template operator()<3>();
+  if constexpr (kDecodeHeads > 2)
+    if (heads - h == 2) return some.template operator()<2>();
+  if (heads - h == 1) some.template operator()<1>();
+}
+
+/// scores[h * score_stride + j] = <query_h, key_j> for `heads` heads and `count` keys.
+template <class Key>
+inline void decode_scores(std::int64_t heads, const float* query, std::int64_t dim, const Key* keys,
+                          std::int64_t stride, std::int64_t count, float* scores,
+                          std::int64_t score_stride) {
+  std::int64_t j = 0;
+  for (; j + 4 <= count; j += 4) {
+    for (int row = 0; row < 4; ++row) fetch_ahead(keys + (j + row) * stride, dim);
+    decode_products(heads, query, dim, keys + j * stride, stride, scores + j, score_stride);
+  }
+  // The same key four times: its score is that of any other place.
+  for (; j < count; ++j)
+    for (std::int64_t h = 0; h < heads; ++h) {
+      float sums[4];
+      decode_products<1>(query + h * dim, dim, keys + j * stride, 0, sums, 4);
+      scores[h * score_stride + j] = sums[0];
+    }
+}
+
+/// sums[h * dim + d] += sum over j of weights[h * weight_stride + j] * values[j * stride + d] for
+/// kHeads heads and kVectors registers of channels.
+template <int kHeads, int kVectors, class Value>
+[[gnu::always_inline]] inline void decode_sum(const float* weights, std::int64_t weight_stride,
+                                              const Value* values, std::int64_t stride,
+                                              std::int64_t count, float* sums, std::int64_t dim) {
+  simd::VecF sum[kHeads][kVectors];
+  for (int h = 0; h < kHeads; ++h)
+    for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::load(sums + h * dim + v * simd::kWidth);
+  for (std::int64_t j = 0; j < count; ++j, values += stride) {
+    simd::VecF x[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      x[v] = simd::in_register(simd::load(values + v * simd::kWidth));
+    for (int h = 0; h < kHeads; ++h) {
+      const simd::VecF weight = simd::broadcast(weights[h * weight_stride + j]);
+      for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::fma(weight, x[v], sum[h][v]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h)
+    for (int v = 0; v < kVectors; ++v) simd::store(sums + h * dim + v * simd::kWidth, sum[h][v]);
+}
+
+template <int kVectors, class Value>
+[[gnu::always_inline]] inline void decode_sum_heads(std::int64_t heads, const float* weights,
+                                                    std::int64_t weight_stride, const Value* values,
+                                                    std::int64_t stride, std::int64_t count,
+                                                    float* sums, std::int64_t dim) {
+  std::int64_t h = 0;
+  const auto some = [&]<int kHeads>() {
+    decode_sum<kHeads, kVectors>(weights + h * weight_stride, weight_stride, values, stride, count,
+                                 sums + h * dim, dim);
+    h += kHeads;
+  };
+  while (heads - h >= kDecodeHeads) some.template operator()<kDecodeHeads>();
+  if constexpr (kDecodeHeads > 3)
+    if (heads - h == 3) return some.template operator()<3>();
+  if constexpr (kDecodeHeads > 2)
+    if (heads - h == 2) return some.template operator()<2>();
+  if (heads - h == 1) some.template operator()<1>();
+}
+
+/// sums[h * dim + d] = sum over j of weights[h * weight_stride + j] * values[j * stride + d] for
+/// `heads` heads, `count` rows of values and dim channels, a multiple of simd::kWidth.
+template <class Value>
+inline void decode_sums(std::int64_t heads, const float* weights, std::int64_t weight_stride,
+                        const Value* values, std::int64_t stride, std::int64_t count, float* sums,
+                        std::int64_t dim) {
+  // Rows of one stretch stay in the first-level cache while all heads and channels pass over them.
+  constexpr std::int64_t kStretch = 16;
+  std::fill_n(sums, heads * dim, 0.0F);
+  for (std::int64_t begin = 0; begin < count; begin += kStretch) {
+    const std::int64_t rows = std::min(kStretch, count - begin);
+    const Value* const from = values + begin * stride;
+    for (std::int64_t row = 0; row < rows; ++row) fetch_ahead(from + row * stride, dim);
+    std::int64_t d = 0;
+    const auto channels = [&]<int kVectors>() {
+      decode_sum_heads<kVectors>(heads, weights + begin, weight_stride, from + d, stride, rows,
+                                 sums + d, dim);
+      d += kVectors * simd::kWidth;
+    };
+    while (dim - d >= kDecodeVectors * simd::kWidth) channels.template operator()<kDecodeVectors>();
+    if constexpr (kDecodeVectors > 3)
+      if (dim - d == 3 * simd::kWidth) channels.template operator()<3>();
+    if (dim - d == 2 * simd::kWidth) channels.template operator()<2>();
+    if (dim - d == simd::kWidth) channels.template operator()<1>();
+  }
+}
+
+// ---- several query rows ----------------------------------------------------------------------
+
+/// Rows and registers of columns of a block of accumulators: 8 x 3 and the 3 registers of a row
+/// leave 5 of 32 registers; 4 x 2 suit 16.
+inline constexpr int kTileBlockRows = simd::kNumRegisters >= 32 ? 8 : 4;
+inline constexpr int kTileVectors = simd::kNumRegisters >= 32 ? 3 : 2;
+/// Columns of a panel: query rows that pass through a tile of keys together.
+inline constexpr int kTileColumns = kTileVectors * simd::kWidth;
+
+/// scores[j, c] = sum over d of keys[j * key_stride + d] * query[d * kTileColumns + c] for `count`
+/// rows rounded up to kTileBlockRows and kVectors registers of columns. Rows of scores are
+/// kTileColumns long.
+template <int kVectors>
+inline void tile_scores(const float* SLUICE_RESTRICT keys, std::int64_t key_stride,
+                        std::int64_t count, const float* SLUICE_RESTRICT query, std::int64_t dim,
+                        float* SLUICE_RESTRICT scores) {
+  for (std::int64_t j = 0; j < count; j += kTileBlockRows) {
+    const float* const block = keys + j * key_stride;
+    simd::VecF sum[kTileBlockRows][kVectors];
+    for (int r = 0; r < kTileBlockRows; ++r)
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = simd::zero();
+    for (std::int64_t d = 0; d < dim; ++d) {
+      simd::VecF q[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        q[v] = simd::load(query + d * kTileColumns + v * simd::kWidth);
+      for (int r = 0; r < kTileBlockRows; ++r) {
+        const simd::VecF k = simd::broadcast(block[r * key_stride + d]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = simd::fma(k, q[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < kTileBlockRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        simd::store(scores + (j + r) * kTileColumns + v * simd::kWidth, sum[r][v]);
+  }
+}
+
+/// sums[d, c] = factors[c] * sums[d, c] + sum over j < count of values[j * value_stride + d] *
+/// weights[j * kTileColumns + c] for dim channels, a multiple of kTileBlockRows, and kVectors
+/// registers of columns. Rows of sums are kTileColumns long.
+template <int kVectors>
+inline void tile_sums(const float* SLUICE_RESTRICT values, std::int64_t value_stride,
+                      std::int64_t count, const float* SLUICE_RESTRICT weights, std::int64_t dim,
+                      const float* SLUICE_RESTRICT factors, float* SLUICE_RESTRICT sums) {
+  for (std::int64_t d = 0; d < dim; d += kTileBlockRows) {
+    simd::VecF sum[kTileBlockRows][kVectors];
+    for (int r = 0; r < kTileBlockRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        sum[r][v] = simd::load(sums + (d + r) * kTileColumns + v * simd::kWidth) *
+                    simd::load(factors + v * simd::kWidth);
+    for (std::int64_t j = 0; j < count; ++j) {
+      simd::VecF weight[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        weight[v] = simd::load(weights + j * kTileColumns + v * simd::kWidth);
+      for (int r = 0; r < kTileBlockRows; ++r) {
+        const simd::VecF x = simd::broadcast(values[j * value_stride + d + r]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = simd::fma(x, weight[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < kTileBlockRows; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        simd::store(sums + (d + r) * kTileColumns + v * simd::kWidth, sum[r][v]);
+  }
+}
+
+/// One step of an online softmax down the columns of a tile: scores become e^(score - max) with the
+/// new maxima, `max` and `sum` of each column are brought up to date, and factors[c] is what
+/// earlier sums must be multiplied by. Columns without a visible key keep a maximum of minus
+/// infinity and get weights of 0. Exponentials are simd::exp's, 2 ulp.
+template <int kVectors>
+inline void tile_softmax(float* scores, std::int64_t count, float* max, float* sum,
+                         float* factors) {
+  constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+  // What stands for a maximum of minus infinity, which must not be subtracted from itself.
+  const auto finite = [](simd::VecF m) {
+    return simd::max(m, simd::broadcast(std::numeric_limits<float>::lowest()));
+  };
+  simd::VecF highest[kVectors];
+  for (int v = 0; v < kVectors; ++v) highest[v] = simd::broadcast(kMinusInfinity);
+  for (std::int64_t j = 0; j < count; ++j)
+    for (int v = 0; v < kVectors; ++v)
+      highest[v] = simd::max(highest[v], simd::load(scores + j * kTileColumns + v * simd::kWidth));
+  simd::VecF shift[kVectors];
+  simd::VecF total[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const simd::VecF before = simd::load(max + v * simd::kWidth);
+    const simd::VecF now = simd::max(before, highest[v]);
+    shift[v] = finite(now);
+    const simd::VecF factor = simd::exp(finite(before) - shift[v]);
+    simd::store(factors + v * simd::kWidth, factor);
+    simd::store(max + v * simd::kWidth, now);
+    total[v] = simd::load(sum + v * simd::kWidth) * factor;
+  }
+  for (std::int64_t j = 0; j < count; ++j)
+    for (int v = 0; v < kVectors; ++v) {
+      float* const at = scores + j * kTileColumns + v * simd::kWidth;
+      const simd::VecF weight = simd::exp(simd::load(at) - shift[v]);
+      simd::store(at, weight);
+      total[v] += weight;
+    }
+  for (int v = 0; v < kVectors; ++v) simd::store(sum + v * simd::kWidth, total[v]);
+}
+
+/// to[c * to_stride + r] = from[r * from_stride + c] for rows x cols, both multiples of
+/// simd::kWidth.
+inline void transpose(const float* SLUICE_RESTRICT from, std::int64_t from_stride,
+                      std::int64_t rows, std::int64_t cols, float* SLUICE_RESTRICT to,
+                      std::int64_t to_stride) {
+  for (std::int64_t r = 0; r < rows; r += simd::kWidth)
+    for (std::int64_t c = 0; c < cols; c += simd::kWidth) {
+      simd::VecF block[simd::kWidth];
+      for (int i = 0; i < simd::kWidth; ++i)
+        block[i] = simd::load(from + (r + i) * from_stride + c);
+      simd::transpose(block);
+      for (int i = 0; i < simd::kWidth; ++i) simd::store(to + (c + i) * to_stride + r, block[i]);
+    }
+}
+
+}  // namespace sluice::detail
