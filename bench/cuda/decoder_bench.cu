@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-/// Times whole steps of decoders with random weights in replayed CUDA graphs: single tokens, batches
-/// of sessions, and prefill. One JSON object a line, on stdout.
+/// Times whole steps of decoders with random weights in replayed CUDA graphs: single tokens,
+/// batches of sessions, prefill, and a million tokens of one stream. One JSON object a line, on
+/// stdout.
 ///
-/// usage: decoder_bench [--case NAME] [--parts]
+/// usage: decoder_bench [--case step|sessions|prefill|endless] [--parts]
 ///   --parts   also the products of a step, each alone
 #include <algorithm>
 #include <cmath>
@@ -63,9 +64,9 @@ std::unique_ptr<Weights> random_weights(const CudaDecoderShape& shape) {
 }
 
 double weight_bytes(const CudaDecoderShape& s) {
-  const double layer = static_cast<double>(s.hidden_size) *
-                       static_cast<double>(s.fused_size() + s.query_size() +
-                                           3 * s.intermediate_size);
+  const double layer =
+      static_cast<double>(s.hidden_size) *
+      static_cast<double>(s.fused_size() + s.query_size() + 3 * s.intermediate_size);
   return 2 * (layer * static_cast<double>(s.num_layers) +
               static_cast<double>(s.vocab_size * s.hidden_size));
 }
@@ -105,18 +106,17 @@ void measure_step(const Geometry& g, const Weights& weights, std::int64_t batch,
   double spread = 0;
   const double us =
       time_graph([&](cudaStream_t stream) { model.step(stream); }, batch > 8 ? 3 : 8, 9, &spread);
-  const double bytes = weight_bytes(g.shape) + static_cast<double>(batch * entries * 4) *
-                                                   static_cast<double>(g.shape.kv_size() *
-                                                                       g.shape.num_layers);
+  const double bytes =
+      weight_bytes(g.shape) + static_cast<double>(batch * entries * 4) *
+                                  static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
   std::printf(
       "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"bf16\", \"sessions\": %lld, "
       "\"entries\": %lld, \"overlap\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, \"tokens_per_s\": "
       "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f, "
       "\"cache_mbytes_per_session\": %.1f}\n",
       g.name, static_cast<long long>(batch), static_cast<long long>(entries),
-      overlap ? "true" : "false", us * 1e-3, spread * 1e-3,
-      static_cast<double>(batch) / us * 1e6, bytes * 1e-9, bytes / us * 1e-6,
-      bytes / us * 1e-6 / ceiling,
+      overlap ? "true" : "false", us * 1e-3, spread * 1e-3, static_cast<double>(batch) / us * 1e6,
+      bytes * 1e-9, bytes / us * 1e-6, bytes / us * 1e-6 / ceiling,
       static_cast<double>(model.cache_bytes()) / static_cast<double>(batch) * 1e-6);
   std::fflush(stdout);
 }
@@ -153,8 +153,7 @@ void measure_parts(const Geometry& g, const Weights& weights, bool overlap) {
                               const auto& w = weights.layers[static_cast<std::size_t>(l)];
                               MatrixVectorTask<bf16> task;
                               task.matrix = std::strcmp(part.name, "output") == 0 ? w.output.data()
-                                            : std::strcmp(part.name, "down") == 0
-                                                ? w.down.data()
+                                            : std::strcmp(part.name, "down") == 0 ? w.down.data()
                                             : std::strcmp(part.name, "gate_up") == 0
                                                 ? w.gate_up.data()
                                             : logits ? weights.output.data()
@@ -214,6 +213,69 @@ void measure_prefill(const Geometry& g, const Weights& weights, std::int64_t pro
   std::fflush(stdout);
 }
 
+__global__ void stamp(std::uint64_t* times, const std::int64_t* total, std::int64_t count) {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  times[*total % count] = now;
+}
+
+/// `tokens` tokens of one stream through 4 + 1,020 entries, by nothing but replays; every step's
+/// time by the device's clock.
+void measure_endless(std::int64_t tokens) {
+  const CudaDecoderShape shape{49152, 576, 1536, 9, 3, 64, 30, 1e-5, 0.125};
+  const std::unique_ptr<Weights> weights = random_weights(shape);
+  std::vector<double> frequencies;
+  CudaDecoderOptions options = options_for(shape, 1, 1024, 0, frequencies);
+  options.choice = {.temperature = 1, .seed = 1};
+  CudaDecoder<bf16, 64> model(*weights, options);
+  model.feed(std::vector<std::int32_t>{1});
+  Buffer<std::uint64_t, cuda> times(static_cast<std::size_t>(tokens));
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
+  stamp<<<1, 1, 0, stream>>>(times.data(), model.state().totals_data(), tokens);
+  model.step(stream);
+  check_cuda(cudaStreamEndCapture(stream, &graph), "end capture");
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  std::size_t before = 0;
+  std::size_t after = 0;
+  std::size_t all = 0;
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    check_cuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+    if (i == 2000) {
+      check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+      check_cuda(cudaMemGetInfo(&before, &all), "cudaMemGetInfo");
+    }
+  }
+  check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  check_cuda(cudaMemGetInfo(&after, &all), "cudaMemGetInfo");
+  const std::vector<std::uint64_t> stamps = times.download(stream);
+  std::vector<double> steps;
+  for (std::size_t i = 2002; i < stamps.size(); ++i)
+    steps.push_back(static_cast<double>(stamps[i] - stamps[i - 1]) * 1e-3);
+  const auto quantile = [](std::vector<double> x, double q) {
+    std::sort(x.begin(), x.end());
+    return x[static_cast<std::size_t>(q * static_cast<double>(x.size() - 1))];
+  };
+  const auto tenth = static_cast<std::ptrdiff_t>(steps.size() / 10);
+  std::printf(
+      "{\"bench\": \"decoder_endless\", \"model\": \"smollm2-135m\", \"type\": \"bf16\", "
+      "\"tokens\": %lld, \"entries\": 1024, \"median_us\": %.2f, \"p99_9_us\": %.2f, "
+      "\"max_us\": %.2f, \"first_tenth_median_us\": %.2f, \"last_tenth_median_us\": %.2f, "
+      "\"memory_growth_bytes\": %lld}\n",
+      static_cast<long long>(tokens), quantile(steps, 0.5), quantile(steps, 0.999),
+      quantile(steps, 1), quantile({steps.begin(), steps.begin() + tenth}, 0.5),
+      quantile({steps.end() - tenth, steps.end()}, 0.5),
+      static_cast<long long>(before) - static_cast<long long>(after));
+  std::fflush(stdout);
+  check_cuda(cudaGraphExecDestroy(executable), "destroy");
+  check_cuda(cudaGraphDestroy(graph), "destroy");
+  check_cuda(cudaStreamDestroy(stream), "destroy");
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -225,13 +287,18 @@ int main(int count, char** arguments) {
     } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
     } else {
-      std::fprintf(stderr, "usage: decoder_bench [--case step|sessions|prefill] [--parts]\n");
+      std::fprintf(stderr,
+                   "usage: decoder_bench [--case step|sessions|prefill|endless] [--parts]\n");
       return 2;
     }
   }
-  const auto wanted = [&](const char* name) { return only.empty() || only == name; };
+  const auto wanted = [&](const char* name) {
+    return only.empty() || only == name;
+  };
   try {
     const double ceiling = measure_machine();
+    if (wanted("endless")) measure_endless(1000000);
+    if (only == "endless") return 0;
     for (const Geometry& g : {llama_2_7b(), llama_3_8b()}) {
       const std::unique_ptr<Weights> weights = random_weights(g.shape);
       const bool small = g.shape.num_kv_heads == g.shape.num_qo_heads;

@@ -15,7 +15,7 @@ namespace sluice::bench {
 
 /// bf16 of `scale` times near normal numbers.
 static __global__ void fill_random(std::uint16_t* data, std::int64_t count, std::uint64_t salt,
-                            float scale = 1) {
+                                   float scale = 1) {
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += stride) {
@@ -49,7 +49,7 @@ static __global__ void __launch_bounds__(512)
 
 /// Microseconds of one replay of what `record` launches: the median of `trials`, each of several.
 inline double time_graph(const std::function<void(cudaStream_t)>& record, int replays, int trials,
-                  double* spread) {
+                         double* spread) {
   cudaStream_t stream = nullptr;
   cudaGraph_t graph = nullptr;
   cudaGraphExec_t executable = nullptr;

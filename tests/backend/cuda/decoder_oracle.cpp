@@ -42,8 +42,7 @@ void rotate(double* head, int head_dim, double position, double theta, bool inte
 
 std::vector<float> rounded(const Row& x) {
   std::vector<float> y;
-  for (const double v : x)
-    y.push_back(static_cast<float>(sluice::bf16(static_cast<float>(v))));
+  for (const double v : x) y.push_back(static_cast<float>(sluice::bf16(static_cast<float>(v))));
   return y;
 }
 
@@ -108,7 +107,8 @@ std::vector<double> PlainDecoder::step(int token) {
     const Row y = norm(hidden, layer.feed_forward_norm, c.norm_eps);
     Row gate = product(layer.gate, y);
     const Row up = product(layer.up, y);
-    for (std::size_t i = 0; i < gate.size(); ++i) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+    for (std::size_t i = 0; i < gate.size(); ++i)
+      gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
     add(hidden, product(layer.down, gate));
   }
   ++total_;

@@ -38,7 +38,9 @@ struct PlainWeights {
 class PlainDecoder {
  public:
   PlainDecoder(const PlainDecoderConfig& config, const PlainWeights& weights)
-      : config_(config), weights_(&weights), keys_(weights.layers.size()),
+      : config_(config),
+        weights_(&weights),
+        keys_(weights.layers.size()),
         values_(weights.layers.size()) {}
 
   /// Feeds a token; logits of the next. [vocab_size]

@@ -157,9 +157,9 @@ TEST(ChunkAttention, AnyChunkingOfRandomStreams) {
     const std::int64_t most = 1 + static_cast<std::int64_t>(random.below(150));
     std::int64_t sum = 0;
     for (int k = 0; k < 4; ++k) {
-      c.chunks.push_back(k == 1 ? most
-                                : 1 + static_cast<std::int64_t>(
-                                          random.below(static_cast<std::uint64_t>(most))));
+      c.chunks.push_back(
+          k == 1 ? most
+                 : 1 + static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(most))));
       sum += c.chunks.back();
     }
     s.capacity = s.window_size == 0 ? sum + s.num_sink_tokens
@@ -257,13 +257,14 @@ struct SmallModel {
       return m;
     };
     const auto norm = [&] {
-      std::vector<float> v = random_floats(random, static_cast<std::size_t>(shape.hidden_size), 0.2);
+      std::vector<float> v =
+          random_floats(random, static_cast<std::size_t>(shape.hidden_size), 0.2);
       for (float& x : v) x += 1;
       return v;
     };
     device.emplace(shape, false);
-    host.embedding = random_floats(
-        random, static_cast<std::size_t>(shape.vocab_size * shape.hidden_size), 1);
+    host.embedding =
+        random_floats(random, static_cast<std::size_t>(shape.vocab_size * shape.hidden_size), 1);
     for (float& v : host.embedding) v = static_cast<float>(bf16(v));
     host.output = matrix(shape.vocab_size, shape.hidden_size);
     host.output_norm = norm();
@@ -297,13 +298,12 @@ struct SmallModel {
                              std::int64_t chunk, bool overlap) const {
     CudaDecoderOptions result;
     const bool full = window == 0;
-    result.step = {
-        .num_sink_tokens = sinks,
-        .window_size = full ? DecodeStepConfig::kUnlimitedWindow : window,
-        .capacity = full ? 256 : sinks + window + std::max<std::int64_t>(chunk - 1, 0),
-        .batch_size = batch,
-        .frequencies = frequencies,
-        .interleaved = plain.interleaved};
+    result.step = {.num_sink_tokens = sinks,
+                   .window_size = full ? DecodeStepConfig::kUnlimitedWindow : window,
+                   .capacity = full ? 256 : sinks + window + std::max<std::int64_t>(chunk - 1, 0),
+                   .batch_size = batch,
+                   .frequencies = frequencies,
+                   .interleaved = plain.interleaved};
     result.max_chunk = chunk;
     result.overlap = overlap;
     result.history_size = 512;

@@ -33,7 +33,8 @@ std::string describe(const Product& p) {
          ", epilogue " + std::to_string(static_cast<int>(p.epilogue));
 }
 
-/// Every output of one product against float64 sums, and a second launch's bits against the first's.
+/// Every output of one product against float64 sums, and a second launch's bits against the
+/// first's.
 template <class Element>
 void check(const Product& p, bool overlap, std::uint64_t seed) {
   SCOPED_TRACE(describe(p));

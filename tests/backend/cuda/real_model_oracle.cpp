@@ -64,8 +64,7 @@ RealModel load_real_model(const std::string& path) {
   model.norm_eps = c.norm_eps;
   model.sm_scale = c.sm_scale;
   const Rotary rotary(c.rotaries[0]);
-  for (int i = 0; i < rotary.num_pairs(); ++i)
-    model.frequencies.push_back(rotary.frequency(i));
+  for (int i = 0; i < rotary.num_pairs(); ++i) model.frequencies.push_back(rotary.frequency(i));
   model.interleaved = c.rotaries[0].pairing == RotaryPairing::kInterleaved;
   model.embedding = rounded(w.embedding);
   model.output = rounded(w.output);
@@ -80,9 +79,11 @@ RealModel load_real_model(const std::string& path) {
 struct RealStream::State {
   std::shared_ptr<const Decoder> decoder;
   std::unique_ptr<Session<bf16>> session;
+  std::unique_ptr<Session<float>> exact;
 };
 
-RealStream::RealStream(const RealModel& m, std::int64_t sinks, std::int64_t window, int threads)
+RealStream::RealStream(const RealModel& m, std::int64_t sinks, std::int64_t window, int threads,
+                       bool rounded_cache)
     : state_(new State) {
   DecoderConfig c;
   c.family = "llama";
@@ -98,8 +99,7 @@ RealStream::RealStream(const RealModel& m, std::int64_t sinks, std::int64_t wind
                       .rotary_dim = static_cast<int>(2 * m.frequencies.size())};
   // Frequencies are theta^(-2 i / rotary_dim): the second one tells theta.
   rotary.theta = std::pow(m.frequencies[1], -static_cast<double>(m.frequencies.size()));
-  rotary.pairing =
-      m.interleaved ? RotaryPairing::kInterleaved : RotaryPairing::kHalfSplit;
+  rotary.pairing = m.interleaved ? RotaryPairing::kInterleaved : RotaryPairing::kHalfSplit;
   c.rotaries.push_back(rotary);
   c.layers.resize(m.layers.size());
   const auto matrix = [](const std::vector<std::uint16_t>& bits, std::int64_t rows,
@@ -131,12 +131,19 @@ RealStream::RealStream(const RealModel& m, std::int64_t sinks, std::int64_t wind
   options.cache.window_size = window;
   options.cache.chunk_size = 1;
   options.num_threads = threads;
-  state_->session = std::make_unique<Session<bf16>>(state_->decoder, options);
+  if (rounded_cache)
+    state_->session = std::make_unique<Session<bf16>>(state_->decoder, options);
+  else
+    state_->exact = std::make_unique<Session<float>>(state_->decoder, options);
 }
 RealStream::~RealStream() = default;
 
 std::span<const float> RealStream::step(std::int32_t token) {
   const std::array<Token, 1> one{static_cast<Token>(token)};
+  if (state_->exact) {
+    state_->exact->accept(one);
+    return state_->exact->logits();
+  }
   state_->session->accept(one);
   return state_->session->logits();
 }

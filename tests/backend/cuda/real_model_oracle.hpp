@@ -27,16 +27,18 @@ struct RealModel {
   std::vector<RealLayer> layers;
 };
 
-/// The model file that tests use, "" where there is none: SLUICE_MODEL, or the default in the cache.
+/// The model file that tests use, "" where there is none: SLUICE_MODEL, or the default in the
+/// cache.
 std::string real_model_path();
 
 /// \throws sluice::Error for a file that cannot be read or a model that the GPU does not run.
 RealModel load_real_model(const std::string& path);
 
-/// A stream of the CPU's decoder over those weights, keys and values in bf16.
+/// A stream of the CPU's decoder over those weights, keys and values in bf16 or in float32.
 class RealStream {
  public:
-  RealStream(const RealModel& model, std::int64_t sinks, std::int64_t window, int threads);
+  RealStream(const RealModel& model, std::int64_t sinks, std::int64_t window, int threads,
+             bool rounded_cache);
   ~RealStream();
   /// Feeds a token; logits of the next. [vocab_size]
   std::span<const float> step(std::int32_t token);

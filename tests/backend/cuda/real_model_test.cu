@@ -28,8 +28,8 @@ constexpr std::int64_t kWindow = 124;
 constexpr int kText = 256;
 
 /// "The history of the steam engine begins long before the railways. In the first century,"
-constexpr std::array<std::int32_t, 17> kPrompt{504, 1463, 282, 260, 9403, 2327,  5634, 986, 1092,
-                                               260, 33214, 30, 533, 260, 808,  2070, 28};
+constexpr std::array<std::int32_t, 17> kPrompt{504, 1463,  282, 260, 9403, 2327, 5634, 986, 1092,
+                                               260, 33214, 30,  533, 260,  808,  2070, 28};
 
 CudaDecoderWeights<bf16> upload(const RealModel& m) {
   const auto elements = [](const std::vector<std::uint16_t>& bits) {
@@ -90,22 +90,27 @@ TEST(RealModel, WritesTheSameTextOnBothSides) {
   };
 
   // The CPU's text, and beside it the GPU's logits for the same tokens.
-  RealStream cpu(model, kSinks, kWindow,
-                 std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / 2));
+  const int threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / 2);
+  RealStream cpu(model, kSinks, kWindow, threads, true);
+  RealStream exact(model, kSinks, kWindow, threads, false);
   CudaDecoder<bf16, 64> follower(weights, options(0));
   std::vector<std::int32_t> text(kPrompt.begin(), kPrompt.end());
   double worst = 0;
+  double rounding = 0;
   for (int i = 0; i < static_cast<int>(kPrompt.size()) + kText - 1; ++i) {
     const std::int32_t token = text[static_cast<std::size_t>(i)];
     const std::span<const float> expected = cpu.step(token);
     follower.feed(std::array{token});
     follower.step(nullptr);
     worst = std::max(worst, relative_error(follower.logits(), expected));
+    rounding = std::max(rounding, relative_error(exact.step(token), expected));
     if (i + 1 >= static_cast<int>(kPrompt.size())) text.push_back(argmax(expected));
   }
-  // Float32 on both sides in another order; a key or value may round to the other neighbour, 2^-8
-  // of itself, and such an entry is one of thousands in a sum.
-  EXPECT_LE(worst, 0x1p-8);
+  // Float32 on both sides, in another order. A key or value then may round to its other neighbour,
+  // and thirty layers amplify that as they amplify every rounding of the cache: what all of those
+  // do together on the CPU is the bound.
+  EXPECT_LE(worst, rounding);
+  EXPECT_LE(rounding, 0.05);
 
   // The GPU's own text: the prompt fed, then nothing but replays.
   CudaDecoder<bf16, 64> writer(weights, options(0));
@@ -123,7 +128,7 @@ TEST(RealModel, WritesTheSameTextOnBothSides) {
 
   // The prompt read as chunks, products rounded: logits within bf16 of the CPU's.
   CudaDecoder<bf16, 64> reader(weights, options(7));
-  RealStream again(model, kSinks, kWindow, 1);
+  RealStream again(model, kSinks, kWindow, threads, true);
   std::vector<float> expected;
   for (const std::int32_t token : kPrompt) {
     const std::span<const float> logits = again.step(token);
@@ -134,8 +139,8 @@ TEST(RealModel, WritesTheSameTextOnBothSides) {
   // Each of the 121 products rounds its input by up to 2^-9, in directions that do not agree: the
   // square root of their number, times 2^-9.
   EXPECT_LE(chunked, std::sqrt(121.0) * 0x1p-9);
-  RecordProperty("worst_relative_error", std::to_string(worst));
-  std::printf("relative error of logits: stepping %.2e, prompt in chunks %.2e\n", worst, chunked);
+  std::printf("relative error of logits: stepping %.2e, prompt in chunks %.2e; a bf16 cache %.2e\n",
+              worst, chunked, rounding);
 }
 
 }  // namespace

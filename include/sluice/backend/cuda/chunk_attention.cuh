@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
     const int which = i >= p.num_pairs ? 1 : 0;
     const int pair = i - which * p.num_pairs;
     const std::int64_t index = which == 1 && own > p.ceiling ? p.ceiling : own;
-    const float2 turned = rotation_at(p.origin + static_cast<double>(index), p.frequencies[pair],
-                                      p.attention_factor);
+    const float2 turned =
+        rotation_at(p.origin + static_cast<double>(index), p.frequencies[pair], p.attention_factor);
     rows[which * 2 * p.num_pairs + pair] = turned.x;
     rows[(which * 2 + 1) * p.num_pairs + pair] = turned.y;
   }
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(kRowThreads)
       const int which = e / query_pairs;
       if (which == 1 && p.sinks == 0) continue;
       const int head = e % query_pairs / kPairs;
-      write(p.rotated + ((which * std::int64_t{p.tokens} + token) * p.num_qo_heads + head) *
-                            kHeadDim,
-            rotate_pair(p.num_pairs, p.interleaved, rows + which * 2 * p.num_pairs,
-                        p.query + token * p.stride + head * kHeadDim, e % kPairs));
+      write(
+          p.rotated + ((which * std::int64_t{p.tokens} + token) * p.num_qo_heads + head) * kHeadDim,
+          rotate_pair(p.num_pairs, p.interleaved, rows + which * 2 * p.num_pairs,
+                      p.query + token * p.stride + head * kHeadDim, e % kPairs));
     } else if (const int k = e - 2 * query_pairs; k < kv_pairs) {
       const int head = k / kPairs;
       write(p.keys + head * p.head_stride + at,
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kRowThreads)
       const int v = k - kv_pairs;
       const int head = v / kPairs;
       const int pair = v % kPairs;
-      const float2 x = *reinterpret_cast<const float2*>(p.value + token * p.stride +
-                                                        head * kHeadDim + 2 * pair);
+      const float2 x =
+          *reinterpret_cast<const float2*>(p.value + token * p.stride + head * kHeadDim + 2 * pair);
       *reinterpret_cast<std::uint32_t*>(p.values + head * p.head_stride + at + 2 * pair) =
           H::pack(x.x, x.y);
     }
@@ -182,7 +182,9 @@ __global__ void __launch_bounds__(kChunkThreads)
     return n < sink_tiles ? std::int64_t{n} * kChunkTile
                           : oldest + std::int64_t{n - sink_tiles} * kChunkTile;
   };
-  const auto end_key = [&](int n) { return n < sink_tiles ? sinks_seen : last + 1; };
+  const auto end_key = [&](int n) {
+    return n < sink_tiles ? sinks_seen : last + 1;
+  };
 
   const auto load_tile = [&](int n) {
     const std::int64_t from = first_key(n);
@@ -241,16 +243,16 @@ __global__ void __launch_bounds__(kChunkThreads)
 #pragma unroll
       for (int b = 0; b < kKeyBlocks; b += 2) {
         std::uint32_t r[4];
-        load_matrices(r, key_tile + (8 * b + lane / 16 * 8 + lane % 8) * kRow + 16 * step +
-                             lane / 8 % 2 * 8);
+        load_matrices(
+            r, key_tile + (8 * b + lane / 16 * 8 + lane % 8) * kRow + 16 * step + lane / 8 % 2 * 8);
         H::multiply_add(s[b], query[step], r[0], r[1]);
         H::multiply_add(s[b + 1], query[step], r[2], r[3]);
       }
     }
     const std::int64_t from = first_key(n);
     const std::int64_t window = n < sink_tiles ? DecodeStepConfig::kUnlimitedWindow : p.window;
-    const bool whole = from + kChunkTile - 1 <= first && from + kChunkTile <= end_key(n) &&
-                       from > last - window;
+    const bool whole =
+        from + kChunkTile - 1 <= first && from + kChunkTile <= end_key(n) && from > last - window;
     if (!whole) {
       const std::int64_t end = end_key(n);
 #pragma unroll
@@ -337,17 +339,15 @@ class ChunkAttentionPlan {
       : shape_(shape), max_tokens_(max_tokens) {
     const bool limited = step.window_size < DecodeStepConfig::kUnlimitedWindow;
     // The chunk's first query still sees keys that its last one's would have evicted.
-    const std::int64_t most = limited
-                                  ? step.capacity - step.num_sink_tokens - step.window_size + 1
-                                  : step.capacity;
+    const std::int64_t most =
+        limited ? step.capacity - step.num_sink_tokens - step.window_size + 1 : step.capacity;
     if (max_tokens < 1 || max_tokens > most)
-      throw Error(ErrorCode::kShape, {"a chunk does not fit the cache", "ChunkAttentionPlan",
-                                      "max_tokens", "1 to " + std::to_string(most),
-                                      std::to_string(max_tokens)});
+      throw Error(ErrorCode::kShape,
+                  {"a chunk does not fit the cache", "ChunkAttentionPlan", "max_tokens",
+                   "1 to " + std::to_string(most), std::to_string(max_tokens)});
     rotated_ = Buffer<std::uint16_t, cuda>(
         static_cast<std::size_t>(2 * max_tokens * shape.num_qo_heads * kHeadDim));
-    rows_ = Buffer<float, cuda>(static_cast<std::size_t>(max_tokens) * 4 *
-                                step.frequencies.size());
+    rows_ = Buffer<float, cuda>(static_cast<std::size_t>(max_tokens) * 4 * step.frequencies.size());
     check_cuda(cudaFuncSetAttribute(detail::chunk_attention_kernel<Element, kHeadDim>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "cudaFuncSetAttribute");

@@ -467,8 +467,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int pair = e % (kHeadDim / 2);
     const int which = row > heads ? 1 : 0;
     const int head = which == 1 ? row - heads - 1 : row;
-    const RotatedPair x =
-        rotate_pair(p.num_pairs, p.interleaved, own_row + which * 2 * p.num_pairs, inputs + head * kHeadDim, pair);
+    const RotatedPair x = rotate_pair(p.num_pairs, p.interleaved, own_row + which * 2 * p.num_pairs,
+                                      inputs + head * kHeadDim, pair);
     const float scale = row == heads ? 1 : p.scale_log2;
     const float a = x.a * scale;
     const float b = x.b * scale;
@@ -878,7 +878,6 @@ class DecodeAttentionPlan {
     check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes_)),
                "cudaFuncSetAttribute");
-    detail::prefer_shared_memory(kernel());
     if (schedule_.cluster > 8)  // more than every chip must offer
       check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                  "cudaFuncSetAttribute");

@@ -195,6 +195,7 @@ class DecodeStep {
   }
   /// Device memory of the counts, for kernels that decide on the device who joins and leaves.
   std::int64_t* totals_data() { return totals_.data(); }
+  const std::int64_t* totals_data() const { return totals_.data(); }
   const Buffer<float, cuda>& rows_buffer() const { return rows_; }
 
  private:
@@ -221,19 +222,18 @@ class DecodeStep {
   }
 
   void run(int delta, cudaStream_t stream, bool overlap) {
-    const detail::DecodeStepParams params{
-        .totals = totals_.data(),
-        .places = places_.data(),
-        .rows = rows_.data(),
-        .frequencies = frequencies_.data(),
-        .sinks = config_.num_sink_tokens,
-        .window = config_.window_size,
-        .capacity = config_.capacity,
-        .ceiling = ceiling(),
-        .origin = config_.origin,
-        .attention_factor = config_.attention_factor,
-        .num_pairs = num_pairs_,
-        .delta = delta};
+    const detail::DecodeStepParams params{.totals = totals_.data(),
+                                          .places = places_.data(),
+                                          .rows = rows_.data(),
+                                          .frequencies = frequencies_.data(),
+                                          .sinks = config_.num_sink_tokens,
+                                          .window = config_.window_size,
+                                          .capacity = config_.capacity,
+                                          .ceiling = ceiling(),
+                                          .origin = config_.origin,
+                                          .attention_factor = config_.attention_factor,
+                                          .num_pairs = num_pairs_,
+                                          .delta = delta};
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -93,8 +93,7 @@ class CudaDecoderWeights {
     layers[static_cast<std::size_t>(layer)].query_key_value.upload(fused);
   }
   /// gate, up: [intermediate_size, hidden_size]. \throws Error(kShape, kDevice).
-  void set_gate_up(std::int64_t layer, std::span<const Element> gate,
-                   std::span<const Element> up) {
+  void set_gate_up(std::int64_t layer, std::span<const Element> gate, std::span<const Element> up) {
     const auto width = static_cast<std::size_t>(shape_.hidden_size);
     std::vector<Element> rows;
     rows.reserve(gate.size() + up.size());
@@ -115,8 +114,8 @@ class CudaDecoderWeights {
     const auto require = [](bool good, const char* field, const char* expected,
                             std::int64_t found) {
       if (!good)
-        throw Error(ErrorCode::kShape, {"decoder does not fit", "CudaDecoderShape", field,
-                                        expected, std::to_string(found)});
+        throw Error(ErrorCode::kShape, {"decoder does not fit", "CudaDecoderShape", field, expected,
+                                        std::to_string(found)});
     };
     require(s.vocab_size >= 1 && s.vocab_size <= (1 << 26), "vocab_size", "1 to 2^26",
             s.vocab_size);
@@ -167,16 +166,18 @@ class CudaDecoder {
       : weights_(&weights),
         options_(options),
         step_(options.step),
-        attention_({weights.shape().num_qo_heads, weights.shape().num_kv_heads,
-                    weights.shape().head_dim},
-                   options.step, options.overlap),
+        attention_(
+            {weights.shape().num_qo_heads, weights.shape().num_kv_heads, weights.shape().head_dim},
+            options.step, options.overlap),
         vector_(options.overlap),
         overlap_(options.overlap && supports_overlap()) {
     options_.step.frequencies = {};
     const CudaDecoderShape& s = shape();
     const std::int64_t batch = options.step.batch_size;
     const std::int64_t rows = std::max(batch, options.max_chunk);
-    const auto size = [](std::int64_t a, std::int64_t b) { return static_cast<std::size_t>(a * b); };
+    const auto size = [](std::int64_t a, std::int64_t b) {
+      return static_cast<std::size_t>(a * b);
+    };
     layer_stride_ = batch * s.num_kv_heads * options.step.capacity * kHeadDim;
     keys_ = Buffer<Element, cuda>(size(s.num_layers, layer_stride_));
     values_ = Buffer<Element, cuda>(size(s.num_layers, layer_stride_));
@@ -221,9 +222,8 @@ class CudaDecoder {
   /// \throws Error(kShape) unless there is one token of the vocabulary per session.
   void feed(std::span<const std::int32_t> tokens, cudaStream_t stream = nullptr) {
     if (static_cast<std::int64_t>(tokens.size()) != batch_size())
-      throw Error(ErrorCode::kShape,
-                  {"one token per session", "CudaDecoder::feed", "tokens",
-                   std::to_string(batch_size()), std::to_string(tokens.size())});
+      throw Error(ErrorCode::kShape, {"one token per session", "CudaDecoder::feed", "tokens",
+                                      std::to_string(batch_size()), std::to_string(tokens.size())});
     check_tokens(tokens, "CudaDecoder::feed");
     tokens_.upload(tokens, stream);
     detail::TokenChoiceParams p = choice_params(0, 0);
@@ -276,10 +276,10 @@ class CudaDecoder {
     step_.set_totals(totals, stream);
     // What follows the last token: its logits, and the choice.
     const CudaDecoderShape& s = shape();
-    MatrixVectorTask<Element> task = vector_task(
-        weights_->output_matrix(), s.vocab_size, s.hidden_size,
-        chunk_hidden_.data() + (length - 1) * s.hidden_size, weights_->output_norm.data(),
-        logits_.data() + session * s.vocab_size);
+    MatrixVectorTask<Element> task =
+        vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size,
+                    chunk_hidden_.data() + (length - 1) * s.hidden_size,
+                    weights_->output_norm.data(), logits_.data() + session * s.vocab_size);
     set_choice(task, session);
     vector_.launch(task, VectorEpilogue::kChoose, stream);
     choose(choice_params(session, vector_.blocks()), 1, stream);
@@ -322,14 +322,13 @@ class CudaDecoder {
   void check_tokens(std::span<const std::int32_t> tokens, const char* where) const {
     for (const std::int32_t token : tokens)
       if (token < 0 || token >= shape().vocab_size)
-        throw Error(ErrorCode::kShape, {"a token outside the vocabulary", where, "token",
-                                        "below " + std::to_string(shape().vocab_size),
-                                        std::to_string(token)});
+        throw Error(ErrorCode::kShape,
+                    {"a token outside the vocabulary", where, "token",
+                     "below " + std::to_string(shape().vocab_size), std::to_string(token)});
   }
 
-  MatrixVectorTask<Element> vector_task(const Element* matrix, std::int64_t rows,
-                                        std::int64_t cols, const float* x, const float* norm,
-                                        float* y) const {
+  MatrixVectorTask<Element> vector_task(const Element* matrix, std::int64_t rows, std::int64_t cols,
+                                        const float* x, const float* norm, float* y) const {
     MatrixVectorTask<Element> task;
     task.matrix = matrix;
     task.rows = rows;
@@ -420,11 +419,10 @@ class CudaDecoder {
   }
 
   void norm_rows(const float* x, const float* norm, std::int64_t rows, cudaStream_t stream) {
-    detail::launch_kernel("rms_norm_kernel", detail::rms_norm_kernel<Element>,
-                          dim3(static_cast<unsigned>(rows)), detail::kRowThreads, stream, overlap_,
-                          x, norm, static_cast<float>(shape().norm_eps),
-                          reinterpret_cast<std::uint16_t*>(rounded_.data()),
-                          static_cast<int>(shape().hidden_size));
+    detail::launch_kernel(
+        "rms_norm_kernel", detail::rms_norm_kernel<Element>, dim3(static_cast<unsigned>(rows)),
+        detail::kRowThreads, stream, overlap_, x, norm, static_cast<float>(shape().norm_eps),
+        reinterpret_cast<std::uint16_t*>(rounded_.data()), static_cast<int>(shape().hidden_size));
   }
 
   /// What follows attention in a layer; attended rows are in rounded_.
@@ -507,24 +505,24 @@ class CudaDecoder {
   DecodeStep step_;
   DecodeAttentionPlan<Element, kHeadDim> attention_;
   MatrixVectorPlan<Element> vector_;
-  std::optional<MatrixProducts<Element>> products_;            // several rows
+  std::optional<MatrixProducts<Element>> products_;             // several rows
   std::optional<ChunkAttentionPlan<Element, kHeadDim>> chunk_;  // prefill
   bool overlap_;
-  std::int64_t layer_stride_ = 0;                 // elements of a layer's keys
-  Buffer<Element, cuda> keys_;                    // [layers, batch, kv_heads, capacity, head_dim]
-  Buffer<Element, cuda> values_;                  // the same
-  Buffer<float, cuda> hidden_;                    // [batch, hidden_size], the residual stream
-  Buffer<float, cuda> fused_;                     // [rows, query + key + value]
-  Buffer<float, cuda> attended_;                  // [query_size], one session
-  Buffer<float, cuda> activated_;                 // [intermediate_size], one session
-  Buffer<Element, cuda> rounded_;                 // [rows, widest]: inputs of products
-  Buffer<float, cuda> gate_up_;                   // [rows, 2 intermediate_size]
-  Buffer<float, cuda> logits_;                    // [batch, vocab_size]
+  std::int64_t layer_stride_ = 0;  // elements of a layer's keys
+  Buffer<Element, cuda> keys_;     // [layers, batch, kv_heads, capacity, head_dim]
+  Buffer<Element, cuda> values_;   // the same
+  Buffer<float, cuda> hidden_;     // [batch, hidden_size], the residual stream
+  Buffer<float, cuda> fused_;      // [rows, query + key + value]
+  Buffer<float, cuda> attended_;   // [query_size], one session
+  Buffer<float, cuda> activated_;  // [intermediate_size], one session
+  Buffer<Element, cuda> rounded_;  // [rows, widest]: inputs of products
+  Buffer<float, cuda> gate_up_;    // [rows, 2 intermediate_size]
+  Buffer<float, cuda> logits_;     // [batch, vocab_size]
   Buffer<TokenCandidate, cuda> candidates_;
-  Buffer<std::int32_t, cuda> tokens_;             // [batch]
-  Buffer<std::int32_t, cuda> history_;            // [batch, history_size]
-  Buffer<float, cuda> chunk_hidden_;              // [max_chunk, hidden_size]
-  Buffer<std::int32_t, cuda> chunk_tokens_;       // [max_chunk]
+  Buffer<std::int32_t, cuda> tokens_;        // [batch]
+  Buffer<std::int32_t, cuda> history_;       // [batch, history_size]
+  Buffer<float, cuda> chunk_hidden_;         // [max_chunk, hidden_size]
+  Buffer<std::int32_t, cuda> chunk_tokens_;  // [max_chunk]
 };
 
 }  // namespace sluice

@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kRowThreads)
     chosen = p.tokens[sequence];
   }
   __syncthreads();
-  const std::uint16_t* const from =
-      p.embedding + static_cast<std::int64_t>(chosen) * p.hidden_size;
+  const std::uint16_t* const from = p.embedding + static_cast<std::int64_t>(chosen) * p.hidden_size;
   for (int i = 8 * tid; i < p.hidden_size; i += 8 * kRowThreads) {
     const uint4 v = *reinterpret_cast<const uint4*>(from + i);
     float4* const to = reinterpret_cast<float4*>(p.hidden + row * p.hidden_size + i);
@@ -168,8 +167,8 @@ __global__ void __launch_bounds__(kRowThreads)
       embedding + static_cast<std::int64_t>(tokens[blockIdx.x]) * hidden_size;
   for (int i = 8 * static_cast<int>(threadIdx.x); i < hidden_size; i += 8 * kRowThreads) {
     const uint4 v = *reinterpret_cast<const uint4*>(from + i);
-    float4* const to = reinterpret_cast<float4*>(
-        hidden + static_cast<std::int64_t>(blockIdx.x) * hidden_size + i);
+    float4* const to =
+        reinterpret_cast<float4*>(hidden + static_cast<std::int64_t>(blockIdx.x) * hidden_size + i);
     to[0] = {H::low(v.x), H::high(v.x), H::low(v.y), H::high(v.y)};
     to[1] = {H::low(v.z), H::high(v.z), H::low(v.w), H::high(v.w)};
   }

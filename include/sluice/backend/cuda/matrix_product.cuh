@@ -23,10 +23,10 @@ namespace sluice {
 inline void check_cublas(cublasStatus_t status, const char* call,
                          std::source_location at = std::source_location::current()) {
   if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw Error(ErrorCode::kDevice, {std::string("cuBLASLt: ") + cublasLtGetStatusName(status),
-                                   std::string(at.file_name()) + ":" + std::to_string(at.line()),
-                                   call, "CUBLAS_STATUS_SUCCESS",
-                                   std::to_string(static_cast<int>(status))});
+  throw Error(ErrorCode::kDevice,
+              {std::string("cuBLASLt: ") + cublasLtGetStatusName(status),
+               std::string(at.file_name()) + ":" + std::to_string(at.line()), call,
+               "CUBLAS_STATUS_SUCCESS", std::to_string(static_cast<int>(status))});
 }
 
 /// Y = X W^T (+ Y), sums in float32: X [count, cols] and W [rows, cols] of Element, Y [count, rows]
@@ -56,11 +56,10 @@ class MatrixProducts {
     const Plan& plan = plan_of({rows, cols, count});
     const float one = 1;
     const float zero = 0;
-    check_cublas(
-        cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x, add ? &one : &zero, y,
-                       plan.y, y, plan.y, &plan.algorithm, workspace_.data(), kWorkspaceBytes,
-                       stream),
-        "cublasLtMatmul");
+    check_cublas(cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x,
+                                add ? &one : &zero, y, plan.y, y, plan.y, &plan.algorithm,
+                                workspace_.data(), kWorkspaceBytes, stream),
+                 "cublasLtMatmul");
   }
 
  private:
@@ -103,10 +102,9 @@ class MatrixProducts {
                  "cublasLtMatmulDescCreate");
     // cuBLAS counts columns first: our Y is its Y^T = W X^T.
     const cublasOperation_t transposed = CUBLAS_OP_T;
-    check_cublas(
-        cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
-                                       sizeof(transposed)),
-        "cublasLtMatmulDescSetAttribute");
+    check_cublas(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
+                                                &transposed, sizeof(transposed)),
+                 "cublasLtMatmulDescSetAttribute");
     check_cublas(
         cublasLtMatrixLayoutCreate(&plan.w, kType, cols, rows, static_cast<std::int64_t>(cols)),
         "cublasLtMatrixLayoutCreate");
@@ -120,9 +118,9 @@ class MatrixProducts {
     check_cublas(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     cublasLtMatmulHeuristicResult_t result{};
     int found = 0;
-    cublasStatus_t status = cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kWorkspaceBytes,
-        sizeof(kWorkspaceBytes));
+    cublasStatus_t status =
+        cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                                             &kWorkspaceBytes, sizeof(kWorkspaceBytes));
     if (status == CUBLAS_STATUS_SUCCESS)
       status = cublasLtMatmulAlgoGetHeuristic(handle_, plan.operation, plan.w, plan.x, plan.y,
                                               plan.y, preference, 1, &result, &found);

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
 /// Products of a weight matrix with one vector, at the speed of the memory bus: what a decoder's
-/// step at batch 1 consists of. The norm before the product and what follows it (residual sum, gated
-/// activation, choice of a token) are part of the launch.
+/// step at batch 1 consists of. The norm before the product and what follows it (residual sum,
+/// gated activation, choice of a token) are part of the launch.
 ///
 /// How it works. A block owns consecutive rows, so its part of the matrix is one run of memory; the
 /// run is cut into equal spans, one per warp, whatever the rows' ends. Every thread copies its own
 /// 16 bytes of each chunk into a ring in shared memory and reads them back itself: no barrier, and
 /// the ring is filled before the kernel waits for the one before it, because weights depend on
-/// nothing. Two blocks of different launches fit on a multiprocessor, so that the next launch's
-/// first weights arrive while this one ends. Sums are float32 in a fixed order: the same bits twice.
+/// nothing. Two blocks of different launches fit on a multiprocessor, and a launch lets the next
+/// start when its own last requests are out: the bus then has work while one ends and the other
+/// begins. Sums are float32 in a fixed order: the same bits twice.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,8 @@ struct TokenCandidate {
 /// How the next token is chosen on the device.
 struct TokenChoice {
   /// 0: the token of the greatest logit. Else a draw from softmax(logits / temperature), by adding
-  /// Gumbel noise to every logit (Maddison, Tarlow, Minka 2014): no second pass over the vocabulary.
+  /// Gumbel noise to every logit (Maddison, Tarlow, Minka 2014): no second pass over the
+  /// vocabulary.
   float temperature = 0;
   std::uint64_t seed = 0;  ///< noise depends on seed, sequence, number of tokens and token alone
 };
@@ -49,8 +51,8 @@ template <class Element>
 struct MatrixVectorTask {
   const Element* matrix = nullptr;  ///< [rows, cols], row after row
   std::int64_t rows = 0;
-  std::int64_t cols = 0;      ///< a multiple of 8
-  const float* x = nullptr;   ///< [cols]
+  std::int64_t cols = 0;     ///< a multiple of 8
+  const float* x = nullptr;  ///< [cols]
   /// [cols] or null: x is replaced by x * norm / sqrt(mean(x^2) + norm_eps).
   const float* norm = nullptr;
   float norm_eps = 0;
@@ -59,7 +61,8 @@ struct MatrixVectorTask {
   // kChoose only.
   TokenCandidate* candidates = nullptr;  ///< [MatrixVectorPlan::blocks()]
   TokenChoice choice{};
-  const std::int64_t* totals = nullptr;  ///< the sequence's number of tokens; read if temperature > 0
+  const std::int64_t* totals =
+      nullptr;  ///< the sequence's number of tokens; read if temperature > 0
   std::int64_t sequence = 0;
 };
 
@@ -67,17 +70,10 @@ namespace detail {
 
 inline constexpr int kVectorThreads = 512;
 inline constexpr int kVectorWarps = kVectorThreads / kWarpSize;
-#ifndef XSTAGES
-#define XSTAGES 8
-#endif
-#ifndef XLEAD
-#define XLEAD 0
-#endif
-#ifndef XBLOCKS
-#define XBLOCKS 2
-#endif
-inline constexpr int kVectorStages = XSTAGES;
-inline constexpr int kVectorLead = XLEAD;
+inline constexpr int kVectorStages = 6;
+/// Chunks before a warp's last request at which the next kernel may start: its blocks then ask for
+/// their first weights when this kernel has nothing left to ask for.
+inline constexpr int kVectorLead = 4;
 inline constexpr int kVectorChunk = 8 * kWarpSize;  // elements of a row that a warp takes at a time
 
 struct MatrixVectorParams {
@@ -153,7 +149,7 @@ __device__ TokenCandidate best_of_block(TokenCandidate mine, TokenCandidate* scr
 }
 
 template <class Element, VectorEpilogue kEpilogue, bool kNorm>
-__global__ void __launch_bounds__(kVectorThreads, XBLOCKS)
+__global__ void __launch_bounds__(kVectorThreads, 2)
     matrix_vector_kernel(const __grid_constant__ MatrixVectorParams p) {
   using H = Half<Element>;
   constexpr int kUnit = kEpilogue == VectorEpilogue::kGatedSilu ? 2 : 1;
@@ -187,8 +183,8 @@ __global__ void __launch_bounds__(kVectorThreads, XBLOCKS)
   int row = begin / chunks;
   int fetched = begin;
   int fetch_chunk = chunk;
-  const std::uint16_t* from = p.matrix + static_cast<std::int64_t>(first + row) * p.cols +
-                              chunk * kVectorChunk + lane * 8;
+  const std::uint16_t* from =
+      p.matrix + static_cast<std::int64_t>(first + row) * p.cols + chunk * kVectorChunk + lane * 8;
   const int row_step = p.cols - (chunks - 1) * kVectorChunk;
   const auto fetch = [&](int stage) {
     if (fetched < end) {
@@ -301,8 +297,8 @@ __global__ void __launch_bounds__(kVectorThreads, XBLOCKS)
     for (int i = tid; i < count; i += kVectorThreads) {
       const float logit = total_of(i);
       p.y[first + i] = logit;
-      mine = better(
-          mine, {token_score(logit, p.temperature, p.seed, p.sequence, tokens, first + i), first + i});
+      mine = better(mine, {token_score(logit, p.temperature, p.seed, p.sequence, tokens, first + i),
+                           first + i});
     }
     mine = best_of_block<kVectorThreads>(mine, best);
     if (tid == 0) p.candidates[blockIdx.x] = mine;
@@ -328,15 +324,14 @@ class MatrixVectorPlan {
                "cudaDeviceGetAttribute");
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
                "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                      device),
-               "cudaDeviceGetAttribute");
+    check_cuda(
+        cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
     overlap_ = overlap && major >= 9;
     each_kernel([&](auto kernel) {
-      check_cuda(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               most_shared_ - kStaticBytes),
-          "cudaFuncSetAttribute");
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      most_shared_ - kStaticBytes),
+                 "cudaFuncSetAttribute");
       detail::prefer_shared_memory(kernel);
     });
   }
