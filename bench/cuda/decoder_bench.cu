@@ -3,12 +3,14 @@
 /// batches of sessions, prefill, and a million tokens of one stream. One JSON object a line, on
 /// stdout.
 ///
-/// usage: decoder_bench [--case step|sessions|prefill|endless] [--parts]
-///   --parts   also the products of a step, each alone
+/// usage: decoder_bench [--case step|sessions|prefill|endless] [--parts] [--tokens N]
+///   --tokens N  how many the endless stream has (a million)
+///   --parts     also the products of a step, each alone
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -281,14 +283,18 @@ void measure_endless(std::int64_t tokens) {
 int main(int count, char** arguments) {
   bool parts = false;
   std::string only;
+  std::int64_t tokens = 1000000;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--parts") == 0) {
       parts = true;
     } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
+    } else if (std::strcmp(arguments[i], "--tokens") == 0 && i + 1 < count) {
+      tokens = std::max(10000LL, std::atoll(arguments[++i]));
     } else {
       std::fprintf(stderr,
-                   "usage: decoder_bench [--case step|sessions|prefill|endless] [--parts]\n");
+                   "usage: decoder_bench [--case step|sessions|prefill|endless] [--parts] "
+                   "[--tokens N]\n");
       return 2;
     }
   }
@@ -297,7 +303,7 @@ int main(int count, char** arguments) {
   };
   try {
     const double ceiling = measure_machine();
-    if (wanted("endless")) measure_endless(1000000);
+    if (wanted("endless")) measure_endless(tokens);
     if (only == "endless") return 0;
     for (const Geometry& g : {llama_2_7b(), llama_3_8b()}) {
       const std::unique_ptr<Weights> weights = random_weights(g.shape);
