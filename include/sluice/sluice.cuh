@@ -4,6 +4,11 @@
 #pragma once
 
 #include "sluice/backend/cuda/backend.cuh"
+#include "sluice/backend/cuda/chunk_attention.cuh"
 #include "sluice/backend/cuda/decode_attention.cuh"
 #include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/decoder.cuh"
+#include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/matrix_product.cuh"
+#include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"

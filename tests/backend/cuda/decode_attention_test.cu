@@ -18,21 +18,14 @@
 #include <sluice/core/random.hpp>
 
 #include "backend/cuda/decode_oracle.hpp"
+#include "backend/cuda/device_test.hpp"
 
 namespace {
 
 using namespace sluice;
 using sluice_test::DecodeOracle;
 using sluice_test::OracleConfig;
-
-bool has_device() {
-  int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
-}
-
-// Machines without a GPU build every kernel and can run none.
-#define SKIP_WITHOUT_DEVICE() \
-  if (!has_device()) GTEST_SKIP() << "no CUDA device"
+using sluice_test::random_floats;
 
 struct Case {
   OracleConfig sequence;
@@ -56,12 +49,6 @@ std::string describe(const Case& c) {
          std::to_string(c.schedule.splits) + ", cluster " + std::to_string(c.schedule.cluster) +
          ", input " + std::string(to_string(c.input)) + ", output " +
          std::string(to_string(c.output));
-}
-
-std::vector<float> random_floats(Random& random, std::size_t count) {
-  std::vector<float> result(count);
-  for (float& x : result) x = static_cast<float>(random.normal());
-  return result;
 }
 
 /// Rounds `x` to `type` in place and returns the bytes to upload.

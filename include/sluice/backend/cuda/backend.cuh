@@ -46,6 +46,15 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
+/// Asks for the largest share of a multiprocessor's memory as shared memory. Kernels that are to
+/// run side by side must agree: a multiprocessor is divided anew only when it is empty.
+template <class Kernel>
+void prefer_shared_memory(Kernel kernel) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             "cudaFuncSetAttribute");
+}
+
 /// Blocks that run at the same time on neighbouring multiprocessors and may write each other's
 /// shared memory. Before sm_90 every block is a cluster of its own.
 struct ClusterPlace {

@@ -252,17 +252,17 @@ struct RotatedPair {
 };
 
 /// head: [head_dim]; row: [2 (cos, sin), num_pairs].
-__device__ inline RotatedPair rotate_pair(const DecodeAttentionParams& p, const float* row,
+__device__ inline RotatedPair rotate_pair(int num_pairs, bool interleaved, const float* row,
                                           const float* head, int pair) {
   RotatedPair x;
-  const bool rotated = pair < p.num_pairs;
-  const bool halves = rotated && !p.interleaved;
+  const bool rotated = pair < num_pairs;
+  const bool halves = rotated && !interleaved;
   x.first = halves ? pair : 2 * pair;
-  x.second = halves ? pair + p.num_pairs : 2 * pair + 1;
+  x.second = halves ? pair + num_pairs : 2 * pair + 1;
   const float a = head[x.first];
   const float b = head[x.second];
   const float cosine = rotated ? row[pair] : 1;
-  const float sine = rotated ? row[p.num_pairs + pair] : 0;
+  const float sine = rotated ? row[num_pairs + pair] : 0;
   x.a = a * cosine - b * sine;
   x.b = b * cosine + a * sine;
   return x;
@@ -467,8 +467,8 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     const int pair = e % (kHeadDim / 2);
     const int which = row > heads ? 1 : 0;
     const int head = which == 1 ? row - heads - 1 : row;
-    const RotatedPair x =
-        rotate_pair(p, own_row + which * 2 * p.num_pairs, inputs + head * kHeadDim, pair);
+    const RotatedPair x = rotate_pair(p.num_pairs, p.interleaved, own_row + which * 2 * p.num_pairs,
+                                      inputs + head * kHeadDim, pair);
     const float scale = row == heads ? 1 : p.scale_log2;
     const float a = x.a * scale;
     const float b = x.b * scale;

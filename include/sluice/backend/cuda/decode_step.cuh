@@ -80,6 +80,17 @@ struct DecodeStepParams {
 
 inline constexpr int kDecodeStepThreads = 128;
 
+/// Cosine and sine of a pair's turn at a position, times `factor`.
+__device__ inline float2 rotation_at(double position, TurnFrequency f, double factor) {
+  // Whole turns are taken away exactly, so no argument reduction is left for sincospi.
+  const double turns = position * f.high;
+  const double rest = fma(position, f.high, -turns) + position * f.low;
+  double sine;
+  double cosine;
+  sincospi(2 * ((turns - rint(turns)) + rest), &sine, &cosine);
+  return {static_cast<float>(factor * cosine), static_cast<float>(factor * sine)};
+}
+
 /// One block per sequence. A template, because nvcc ignores `inline` on kernels.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
@@ -113,16 +124,10 @@ __global__ void __launch_bounds__(kThreads)
     const int pair = i - which * p.num_pairs;
     const std::int64_t index = which == 1 && total > p.ceiling ? p.ceiling : total;
     const double position = p.origin + static_cast<double>(index);
-    const TurnFrequency f = p.frequencies[pair];
-    // Whole turns are taken away exactly, so no argument reduction is left for sincospi.
-    const double turns = position * f.high;
-    const double rest = fma(position, f.high, -turns) + position * f.low;
-    double sine;
-    double cosine;
-    sincospi(2 * ((turns - rint(turns)) + rest), &sine, &cosine);
+    const float2 turned = rotation_at(position, p.frequencies[pair], p.attention_factor);
     float* row = rows + which * 2 * p.num_pairs;
-    row[pair] = static_cast<float>(p.attention_factor * cosine);
-    row[p.num_pairs + pair] = static_cast<float>(p.attention_factor * sine);
+    row[pair] = turned.x;
+    row[p.num_pairs + pair] = turned.y;
   }
 }
 
@@ -149,6 +154,7 @@ class DecodeStep {
     }
     frequencies_ =
         Buffer<detail::TurnFrequency, cuda>(std::span<const detail::TurnFrequency>(turns));
+    detail::prefer_shared_memory(detail::decode_step_kernel<detail::kDecodeStepThreads>);
     run(0, nullptr, false);
     check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   }
@@ -179,8 +185,17 @@ class DecodeStep {
 
   const detail::DecodePlace* places() const { return places_.data(); }
   const float* rows() const { return rows_.data(); }
+  const detail::TurnFrequency* frequencies() const { return frequencies_.data(); }
+  /// Highest index at which a query reads sinks.
+  std::int64_t ceiling() const {
+    const bool limited = config_.window_size < DecodeStepConfig::kUnlimitedWindow;
+    return limited && config_.position_rule == PositionRule::kInCache
+               ? config_.num_sink_tokens + config_.window_size - 1
+               : std::numeric_limits<std::int64_t>::max();
+  }
   /// Device memory of the counts, for kernels that decide on the device who joins and leaves.
   std::int64_t* totals_data() { return totals_.data(); }
+  const std::int64_t* totals_data() const { return totals_.data(); }
   const Buffer<float, cuda>& rows_buffer() const { return rows_; }
 
  private:
@@ -207,22 +222,18 @@ class DecodeStep {
   }
 
   void run(int delta, cudaStream_t stream, bool overlap) {
-    const bool limited = config_.window_size < DecodeStepConfig::kUnlimitedWindow;
-    const bool clamped = limited && config_.position_rule == PositionRule::kInCache;
-    const detail::DecodeStepParams params{
-        .totals = totals_.data(),
-        .places = places_.data(),
-        .rows = rows_.data(),
-        .frequencies = frequencies_.data(),
-        .sinks = config_.num_sink_tokens,
-        .window = config_.window_size,
-        .capacity = config_.capacity,
-        .ceiling = clamped ? config_.num_sink_tokens + config_.window_size - 1
-                           : std::numeric_limits<std::int64_t>::max(),
-        .origin = config_.origin,
-        .attention_factor = config_.attention_factor,
-        .num_pairs = num_pairs_,
-        .delta = delta};
+    const detail::DecodeStepParams params{.totals = totals_.data(),
+                                          .places = places_.data(),
+                                          .rows = rows_.data(),
+                                          .frequencies = frequencies_.data(),
+                                          .sinks = config_.num_sink_tokens,
+                                          .window = config_.window_size,
+                                          .capacity = config_.capacity,
+                                          .ceiling = ceiling(),
+                                          .origin = config_.origin,
+                                          .attention_factor = config_.attention_factor,
+                                          .num_pairs = num_pairs_,
+                                          .delta = delta};
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -1,0 +1,333 @@
+// SPDX-License-Identifier: MIT
+/// Times whole steps of decoders with random weights in replayed CUDA graphs: single tokens,
+/// batches of sessions, prefill, and a million tokens of one stream. One JSON object a line, on
+/// stdout.
+///
+/// usage: decoder_bench [--case step|sessions|prefill|endless] [--parts] [--tokens N]
+///   --tokens N  how many the endless stream has (a million)
+///   --parts     also the products of a step, each alone
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <sluice/sluice.cuh>
+
+#include "cuda/measure.cuh"
+
+namespace {
+
+using namespace sluice;
+using namespace sluice::bench;
+
+using Weights = CudaDecoderWeights<bf16>;
+using Model = CudaDecoder<bf16, 128>;
+
+struct Geometry {
+  const char* name;
+  CudaDecoderShape shape;
+};
+
+Geometry llama_2_7b() {
+  return {"llama-2-7b", {32000, 4096, 11008, 32, 32, 128, 32, 1e-5, 1 / std::sqrt(128.0)}};
+}
+Geometry llama_3_8b() {
+  return {"llama-3-8b", {128256, 4096, 14336, 32, 8, 128, 32, 1e-5, 1 / std::sqrt(128.0)}};
+}
+
+void fill(Buffer<bf16, cuda>& matrix, std::int64_t cols, std::uint64_t salt) {
+  fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(matrix.data()),
+                             static_cast<std::int64_t>(matrix.size()), salt << 33,
+                             1 / std::sqrt(static_cast<float>(cols)));
+}
+
+std::unique_ptr<Weights> random_weights(const CudaDecoderShape& shape) {
+  auto weights = std::make_unique<Weights>(shape, false);
+  const std::vector<float> ones(static_cast<std::size_t>(shape.hidden_size), 1.0F);
+  std::uint64_t salt = 1;
+  fill(weights->embedding, 1, salt++);
+  fill(weights->output, shape.hidden_size, salt++);
+  weights->output_norm.upload(ones);
+  for (CudaLayerWeights<bf16>& layer : weights->layers) {
+    layer.attention_norm.upload(ones);
+    layer.feed_forward_norm.upload(ones);
+    fill(layer.query_key_value, shape.hidden_size, salt++);
+    fill(layer.output, shape.query_size(), salt++);
+    fill(layer.gate_up, shape.hidden_size, salt++);
+    fill(layer.down, shape.intermediate_size, salt++);
+  }
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  return weights;
+}
+
+double weight_bytes(const CudaDecoderShape& s) {
+  const double layer =
+      static_cast<double>(s.hidden_size) *
+      static_cast<double>(s.fused_size() + s.query_size() + 3 * s.intermediate_size);
+  return 2 * (layer * static_cast<double>(s.num_layers) +
+              static_cast<double>(s.vocab_size * s.hidden_size));
+}
+
+CudaDecoderOptions options_for(const CudaDecoderShape& s, std::int64_t batch, std::int64_t window,
+                               std::int64_t chunk, std::vector<double>& frequencies) {
+  frequencies.clear();
+  for (int i = 0; i < s.head_dim / 2; ++i)
+    frequencies.push_back(std::pow(500000.0, -2.0 * i / static_cast<double>(s.head_dim)));
+  CudaDecoderOptions options;
+  options.step = {.num_sink_tokens = 4,
+                  .window_size = window - 4,
+                  .capacity = window + std::max<std::int64_t>(chunk - 1, 0),
+                  .batch_size = batch,
+                  .frequencies = frequencies};
+  options.max_chunk = chunk;
+  return options;
+}
+
+/// Sessions whose caches are full of random rows.
+void measure_step(const Geometry& g, const Weights& weights, std::int64_t batch,
+                  std::int64_t entries, bool overlap, double ceiling) {
+  std::vector<double> frequencies;
+  CudaDecoderOptions options = options_for(g.shape, batch, entries, 0, frequencies);
+  options.overlap = overlap;
+  Model model(weights, options);
+  model.fill_cache([](bf16* rows, std::size_t count) {
+    fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(rows),
+                               static_cast<std::int64_t>(count), 77);
+  });
+  model.set_totals(std::vector<std::int64_t>(static_cast<std::size_t>(batch), 1000000));
+  std::vector<std::int32_t> tokens(static_cast<std::size_t>(batch));
+  for (std::size_t b = 0; b < tokens.size(); ++b) tokens[b] = static_cast<std::int32_t>(17 * b + 1);
+  model.feed(tokens);
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  model.step(nullptr);  // products choose their algorithms outside the capture
+  double spread = 0;
+  const double us =
+      time_graph([&](cudaStream_t stream) { model.step(stream); }, batch > 8 ? 3 : 8, 9, &spread);
+  const double bytes =
+      weight_bytes(g.shape) + static_cast<double>(batch * entries * 4) *
+                                  static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
+  std::printf(
+      "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"bf16\", \"sessions\": %lld, "
+      "\"entries\": %lld, \"overlap\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, \"tokens_per_s\": "
+      "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f, "
+      "\"cache_mbytes_per_session\": %.1f}\n",
+      g.name, static_cast<long long>(batch), static_cast<long long>(entries),
+      overlap ? "true" : "false", us * 1e-3, spread * 1e-3, static_cast<double>(batch) / us * 1e6,
+      bytes * 1e-9, bytes / us * 1e-6, bytes / us * 1e-6 / ceiling,
+      static_cast<double>(model.cache_bytes()) / static_cast<double>(batch) * 1e-6);
+  std::fflush(stdout);
+}
+
+/// Each product of a step alone, over all layers.
+void measure_parts(const Geometry& g, const Weights& weights, bool overlap) {
+  using enum VectorEpilogue;
+  const CudaDecoderShape& s = g.shape;
+  const MatrixVectorPlan<bf16> plan(overlap);
+  Buffer<float, cuda> x(static_cast<std::size_t>(std::max(s.intermediate_size, s.hidden_size)));
+  Buffer<float, cuda> y(static_cast<std::size_t>(std::max(2 * s.intermediate_size, s.vocab_size)));
+  Buffer<TokenCandidate, cuda> candidates(static_cast<std::size_t>(plan.blocks()));
+  const std::vector<float> ones(x.size(), 1.0F);
+  x.upload(ones);
+  struct Part {
+    const char* name;
+    VectorEpilogue epilogue;
+    std::int64_t rows;
+    std::int64_t cols;
+    bool norm;
+  };
+  for (const Part& part :
+       {Part{"query_key_value", kStore, s.fused_size(), s.hidden_size, true},
+        Part{"output", kAdd, s.hidden_size, s.query_size(), false},
+        Part{"gate_up", kGatedSilu, 2 * s.intermediate_size, s.hidden_size, true},
+        Part{"down", kAdd, s.hidden_size, s.intermediate_size, false},
+        Part{"logits", kChoose, s.vocab_size, s.hidden_size, true}}) {
+    const bool logits = part.epilogue == kChoose;
+    const std::int64_t launches = logits ? 4 : s.num_layers;
+    double spread = 0;
+    const double us = time_graph(
+                          [&](cudaStream_t stream) {
+                            for (std::int64_t l = 0; l < launches; ++l) {
+                              const auto& w = weights.layers[static_cast<std::size_t>(l)];
+                              MatrixVectorTask<bf16> task;
+                              task.matrix = std::strcmp(part.name, "output") == 0 ? w.output.data()
+                                            : std::strcmp(part.name, "down") == 0 ? w.down.data()
+                                            : std::strcmp(part.name, "gate_up") == 0
+                                                ? w.gate_up.data()
+                                            : logits ? weights.output.data()
+                                                     : w.query_key_value.data();
+                              task.rows = part.rows;
+                              task.cols = part.cols;
+                              task.x = x.data();
+                              task.norm = part.norm ? w.attention_norm.data() : nullptr;
+                              task.norm_eps = 1e-5F;
+                              task.y = y.data();
+                              task.candidates = candidates.data();
+                              plan.launch(task, part.epilogue, stream);
+                            }
+                          },
+                          8, 9, &spread) /
+                      static_cast<double>(launches);
+    const double bytes = 2 * static_cast<double>(part.rows * part.cols);
+    std::printf(
+        "{\"bench\": \"matrix_vector\", \"model\": \"%s\", \"part\": \"%s\", \"rows\": %lld, "
+        "\"cols\": %lld, \"overlap\": %s, \"us\": %.3f, \"tb_per_s\": %.3f}\n",
+        g.name, part.name, static_cast<long long>(part.rows), static_cast<long long>(part.cols),
+        overlap ? "true" : "false", us, bytes / us * 1e-6);
+    std::fflush(stdout);
+  }
+}
+
+/// A prompt read in chunks.
+void measure_prefill(const Geometry& g, const Weights& weights, std::int64_t prompt,
+                     std::int64_t window, std::int64_t chunk) {
+  std::vector<double> frequencies;
+  Model model(weights, options_for(g.shape, 1, window + 4, chunk, frequencies));
+  std::vector<std::int32_t> tokens(static_cast<std::size_t>(prompt));
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    tokens[i] = static_cast<std::int32_t>(i * 7919 % static_cast<std::size_t>(g.shape.vocab_size));
+  double best = 0;
+  for (int trial = 0; trial < 4; ++trial) {
+    model.set_totals(std::vector<std::int64_t>{0});
+    cudaEvent_t begin = nullptr;
+    cudaEvent_t end = nullptr;
+    check_cuda(cudaEventCreate(&begin), "cudaEventCreate");
+    check_cuda(cudaEventCreate(&end), "cudaEventCreate");
+    check_cuda(cudaEventRecord(begin), "cudaEventRecord");
+    model.prefill(0, tokens);
+    check_cuda(cudaEventRecord(end), "cudaEventRecord");
+    check_cuda(cudaEventSynchronize(end), "cudaEventSynchronize");
+    float ms = 0;
+    check_cuda(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+    best = trial == 0 ? 1e30 : std::min(best, static_cast<double>(ms));
+    check_cuda(cudaEventDestroy(begin), "cudaEventDestroy");
+    check_cuda(cudaEventDestroy(end), "cudaEventDestroy");
+  }
+  std::printf(
+      "{\"bench\": \"decoder_prefill\", \"model\": \"%s\", \"prompt\": %lld, \"window\": %lld, "
+      "\"chunk\": %lld, \"ms\": %.2f, \"tokens_per_s\": %.0f}\n",
+      g.name, static_cast<long long>(prompt), static_cast<long long>(window),
+      static_cast<long long>(chunk), best, static_cast<double>(prompt) / best * 1e3);
+  std::fflush(stdout);
+}
+
+__global__ void stamp(std::uint64_t* times, const std::int64_t* total, std::int64_t count) {
+  std::uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  times[*total % count] = now;
+}
+
+/// `tokens` tokens of one stream through 4 + 1,020 entries, by nothing but replays; every step's
+/// time by the device's clock.
+void measure_endless(std::int64_t tokens) {
+  const CudaDecoderShape shape{49152, 576, 1536, 9, 3, 64, 30, 1e-5, 0.125};
+  const std::unique_ptr<Weights> weights = random_weights(shape);
+  std::vector<double> frequencies;
+  CudaDecoderOptions options = options_for(shape, 1, 1024, 0, frequencies);
+  options.choice = {.temperature = 1, .seed = 1};
+  CudaDecoder<bf16, 64> model(*weights, options);
+  model.feed(std::vector<std::int32_t>{1});
+  Buffer<std::uint64_t, cuda> times(static_cast<std::size_t>(tokens));
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin capture");
+  stamp<<<1, 1, 0, stream>>>(times.data(), model.state().totals_data(), tokens);
+  model.step(stream);
+  check_cuda(cudaStreamEndCapture(stream, &graph), "end capture");
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  std::size_t before = 0;
+  std::size_t after = 0;
+  std::size_t all = 0;
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    check_cuda(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
+    if (i == 2000) {
+      check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+      check_cuda(cudaMemGetInfo(&before, &all), "cudaMemGetInfo");
+    }
+  }
+  check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  check_cuda(cudaMemGetInfo(&after, &all), "cudaMemGetInfo");
+  const std::vector<std::uint64_t> stamps = times.download(stream);
+  std::vector<double> steps;
+  for (std::size_t i = 2002; i < stamps.size(); ++i)
+    steps.push_back(static_cast<double>(stamps[i] - stamps[i - 1]) * 1e-3);
+  const auto quantile = [](std::vector<double> x, double q) {
+    std::sort(x.begin(), x.end());
+    return x[static_cast<std::size_t>(q * static_cast<double>(x.size() - 1))];
+  };
+  const auto tenth = static_cast<std::ptrdiff_t>(steps.size() / 10);
+  std::printf(
+      "{\"bench\": \"decoder_endless\", \"model\": \"smollm2-135m\", \"type\": \"bf16\", "
+      "\"tokens\": %lld, \"entries\": 1024, \"median_us\": %.2f, \"p99_9_us\": %.2f, "
+      "\"max_us\": %.2f, \"first_tenth_median_us\": %.2f, \"last_tenth_median_us\": %.2f, "
+      "\"memory_growth_bytes\": %lld}\n",
+      static_cast<long long>(tokens), quantile(steps, 0.5), quantile(steps, 0.999),
+      quantile(steps, 1), quantile({steps.begin(), steps.begin() + tenth}, 0.5),
+      quantile({steps.end() - tenth, steps.end()}, 0.5),
+      static_cast<long long>(before) - static_cast<long long>(after));
+  std::fflush(stdout);
+  check_cuda(cudaGraphExecDestroy(executable), "destroy");
+  check_cuda(cudaGraphDestroy(graph), "destroy");
+  check_cuda(cudaStreamDestroy(stream), "destroy");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  bool parts = false;
+  std::string only;
+  std::int64_t tokens = 1000000;
+  for (int i = 1; i < count; ++i) {
+    if (std::strcmp(arguments[i], "--parts") == 0) {
+      parts = true;
+    } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
+      only = arguments[++i];
+    } else if (std::strcmp(arguments[i], "--tokens") == 0 && i + 1 < count) {
+      tokens = std::max(10000LL, std::atoll(arguments[++i]));
+    } else {
+      std::fprintf(stderr,
+                   "usage: decoder_bench [--case step|sessions|prefill|endless] [--parts] "
+                   "[--tokens N]\n");
+      return 2;
+    }
+  }
+  const auto wanted = [&](const char* name) {
+    return only.empty() || only == name;
+  };
+  try {
+    const double ceiling = measure_machine();
+    if (wanted("endless")) measure_endless(tokens);
+    if (only == "endless") return 0;
+    for (const Geometry& g : {llama_2_7b(), llama_3_8b()}) {
+      const std::unique_ptr<Weights> weights = random_weights(g.shape);
+      const bool small = g.shape.num_kv_heads == g.shape.num_qo_heads;
+      if (parts)
+        for (const bool overlap : {false, true}) measure_parts(g, *weights, overlap);
+      if (wanted("step"))
+        for (const std::int64_t entries : small ? std::vector<std::int64_t>{256, 1024, 4096}
+                                                : std::vector<std::int64_t>{1024, 4096, 32768})
+          for (const bool overlap : {false, true})
+            measure_step(g, *weights, 1, entries, overlap, ceiling);
+      // 256 sessions of the first geometry would need 137 GB.
+      if (wanted("sessions"))
+        for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 8, 64, 112}
+                                                 : std::vector<std::int64_t>{1, 8, 64, 256})
+          measure_step(g, *weights, sessions, 1024, true, ceiling);
+      if (wanted("prefill")) {
+        measure_prefill(g, *weights, 4096, 1024, 1024);
+        measure_prefill(g, *weights, 32768, 4096, 2048);
+      }
+    }
+  } catch (const Error& error) {
+    std::fprintf(stderr, "decoder_bench: %s\n", error.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,528 @@
+// SPDX-License-Identifier: MIT
+/// A decoder of the Llama family on the GPU: weights, caches and the step in device memory. A step
+/// reads the token that the step before it chose and chooses the next, so one captured step
+/// replays for ever with no work on the host. Needs cublasLt.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "sluice/backend/cuda/backend.cuh"
+#include "sluice/backend/cuda/chunk_attention.cuh"
+#include "sluice/backend/cuda/decode_attention.cuh"
+#include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/matrix_product.cuh"
+#include "sluice/backend/cuda/matrix_vector.cuh"
+#include "sluice/backend/cuda/memory.cuh"
+
+namespace sluice {
+
+/// Extents of a decoder: DecoderConfig's, for the models that this backend runs (Llama 2 and 3,
+/// Mistral, SmolLM2): RMS norms, one rotation for all layers, SiLU, no biases.
+struct CudaDecoderShape {
+  std::int64_t vocab_size = 0;
+  std::int64_t hidden_size = 0;        ///< a multiple of 8
+  std::int64_t intermediate_size = 0;  ///< a multiple of 8
+  std::int64_t num_qo_heads = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;
+  std::int64_t num_layers = 0;
+  double norm_eps = 1e-5;
+  double sm_scale = 0;  ///< of attention scores: 1 / sqrt(head_dim)
+
+  std::int64_t query_size() const { return num_qo_heads * head_dim; }
+  std::int64_t kv_size() const { return num_kv_heads * head_dim; }
+  std::int64_t fused_size() const { return query_size() + 2 * kv_size(); }
+};
+
+/// Weights of one layer, in device memory. Matrices are [out, in].
+template <class Element>
+struct CudaLayerWeights {
+  Buffer<float, cuda> attention_norm;     ///< [hidden_size]
+  Buffer<Element, cuda> query_key_value;  ///< [(num_qo_heads + 2 num_kv_heads) head_dim, hidden]
+  Buffer<Element, cuda> output;           ///< [hidden_size, num_qo_heads * head_dim]
+  Buffer<float, cuda> feed_forward_norm;  ///< [hidden_size]
+  /// [2 * intermediate_size, hidden_size]: gate's row i is row 2 i, up's is row 2 i + 1.
+  Buffer<Element, cuda> gate_up;
+  Buffer<Element, cuda> down;  ///< [hidden_size, intermediate_size]
+};
+
+/// A model's weights in device memory; any number of decoders may share them. Construction
+/// allocates (zeros); the setters copy from the host and wait.
+template <class Element>
+class CudaDecoderWeights {
+ public:
+  /// tied: the output projection is the embedding.
+  /// \throws Error(kShape) naming the extent that does not fit; Error(kDevice).
+  CudaDecoderWeights(const CudaDecoderShape& shape, bool tied)
+      : shape_(checked(shape)),
+        embedding(size(shape.vocab_size, shape.hidden_size)),
+        output_norm(size(shape.hidden_size, 1)),
+        output(tied ? 0 : size(shape.vocab_size, shape.hidden_size)) {
+    for (std::int64_t l = 0; l < shape.num_layers; ++l) {
+      CudaLayerWeights<Element> layer;
+      layer.attention_norm = Buffer<float, cuda>(size(shape.hidden_size, 1));
+      layer.query_key_value = Buffer<Element, cuda>(size(shape.fused_size(), shape.hidden_size));
+      layer.output = Buffer<Element, cuda>(size(shape.hidden_size, shape.query_size()));
+      layer.feed_forward_norm = Buffer<float, cuda>(size(shape.hidden_size, 1));
+      layer.gate_up = Buffer<Element, cuda>(size(2 * shape.intermediate_size, shape.hidden_size));
+      layer.down = Buffer<Element, cuda>(size(shape.hidden_size, shape.intermediate_size));
+      layers.push_back(std::move(layer));
+    }
+  }
+
+  const CudaDecoderShape& shape() const { return shape_; }
+  const Element* output_matrix() const {
+    return output.size() == 0 ? embedding.data() : output.data();
+  }
+
+  /// query: [num_qo_heads * head_dim, hidden_size], key and value: [num_kv_heads * head_dim,
+  /// hidden_size]. \throws Error(kShape, kDevice).
+  void set_query_key_value(std::int64_t layer, std::span<const Element> query,
+                           std::span<const Element> key, std::span<const Element> value) {
+    std::vector<Element> fused(query.begin(), query.end());
+    fused.insert(fused.end(), key.begin(), key.end());
+    fused.insert(fused.end(), value.begin(), value.end());
+    layers[static_cast<std::size_t>(layer)].query_key_value.upload(fused);
+  }
+  /// gate, up: [intermediate_size, hidden_size]. \throws Error(kShape, kDevice).
+  void set_gate_up(std::int64_t layer, std::span<const Element> gate, std::span<const Element> up) {
+    const auto width = static_cast<std::size_t>(shape_.hidden_size);
+    std::vector<Element> rows;
+    rows.reserve(gate.size() + up.size());
+    for (std::size_t at = 0; at + width <= std::min(gate.size(), up.size()); at += width) {
+      const auto from = static_cast<std::ptrdiff_t>(at);
+      const auto to = static_cast<std::ptrdiff_t>(at + width);
+      rows.insert(rows.end(), gate.begin() + from, gate.begin() + to);
+      rows.insert(rows.end(), up.begin() + from, up.begin() + to);
+    }
+    layers[static_cast<std::size_t>(layer)].gate_up.upload(rows);
+  }
+
+ private:
+  static std::size_t size(std::int64_t rows, std::int64_t cols) {
+    return static_cast<std::size_t>(rows * cols);
+  }
+  static const CudaDecoderShape& checked(const CudaDecoderShape& s) {
+    const auto require = [](bool good, const char* field, const char* expected,
+                            std::int64_t found) {
+      if (!good)
+        throw Error(ErrorCode::kShape, {"decoder does not fit", "CudaDecoderShape", field, expected,
+                                        std::to_string(found)});
+    };
+    require(s.vocab_size >= 1 && s.vocab_size <= (1 << 26), "vocab_size", "1 to 2^26",
+            s.vocab_size);
+    require(s.hidden_size >= 8 && s.hidden_size % 8 == 0, "hidden_size", "a multiple of 8",
+            s.hidden_size);
+    require(s.intermediate_size >= 8 && s.intermediate_size % 8 == 0, "intermediate_size",
+            "a multiple of 8", s.intermediate_size);
+    require(s.num_kv_heads >= 1, "num_kv_heads", "at least 1", s.num_kv_heads);
+    require(s.num_qo_heads >= 1 && s.num_qo_heads % s.num_kv_heads == 0, "num_qo_heads",
+            "a multiple of num_kv_heads", s.num_qo_heads);
+    require(s.head_dim >= 8 && s.head_dim % 8 == 0, "head_dim", "a multiple of 8", s.head_dim);
+    require(s.num_layers >= 1, "num_layers", "at least 1", s.num_layers);
+    return s;
+  }
+
+  CudaDecoderShape shape_;
+
+ public:
+  Buffer<Element, cuda> embedding;  ///< [vocab_size, hidden_size]
+  std::vector<CudaLayerWeights<Element>> layers;
+  Buffer<float, cuda> output_norm;  ///< [hidden_size]
+  Buffer<Element, cuda> output;     ///< [vocab_size, hidden_size]; empty where tied
+};
+
+/// What a CudaDecoder is made of.
+struct CudaDecoderOptions {
+  DecodeStepConfig step;  ///< sessions (batch_size), sinks, window, capacity, rotation
+  TokenChoice choice;
+  /// Tokens of one prefill step; 0: prefill() is not called. With a window, the capacity must hold
+  /// max_chunk - 1 entries beyond sinks and window.
+  std::int64_t max_chunk = 0;
+  std::int64_t history_size = 0;  ///< chosen tokens kept per session, the newest; 0: none
+  bool overlap = true;            ///< launches fetch weights and cache rows ahead of their turn
+};
+
+/// Sessions of one model that step together. Caches and scratch are allocated by the constructor;
+/// step() allocates nothing after its first call and may be captured. One stream at a time.
+///
+/// A step feeds each session's token (feed(), prefill() or the step before chose it), appends to
+/// its cache and chooses its next one. Arithmetic: activations are float32 and weights are widened
+/// for one session; for several, and in prefill, activations are rounded to Element before each
+/// product with weights. Residual sums are float32.
+template <class Element, int kHeadDim>
+class CudaDecoder {
+ public:
+  /// The weights must outlive the decoder. \throws Error(kConfig, kShape, kDevice).
+  CudaDecoder(const CudaDecoderWeights<Element>& weights, const CudaDecoderOptions& options)
+      : weights_(&weights),
+        options_(options),
+        step_(options.step),
+        attention_(
+            {weights.shape().num_qo_heads, weights.shape().num_kv_heads, weights.shape().head_dim},
+            options.step, options.overlap),
+        vector_(options.overlap),
+        overlap_(options.overlap && supports_overlap()) {
+    options_.step.frequencies = {};
+    const CudaDecoderShape& s = shape();
+    const std::int64_t batch = options.step.batch_size;
+    const std::int64_t rows = std::max(batch, options.max_chunk);
+    const auto size = [](std::int64_t a, std::int64_t b) {
+      return static_cast<std::size_t>(a * b);
+    };
+    layer_stride_ = batch * s.num_kv_heads * options.step.capacity * kHeadDim;
+    keys_ = Buffer<Element, cuda>(size(s.num_layers, layer_stride_));
+    values_ = Buffer<Element, cuda>(size(s.num_layers, layer_stride_));
+    hidden_ = Buffer<float, cuda>(size(batch, s.hidden_size));
+    fused_ = Buffer<float, cuda>(size(rows, s.fused_size()));
+    logits_ = Buffer<float, cuda>(size(batch, s.vocab_size));
+    tokens_ = Buffer<std::int32_t, cuda>(size(batch, 1));
+    history_ = Buffer<std::int32_t, cuda>(size(batch, options.history_size));
+    candidates_ = Buffer<TokenCandidate, cuda>(
+        size(std::max<std::int64_t>(vector_.blocks(), batch * detail::kCandidateParts), 1));
+    attended_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.query_size()));
+    activated_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.intermediate_size));
+    if (batch > 1 || options.max_chunk > 0) {
+      products_.emplace();
+      rounded_ = Buffer<Element, cuda>(
+          size(rows, std::max({s.hidden_size, s.query_size(), s.intermediate_size})));
+      gate_up_ = Buffer<float, cuda>(size(rows, 2 * s.intermediate_size));
+    }
+    if (options.max_chunk > 0) {
+      chunk_.emplace(attention_.shape(), options.step, options.max_chunk);
+      chunk_hidden_ = Buffer<float, cuda>(size(options.max_chunk, s.hidden_size));
+      chunk_tokens_ = Buffer<std::int32_t, cuda>(size(options.max_chunk, 1));
+    }
+    detail::prefer_shared_memory(detail::choose_token_kernel<Element>);
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // buffers are zero
+  }
+
+  const CudaDecoderShape& shape() const { return weights_->shape(); }
+  const DecodeStep& state() const { return step_; }
+  std::int64_t batch_size() const { return options_.step.batch_size; }
+  /// Device memory of keys and values, all sessions.
+  std::size_t cache_bytes() const { return keys_.bytes() + values_.bytes(); }
+
+  /// Tells how many tokens each session has had; negative: the session is idle, sees and stores
+  /// nothing and chooses no token. Joining and leaving is this, between steps: a session that joins
+  /// begins at 0. Waits for the stream. \throws Error(kShape, kDevice).
+  void set_totals(std::span<const std::int64_t> totals, cudaStream_t stream = nullptr) {
+    step_.set_totals(totals, stream);
+  }
+
+  /// Says which token each session's next step feeds; idle sessions' are not looked at. Waits.
+  /// \throws Error(kShape) unless there is one token of the vocabulary per session.
+  void feed(std::span<const std::int32_t> tokens, cudaStream_t stream = nullptr) {
+    if (static_cast<std::int64_t>(tokens.size()) != batch_size())
+      throw Error(ErrorCode::kShape, {"one token per session", "CudaDecoder::feed", "tokens",
+                                      std::to_string(batch_size()), std::to_string(tokens.size())});
+    check_tokens(tokens, "CudaDecoder::feed");
+    tokens_.upload(tokens, stream);
+    detail::TokenChoiceParams p = choice_params(0, 0);
+    p.parts = 0;
+    choose(p, static_cast<unsigned>(batch_size()), stream);
+  }
+
+  /// One step of all sessions. May be captured. \throws Error(kDevice).
+  void step(cudaStream_t stream) {
+    if (batch_size() == 1)
+      step_one(stream);
+    else
+      step_many(stream);
+  }
+
+  /// Reads `tokens` into a session's cache, a chunk at a time, and chooses the token after them:
+  /// what feeding them step by step would do, with products rounded as for batches. The session
+  /// must not be idle. Waits for the stream.
+  /// \throws Error(kShape) for a token outside the vocabulary or no tokens, Error(kCapacity) when a
+  /// full cache cannot hold them, Error(kConfig) without max_chunk. Nothing was read then.
+  void prefill(std::int64_t session, std::span<const std::int32_t> tokens,
+               cudaStream_t stream = nullptr) {
+    const auto require = [](bool good, ErrorCode code, const char* field,
+                            const std::string& expected, std::int64_t found) {
+      if (!good)
+        throw Error(code, {"prefill does not fit", "CudaDecoder::prefill", field, expected,
+                           std::to_string(found)});
+    };
+    require(chunk_.has_value(), ErrorCode::kConfig, "max_chunk", "at least 1", 0);
+    require(session >= 0 && session < batch_size(), ErrorCode::kShape, "session",
+            "below " + std::to_string(batch_size()), session);
+    require(!tokens.empty(), ErrorCode::kShape, "tokens", "at least 1", 0);
+    check_tokens(tokens, "CudaDecoder::prefill");
+    std::vector<std::int64_t> totals = step_.totals(stream);
+    std::int64_t& total = totals[static_cast<std::size_t>(session)];
+    const auto count = static_cast<std::int64_t>(tokens.size());
+    require(total >= 0, ErrorCode::kConfig, "session", "one that is not idle", session);
+    require(step_.config().window_size < DecodeStepConfig::kUnlimitedWindow ||
+                total + count <= step_.config().capacity,
+            ErrorCode::kCapacity, "tokens",
+            "at most " + std::to_string(step_.config().capacity - total), count);
+    std::int64_t length = 0;
+    for (std::int64_t done = 0; done < count; done += length) {
+      length = std::min(options_.max_chunk, count - done);
+      chunk_tokens_.upload(
+          tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(length)), stream);
+      run_chunk(session, total + done, length, stream);
+    }
+    total += count;
+    step_.set_totals(totals, stream);
+    // What follows the last token: its logits, and the choice.
+    const CudaDecoderShape& s = shape();
+    MatrixVectorTask<Element> task =
+        vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size,
+                    chunk_hidden_.data() + (length - 1) * s.hidden_size,
+                    weights_->output_norm.data(), logits_.data() + session * s.vocab_size);
+    set_choice(task, session);
+    vector_.launch(task, VectorEpilogue::kChoose, stream);
+    choose(choice_params(session, vector_.blocks()), 1, stream);
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  }
+
+  /// Calls fill(rows, count) with the device memory of all keys, then of all values, for programs
+  /// that bring a cache of their own: [layers, batch, num_kv_heads, capacity, head_dim], keys
+  /// rotated. The caller waits for what fill() launches.
+  template <class Fill>
+  void fill_cache(Fill&& fill) {
+    fill(keys_.data(), keys_.size());
+    fill(values_.data(), values_.size());
+  }
+
+  /// The token of each session's next step. Waits for the stream.
+  std::vector<std::int32_t> tokens(cudaStream_t stream = nullptr) const {
+    return tokens_.download(stream);
+  }
+  /// [batch_size, vocab_size], of the last step or prefill. Waits for the stream.
+  std::vector<float> logits(cudaStream_t stream = nullptr) const {
+    return logits_.download(stream);
+  }
+  /// [batch_size, history_size]: the token with index i in its stream stands at i % history_size,
+  /// if it was chosen here. Waits for the stream.
+  std::vector<std::int32_t> history(cudaStream_t stream = nullptr) const {
+    return history_.download(stream);
+  }
+
+ private:
+  static bool supports_overlap() {
+    int device = 0;
+    int major = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               "cudaDeviceGetAttribute");
+    return major >= 9;
+  }
+
+  void check_tokens(std::span<const std::int32_t> tokens, const char* where) const {
+    for (const std::int32_t token : tokens)
+      if (token < 0 || token >= shape().vocab_size)
+        throw Error(ErrorCode::kShape,
+                    {"a token outside the vocabulary", where, "token",
+                     "below " + std::to_string(shape().vocab_size), std::to_string(token)});
+  }
+
+  MatrixVectorTask<Element> vector_task(const Element* matrix, std::int64_t rows, std::int64_t cols,
+                                        const float* x, const float* norm, float* y) const {
+    MatrixVectorTask<Element> task;
+    task.matrix = matrix;
+    task.rows = rows;
+    task.cols = cols;
+    task.x = x;
+    task.norm = norm;
+    task.norm_eps = static_cast<float>(shape().norm_eps);
+    task.y = y;
+    return task;
+  }
+  void set_choice(MatrixVectorTask<Element>& task, std::int64_t session) {
+    task.candidates = candidates_.data();
+    task.choice = options_.choice;
+    task.totals = step_.totals_data();
+    task.sequence = session;
+  }
+
+  detail::TokenChoiceParams choice_params(std::int64_t session, int parts) {
+    return {.logits = logits_.data(),
+            .candidates = candidates_.data(),
+            .totals = step_.totals_data(),
+            .tokens = tokens_.data(),
+            .history = options_.history_size > 0 ? history_.data() : nullptr,
+            .embedding = reinterpret_cast<const std::uint16_t*>(weights_->embedding.data()),
+            .hidden = hidden_.data() + session * shape().hidden_size,
+            .history_size = options_.history_size,
+            .sequence = session,
+            .seed = options_.choice.seed,
+            .temperature = options_.choice.temperature,
+            .parts = parts,
+            .vocab_size = static_cast<int>(shape().vocab_size),
+            .hidden_size = static_cast<int>(shape().hidden_size)};
+  }
+  void choose(const detail::TokenChoiceParams& p, unsigned rows, cudaStream_t stream) {
+    detail::launch_kernel("choose_token_kernel", detail::choose_token_kernel<Element>, dim3(rows),
+                          detail::kRowThreads, stream, overlap_, p);
+  }
+
+  /// The tensors of a layer's step, from fused rows of queries, keys and values.
+  DecodeAttentionTensors<Element> attention_tensors(std::int64_t layer) {
+    const CudaDecoderShape& s = shape();
+    DecodeAttentionTensors<Element> x;
+    x.query = fused_.data();
+    x.key = fused_.data() + s.query_size();
+    x.value = fused_.data() + s.query_size() + s.kv_size();
+    x.query_stride = x.key_stride = x.value_stride = s.fused_size();
+    x.input_type = ElementType::kF32;
+    x.out_stride = s.query_size();
+    x.keys = keys_.data() + layer * layer_stride_;
+    x.values = values_.data() + layer * layer_stride_;
+    x.sequence_stride = s.num_kv_heads * step_.config().capacity * kHeadDim;
+    x.head_stride = step_.config().capacity * kHeadDim;
+    x.token_stride = kHeadDim;
+    return x;
+  }
+
+  void step_one(cudaStream_t stream) {
+    using enum VectorEpilogue;
+    const CudaDecoderShape& s = shape();
+    float* const hidden = hidden_.data();
+    for (std::int64_t l = 0; l < s.num_layers; ++l) {
+      const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
+      vector_.launch(vector_task(w.query_key_value.data(), s.fused_size(), s.hidden_size, hidden,
+                                 w.attention_norm.data(), fused_.data()),
+                     kStore, stream);
+      DecodeAttentionTensors<Element> x = attention_tensors(l);
+      x.out = attended_.data();
+      x.output_type = ElementType::kF32;
+      attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
+      vector_.launch(vector_task(w.output.data(), s.hidden_size, s.query_size(), attended_.data(),
+                                 nullptr, hidden),
+                     kAdd, stream, true);
+      vector_.launch(vector_task(w.gate_up.data(), 2 * s.intermediate_size, s.hidden_size, hidden,
+                                 w.feed_forward_norm.data(), activated_.data()),
+                     kGatedSilu, stream);
+      vector_.launch(vector_task(w.down.data(), s.hidden_size, s.intermediate_size,
+                                 activated_.data(), nullptr, hidden),
+                     kAdd, stream);
+    }
+    // The token is counted before the next is chosen: choices go by the index that is chosen for.
+    step_.advance(stream, overlap_);
+    MatrixVectorTask<Element> task =
+        vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size, hidden,
+                    weights_->output_norm.data(), logits_.data());
+    set_choice(task, 0);
+    vector_.launch(task, kChoose, stream);
+    choose(choice_params(0, vector_.blocks()), 1, stream);
+  }
+
+  void norm_rows(const float* x, const float* norm, std::int64_t rows, cudaStream_t stream) {
+    detail::launch_kernel(
+        "rms_norm_kernel", detail::rms_norm_kernel<Element>, dim3(static_cast<unsigned>(rows)),
+        detail::kRowThreads, stream, overlap_, x, norm, static_cast<float>(shape().norm_eps),
+        reinterpret_cast<std::uint16_t*>(rounded_.data()), static_cast<int>(shape().hidden_size));
+  }
+
+  /// What follows attention in a layer; attended rows are in rounded_.
+  void finish_layer(const CudaLayerWeights<Element>& w, float* hidden, std::int64_t rows,
+                    cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    products_->launch(w.output.data(), s.hidden_size, s.query_size(), rounded_.data(), rows, hidden,
+                      true, stream);
+    norm_rows(hidden, w.feed_forward_norm.data(), rows, stream);
+    products_->launch(w.gate_up.data(), 2 * s.intermediate_size, s.hidden_size, rounded_.data(),
+                      rows, gate_up_.data(), false, stream);
+    const std::int64_t elements = rows * s.intermediate_size;
+    detail::launch_kernel(
+        "gated_silu_kernel", detail::gated_silu_kernel<Element>,
+        dim3(static_cast<unsigned>((elements / 2 + detail::kRowThreads - 1) / detail::kRowThreads)),
+        detail::kRowThreads, stream, overlap_, gate_up_.data(),
+        reinterpret_cast<std::uint16_t*>(rounded_.data()), elements);
+    products_->launch(w.down.data(), s.hidden_size, s.intermediate_size, rounded_.data(), rows,
+                      hidden, true, stream);
+  }
+
+  void step_many(cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    const std::int64_t batch = batch_size();
+    for (std::int64_t l = 0; l < s.num_layers; ++l) {
+      const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
+      norm_rows(hidden_.data(), w.attention_norm.data(), batch, stream);
+      products_->launch(w.query_key_value.data(), s.fused_size(), s.hidden_size, rounded_.data(),
+                        batch, fused_.data(), false, stream);
+      DecodeAttentionTensors<Element> x = attention_tensors(l);
+      x.out = rounded_.data();
+      x.output_type = element_type_of<Element>;
+      attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
+      finish_layer(w, hidden_.data(), batch, stream);
+    }
+    step_.advance(stream, overlap_);
+    norm_rows(hidden_.data(), weights_->output_norm.data(), batch, stream);
+    products_->launch(weights_->output_matrix(), s.vocab_size, s.hidden_size, rounded_.data(),
+                      batch, logits_.data(), false, stream);
+    const detail::TokenChoiceParams p = choice_params(0, detail::kCandidateParts);
+    detail::launch_kernel("candidates_kernel", detail::candidates_kernel<detail::kVectorThreads>,
+                          dim3(detail::kCandidateParts, static_cast<unsigned>(batch)),
+                          detail::kVectorThreads, stream, overlap_, p);
+    choose(p, static_cast<unsigned>(batch), stream);
+  }
+
+  void run_chunk(std::int64_t session, std::int64_t base, std::int64_t length,
+                 cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    float* const hidden = chunk_hidden_.data();
+    detail::launch_kernel("embedding_kernel", detail::embedding_kernel<Element>,
+                          dim3(static_cast<unsigned>(length)), detail::kRowThreads, stream,
+                          overlap_, chunk_tokens_.data(),
+                          reinterpret_cast<const std::uint16_t*>(weights_->embedding.data()),
+                          hidden, static_cast<int>(s.hidden_size));
+    chunk_->rotate(step_, base, length, stream);
+    for (std::int64_t l = 0; l < s.num_layers; ++l) {
+      const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
+      norm_rows(hidden, w.attention_norm.data(), length, stream);
+      products_->launch(w.query_key_value.data(), s.fused_size(), s.hidden_size, rounded_.data(),
+                        length, fused_.data(), false, stream);
+      const DecodeAttentionTensors<Element> all = attention_tensors(l);
+      ChunkAttentionTensors<Element> x;
+      x.query = fused_.data();
+      x.key = fused_.data() + s.query_size();
+      x.value = fused_.data() + s.query_size() + s.kv_size();
+      x.stride = s.fused_size();
+      x.out = rounded_.data();
+      x.keys = all.keys + session * all.sequence_stride;
+      x.values = all.values + session * all.sequence_stride;
+      x.head_stride = all.head_stride;
+      x.token_stride = all.token_stride;
+      chunk_->launch(step_, x, base, length, static_cast<float>(s.sm_scale), stream);
+      finish_layer(w, hidden, length, stream);
+    }
+  }
+
+  const CudaDecoderWeights<Element>* weights_;
+  CudaDecoderOptions options_;
+  DecodeStep step_;
+  DecodeAttentionPlan<Element, kHeadDim> attention_;
+  MatrixVectorPlan<Element> vector_;
+  std::optional<MatrixProducts<Element>> products_;             // several rows
+  std::optional<ChunkAttentionPlan<Element, kHeadDim>> chunk_;  // prefill
+  bool overlap_;
+  std::int64_t layer_stride_ = 0;  // elements of a layer's keys
+  Buffer<Element, cuda> keys_;     // [layers, batch, kv_heads, capacity, head_dim]
+  Buffer<Element, cuda> values_;   // the same
+  Buffer<float, cuda> hidden_;     // [batch, hidden_size], the residual stream
+  Buffer<float, cuda> fused_;      // [rows, query + key + value]
+  Buffer<float, cuda> attended_;   // [query_size], one session
+  Buffer<float, cuda> activated_;  // [intermediate_size], one session
+  Buffer<Element, cuda> rounded_;  // [rows, widest]: inputs of products
+  Buffer<float, cuda> gate_up_;    // [rows, 2 intermediate_size]
+  Buffer<float, cuda> logits_;     // [batch, vocab_size]
+  Buffer<TokenCandidate, cuda> candidates_;
+  Buffer<std::int32_t, cuda> tokens_;        // [batch]
+  Buffer<std::int32_t, cuda> history_;       // [batch, history_size]
+  Buffer<float, cuda> chunk_hidden_;         // [max_chunk, hidden_size]
+  Buffer<std::int32_t, cuda> chunk_tokens_;  // [max_chunk]
+};
+
+}  // namespace sluice

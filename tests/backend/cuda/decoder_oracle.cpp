@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MIT
+#include "backend/cuda/decoder_oracle.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include <sluice/core/element.hpp>
+
+namespace sluice_test {
+namespace {
+
+using Row = std::vector<double>;
+
+Row product(const std::vector<float>& matrix, const Row& x) {
+  Row y(matrix.size() / x.size());
+  for (std::size_t r = 0; r < y.size(); ++r)
+    for (std::size_t c = 0; c < x.size(); ++c)
+      y[r] += static_cast<double>(matrix[r * x.size() + c]) * x[c];
+  return y;
+}
+
+Row norm(const Row& x, const std::vector<float>& weight, double eps) {
+  double square = 0;
+  for (const double v : x) square += v * v;
+  const double scale = 1 / std::sqrt(square / static_cast<double>(x.size()) + eps);
+  Row y(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) y[i] = x[i] * scale * static_cast<double>(weight[i]);
+  return y;
+}
+
+void rotate(double* head, int head_dim, double position, double theta, bool interleaved) {
+  for (int i = 0; i < head_dim / 2; ++i) {
+    const double angle = position * std::pow(theta, -2.0 * i / head_dim);
+    double& a = head[interleaved ? 2 * i : i];
+    double& b = head[interleaved ? 2 * i + 1 : i + head_dim / 2];
+    const double first = a * std::cos(angle) - b * std::sin(angle);
+    b = b * std::cos(angle) + a * std::sin(angle);
+    a = first;
+  }
+}
+
+std::vector<float> rounded(const Row& x) {
+  std::vector<float> y;
+  for (const double v : x) y.push_back(static_cast<float>(sluice::bf16(static_cast<float>(v))));
+  return y;
+}
+
+void add(Row& x, const Row& y) {
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] += y[i];
+}
+
+}  // namespace
+
+std::vector<double> PlainDecoder::step(int token) {
+  const PlainDecoderConfig& c = config_;
+  const auto width = static_cast<std::ptrdiff_t>(c.hidden_size);
+  const auto row = weights_->embedding.begin() + token * width;
+  Row hidden(row, row + width);
+  const std::int64_t sinks = c.num_sink_tokens;
+  const std::int64_t window = c.window_size == 0 ? total_ + 1 : c.window_size;
+  // Sinks are read from where the query stood when the window was first full.
+  const std::int64_t sink_place =
+      c.window_size == 0 ? total_ : std::min(total_, sinks + c.window_size - 1);
+  for (std::size_t l = 0; l < weights_->layers.size(); ++l) {
+    const PlainLayer& layer = weights_->layers[l];
+    const Row x = norm(hidden, layer.attention_norm, c.norm_eps);
+    const Row query = product(layer.query, x);
+    Row key = product(layer.key, x);
+    for (int h = 0; h < c.num_kv_heads; ++h)
+      rotate(&key[static_cast<std::size_t>(h * c.head_dim)], c.head_dim,
+             static_cast<double>(total_), c.theta, c.interleaved);
+    keys_[l].push_back(rounded(key));
+    values_[l].push_back(rounded(product(layer.value, x)));
+    Row attended(query.size());
+    for (int h = 0; h < c.num_qo_heads; ++h) {
+      const int kv = h / (c.num_qo_heads / c.num_kv_heads);
+      const auto from = query.begin() + h * c.head_dim;
+      Row own(from, from + c.head_dim);
+      Row at_sinks = own;
+      rotate(own.data(), c.head_dim, static_cast<double>(total_), c.theta, c.interleaved);
+      rotate(at_sinks.data(), c.head_dim, static_cast<double>(sink_place), c.theta, c.interleaved);
+      std::vector<double> scores;
+      std::vector<std::size_t> seen;
+      for (std::int64_t k = 0; k <= total_; ++k) {
+        if (k >= sinks && k <= total_ - window) continue;
+        const Row& q = k < sinks ? at_sinks : own;
+        double score = 0;
+        for (int d = 0; d < c.head_dim; ++d)
+          score += q[static_cast<std::size_t>(d)] *
+                   static_cast<double>(keys_[l][static_cast<std::size_t>(k)]
+                                            [static_cast<std::size_t>(kv * c.head_dim + d)]);
+        scores.push_back(score * c.sm_scale);
+        seen.push_back(static_cast<std::size_t>(k));
+      }
+      const double most = *std::max_element(scores.begin(), scores.end());
+      double sum = 0;
+      for (double& s : scores) sum += s = std::exp(s - most);
+      for (std::size_t i = 0; i < seen.size(); ++i)
+        for (int d = 0; d < c.head_dim; ++d)
+          attended[static_cast<std::size_t>(h * c.head_dim + d)] +=
+              scores[i] / sum *
+              static_cast<double>(
+                  values_[l][seen[i]][static_cast<std::size_t>(kv * c.head_dim + d)]);
+    }
+    add(hidden, product(layer.output, attended));
+    const Row y = norm(hidden, layer.feed_forward_norm, c.norm_eps);
+    Row gate = product(layer.gate, y);
+    const Row up = product(layer.up, y);
+    for (std::size_t i = 0; i < gate.size(); ++i)
+      gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+    add(hidden, product(layer.down, gate));
+  }
+  ++total_;
+  return product(weights_->output, norm(hidden, weights_->output_norm, c.norm_eps));
+}
+
+}  // namespace sluice_test

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+/// What a decoder on the GPU must compute: plain float64 loops over float32 weights, one token at a
+/// time, keys and values rounded to bf16 as a cache holds them. Shares no code with the backend.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace sluice_test {
+
+struct PlainDecoderConfig {
+  int vocab_size = 0;
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int num_qo_heads = 1;
+  int num_kv_heads = 1;
+  int head_dim = 64;
+  int num_layers = 1;
+  double norm_eps = 1e-5;
+  double sm_scale = 1;
+  double theta = 10000;
+  bool interleaved = false;
+  std::int64_t num_sink_tokens = 0;
+  std::int64_t window_size = 0;  ///< 0: unlimited
+};
+
+struct PlainLayer {
+  std::vector<float> attention_norm, query, key, value, output;
+  std::vector<float> feed_forward_norm, gate, up, down;
+};
+
+struct PlainWeights {
+  std::vector<float> embedding, output_norm, output;
+  std::vector<PlainLayer> layers;
+};
+
+/// One stream.
+class PlainDecoder {
+ public:
+  PlainDecoder(const PlainDecoderConfig& config, const PlainWeights& weights)
+      : config_(config),
+        weights_(&weights),
+        keys_(weights.layers.size()),
+        values_(weights.layers.size()) {}
+
+  /// Feeds a token; logits of the next. [vocab_size]
+  std::vector<double> step(int token);
+
+ private:
+  PlainDecoderConfig config_;
+  const PlainWeights* weights_;
+  std::int64_t total_ = 0;
+  // By layer: every token's row [num_kv_heads, head_dim], keys rotated.
+  std::vector<std::vector<std::vector<float>>> keys_, values_;
+};
+
+}  // namespace sluice_test

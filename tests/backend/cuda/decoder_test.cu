@@ -1,0 +1,516 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <sluice/sluice.cuh>
+
+#include <sluice/core/random.hpp>
+
+#include "backend/cuda/decode_oracle.hpp"
+#include "backend/cuda/decoder_oracle.hpp"
+#include "backend/cuda/device_test.hpp"
+
+namespace {
+
+using namespace sluice;
+using sluice_test::DecodeOracle;
+using sluice_test::OracleConfig;
+using sluice_test::PlainDecoder;
+using sluice_test::PlainDecoderConfig;
+using sluice_test::PlainLayer;
+using sluice_test::PlainWeights;
+using sluice_test::random_floats;
+using sluice_test::rounded_to;
+
+// --- Chunks --------------------------------------------------------------------------------------
+
+struct ChunkCase {
+  OracleConfig sequence;
+  std::vector<std::int64_t> chunks;
+};
+
+/// Feeds chunks and compares every token's output and every appended row.
+template <class Element, int kHeadDim>
+void check_chunks(const ChunkCase& c, std::uint64_t seed) {
+  const OracleConfig& s = c.sequence;
+  SCOPED_TRACE("heads " + std::to_string(s.num_qo_heads) + ":" + std::to_string(s.num_kv_heads) +
+               " x " + std::to_string(kHeadDim) + ", sinks " + std::to_string(s.num_sink_tokens) +
+               ", window " + std::to_string(s.window_size) + ", capacity " +
+               std::to_string(s.capacity) + ", first chunk " + std::to_string(c.chunks[0]));
+  Random random(seed);
+  DecodeOracle oracle(s);
+  const std::vector<double> frequencies = oracle.frequencies();
+  const DecodeStepConfig config{
+      .num_sink_tokens = s.num_sink_tokens,
+      .window_size = s.window_size == 0 ? DecodeStepConfig::kUnlimitedWindow : s.window_size,
+      .capacity = s.capacity,
+      .position_rule = s.in_text ? PositionRule::kInText : PositionRule::kInCache,
+      .origin = s.origin,
+      .frequencies = frequencies,
+      .interleaved = s.interleaved};
+  const DecodeStep step(config);
+  const std::int64_t longest = *std::max_element(c.chunks.begin(), c.chunks.end());
+  ChunkAttentionPlan<Element, kHeadDim> plan({s.num_qo_heads, s.num_kv_heads, kHeadDim}, config,
+                                             longest);
+  const auto qo = static_cast<std::size_t>(s.num_qo_heads);
+  const auto kv = static_cast<std::size_t>(s.num_kv_heads);
+  const auto capacity = static_cast<std::size_t>(s.capacity);
+  const std::size_t fused = (qo + 2 * kv) * kHeadDim;
+  // Rows that nobody wrote are NaN.
+  const std::vector<std::uint16_t> poison(kv * capacity * kHeadDim, 0xffff);
+  Buffer<std::uint16_t, cuda> keys{std::span<const std::uint16_t>(poison)};
+  Buffer<std::uint16_t, cuda> values{std::span<const std::uint16_t>(poison)};
+  Buffer<float, cuda> input(static_cast<std::size_t>(longest) * fused);
+  Buffer<std::uint16_t, cuda> output(static_cast<std::size_t>(longest) * qo * kHeadDim);
+  ChunkAttentionTensors<Element> x;
+  x.query = input.data();
+  x.key = input.data() + qo * kHeadDim;
+  x.value = input.data() + (qo + kv) * kHeadDim;
+  x.stride = static_cast<std::int64_t>(fused);
+  x.out = reinterpret_cast<Element*>(output.data());
+  x.keys = reinterpret_cast<Element*>(keys.data());
+  x.values = reinterpret_cast<Element*>(values.data());
+  x.head_stride = s.capacity * kHeadDim;
+  x.token_stride = kHeadDim;
+  const double rounding = element_type_of<Element> == ElementType::kBF16 ? 0x1p-8 : 0x1p-11;
+
+  std::int64_t base = 0;
+  for (const std::int64_t length : c.chunks) {
+    const std::vector<float> in = random_floats(random, static_cast<std::size_t>(length) * fused);
+    input.upload(in);
+    std::vector<std::uint16_t> found[2];
+    for (std::vector<std::uint16_t>& result : found) {
+      check_cuda(cudaMemset(output.data(), 0xff, output.bytes()), "cudaMemset");
+      plan.rotate(step, base, length, nullptr);
+      plan.launch(step, x, base, length, s.sm_scale, nullptr);
+      result = output.download();
+    }
+    ASSERT_EQ(found[0], found[1]) << "other bits the second time";
+    const auto widen = [](const std::vector<std::uint16_t>& bits) {
+      std::vector<float> wide;
+      for (const std::uint16_t b : bits) wide.push_back(static_cast<float>(Element::from_bits(b)));
+      return wide;
+    };
+    const std::vector<float> held_keys = widen(keys.download());
+    const std::vector<float> held_values = widen(values.download());
+    const std::vector<float> out = widen(found[0]);
+    for (std::int64_t i = 0; i < length; ++i) {
+      const auto slot = static_cast<std::size_t>(oracle.append());
+      const float* row = &in[static_cast<std::size_t>(i) * fused];
+      // Later tokens of the chunk may have taken this one's slot only where nobody sees it.
+      const bool held = i + s.capacity - s.num_sink_tokens >= length;
+      for (std::size_t head = 0; held && head < kv; ++head) {
+        const std::vector<float> key = oracle.stored_key(row + (qo + head) * kHeadDim);
+        for (std::size_t d = 0; d < kHeadDim; ++d) {
+          const std::size_t at = (head * capacity + slot) * kHeadDim + d;
+          ASSERT_NEAR(held_keys[at], key[d], rounding * (std::abs(key[d]) + 1e-4));
+          const float value = row[(qo + kv + head) * kHeadDim + d];
+          // Below 2^-14, f16 is subnormal.
+          ASSERT_NEAR(held_values[at], value, rounding * std::max(std::abs(value), 0x1p-14F));
+        }
+      }
+      std::vector<double> expected(qo * kHeadDim);
+      std::vector<double> lse(qo);
+      oracle.attend(row, held_keys.data(), held_values.data(), expected.data(), lse.data());
+      oracle.commit();
+      double error = 0;
+      double norm = 0;
+      for (std::size_t e = 0; e < expected.size(); ++e) {
+        const double difference =
+            static_cast<double>(out[static_cast<std::size_t>(i) * expected.size() + e]) -
+            expected[e];
+        error += difference * difference;
+        norm += expected[e] * expected[e];
+      }
+      // Query, probabilities and output are rounded once each, at most half a unit: scores of about
+      // 4 move by 4 times that.
+      ASSERT_LE(std::sqrt(error), 3 * rounding * std::sqrt(norm)) << "token " << base + i;
+    }
+    base += length;
+  }
+}
+
+TEST(ChunkAttention, AnyChunkingOfRandomStreams) {
+  SKIP_WITHOUT_DEVICE();
+  Random random(21);
+  for (int i = 0; i < 24; ++i) {
+    ChunkCase c;
+    OracleConfig& s = c.sequence;
+    const int head_dims[] = {64, 128, 64, 128, 80, 96, 256, 128};
+    s.head_dim = head_dims[i % 8];
+    s.num_kv_heads = 1 + static_cast<int>(random.below(2));
+    s.num_qo_heads = s.num_kv_heads * (1 + static_cast<int>(random.below(4)));
+    const std::int64_t sinks[] = {0, 1, 4, 4, 70};
+    s.num_sink_tokens = sinks[random.below(5)];
+    const std::int64_t windows[] = {0, 1, 17, 63, 64, 127, 128, 129};
+    s.window_size = windows[random.below(8)];
+    const std::int64_t most = 1 + static_cast<std::int64_t>(random.below(150));
+    std::int64_t sum = 0;
+    for (int k = 0; k < 4; ++k) {
+      c.chunks.push_back(
+          k == 1 ? most
+                 : 1 + static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(most))));
+      sum += c.chunks.back();
+    }
+    s.capacity = s.window_size == 0 ? sum + s.num_sink_tokens
+                                    : s.num_sink_tokens + s.window_size + most - 1 +
+                                          static_cast<std::int64_t>(random.below(3));
+    s.in_text = random.next() % 2 == 0;
+    s.origin = random.next() % 2 == 0 ? 0 : 100.5;
+    s.rotary_dim = random.next() % 4 == 0 ? s.head_dim / 2 : s.head_dim;
+    s.interleaved = random.next() % 2 == 0;
+    s.sm_scale = 1 / std::sqrt(static_cast<float>(s.head_dim));
+    const std::uint64_t seed = 50 + static_cast<std::uint64_t>(i);
+    switch (s.head_dim) {
+      case 64: check_chunks<f16, 64>(c, seed); break;
+      case 80: check_chunks<bf16, 80>(c, seed); break;
+      case 96: check_chunks<bf16, 96>(c, seed); break;
+      case 256: check_chunks<bf16, 256>(c, seed); break;
+      default: check_chunks<bf16, 128>(c, seed);
+    }
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+// --- Products of several rows --------------------------------------------------------------------
+
+TEST(MatrixProducts, AgainstFloat64) {
+  SKIP_WITHOUT_DEVICE();
+  Random random(31);
+  MatrixProducts<bf16> products;
+  for (const auto& [rows, cols, count] :
+       {std::array<std::size_t, 3>{192, 128, 3}, {64, 192, 8}, {1000, 256, 17}, {8, 8, 2}}) {
+    const std::vector<bf16> w = rounded_to<bf16>(random_floats(random, rows * cols));
+    const std::vector<bf16> x = rounded_to<bf16>(random_floats(random, count * cols));
+    const std::vector<float> before = random_floats(random, count * rows);
+    const Buffer<bf16, cuda> device_w{std::span<const bf16>(w)};
+    const Buffer<bf16, cuda> device_x{std::span<const bf16>(x)};
+    for (const bool add : {false, true}) {
+      Buffer<float, cuda> y(count * rows);
+      if (add)
+        y.upload(before);
+      else
+        check_cuda(cudaMemset(y.data(), 0xff, y.bytes()), "cudaMemset");
+      products.launch(device_w.data(), static_cast<std::int64_t>(rows),
+                      static_cast<std::int64_t>(cols), device_x.data(),
+                      static_cast<std::int64_t>(count), y.data(), add, nullptr);
+      const std::vector<float> found = y.download();
+      for (std::size_t i = 0; i < count; ++i)
+        for (std::size_t r = 0; r < rows; ++r) {
+          double expected = add ? static_cast<double>(before[i * rows + r]) : 0;
+          double magnitude = std::abs(expected);
+          for (std::size_t c = 0; c < cols; ++c) {
+            const double term = static_cast<double>(static_cast<float>(w[r * cols + c])) *
+                                static_cast<double>(static_cast<float>(x[i * cols + c]));
+            expected += term;
+            magnitude += std::abs(term);
+          }
+          // Products are exact, sums in float32: a rounding per term at most.
+          ASSERT_NEAR(static_cast<double>(found[i * rows + r]), expected,
+                      static_cast<double>(cols + 1) * 0x1p-23 * magnitude);
+        }
+    }
+  }
+}
+
+// --- Whole decoders ------------------------------------------------------------------------------
+
+/// A small model with random weights, on both sides.
+struct SmallModel {
+  PlainDecoderConfig plain;
+  PlainWeights host;
+  CudaDecoderShape shape;
+  std::vector<double> frequencies;
+  std::optional<CudaDecoderWeights<bf16>> device;
+
+  SmallModel(int head_dim, bool interleaved, std::uint64_t seed) {
+    plain = {.vocab_size = 300,
+             .hidden_size = 192,
+             .intermediate_size = 328,
+             .num_qo_heads = 4,
+             .num_kv_heads = 2,
+             .head_dim = head_dim,
+             .num_layers = 3,
+             .norm_eps = 1e-5,
+             .sm_scale = 1 / std::sqrt(static_cast<double>(head_dim)),
+             .interleaved = interleaved};
+    shape = {plain.vocab_size,   plain.hidden_size,  plain.intermediate_size,
+             plain.num_qo_heads, plain.num_kv_heads, plain.head_dim,
+             plain.num_layers,   plain.norm_eps,     plain.sm_scale};
+    for (int i = 0; i < head_dim / 2; ++i)
+      frequencies.push_back(std::pow(plain.theta, -2.0 * i / head_dim));
+    Random random(seed);
+    const auto matrix = [&](std::int64_t rows, std::int64_t cols) {
+      std::vector<float> m = random_floats(random, static_cast<std::size_t>(rows * cols),
+                                           1.5 / std::sqrt(static_cast<double>(cols)));
+      for (float& v : m) v = static_cast<float>(bf16(v));
+      return m;
+    };
+    const auto norm = [&] {
+      std::vector<float> v =
+          random_floats(random, static_cast<std::size_t>(shape.hidden_size), 0.2);
+      for (float& x : v) x += 1;
+      return v;
+    };
+    device.emplace(shape, false);
+    host.embedding =
+        random_floats(random, static_cast<std::size_t>(shape.vocab_size * shape.hidden_size), 1);
+    for (float& v : host.embedding) v = static_cast<float>(bf16(v));
+    host.output = matrix(shape.vocab_size, shape.hidden_size);
+    host.output_norm = norm();
+    device->embedding.upload(rounded_to<bf16>(host.embedding));
+    device->output.upload(rounded_to<bf16>(host.output));
+    device->output_norm.upload(host.output_norm);
+    for (std::int64_t l = 0; l < shape.num_layers; ++l) {
+      PlainLayer layer;
+      layer.attention_norm = norm();
+      layer.query = matrix(shape.query_size(), shape.hidden_size);
+      layer.key = matrix(shape.kv_size(), shape.hidden_size);
+      layer.value = matrix(shape.kv_size(), shape.hidden_size);
+      layer.output = matrix(shape.hidden_size, shape.query_size());
+      layer.feed_forward_norm = norm();
+      layer.gate = matrix(shape.intermediate_size, shape.hidden_size);
+      layer.up = matrix(shape.intermediate_size, shape.hidden_size);
+      layer.down = matrix(shape.hidden_size, shape.intermediate_size);
+      CudaLayerWeights<bf16>& to = device->layers[static_cast<std::size_t>(l)];
+      to.attention_norm.upload(layer.attention_norm);
+      to.feed_forward_norm.upload(layer.feed_forward_norm);
+      to.output.upload(rounded_to<bf16>(layer.output));
+      to.down.upload(rounded_to<bf16>(layer.down));
+      device->set_query_key_value(l, rounded_to<bf16>(layer.query), rounded_to<bf16>(layer.key),
+                                  rounded_to<bf16>(layer.value));
+      device->set_gate_up(l, rounded_to<bf16>(layer.gate), rounded_to<bf16>(layer.up));
+      host.layers.push_back(std::move(layer));
+    }
+  }
+
+  CudaDecoderOptions options(std::int64_t batch, std::int64_t sinks, std::int64_t window,
+                             std::int64_t chunk, bool overlap) const {
+    CudaDecoderOptions result;
+    const bool full = window == 0;
+    result.step = {.num_sink_tokens = sinks,
+                   .window_size = full ? DecodeStepConfig::kUnlimitedWindow : window,
+                   .capacity = full ? 256 : sinks + window + std::max<std::int64_t>(chunk - 1, 0),
+                   .batch_size = batch,
+                   .frequencies = frequencies,
+                   .interleaved = plain.interleaved};
+    result.max_chunk = chunk;
+    result.overlap = overlap;
+    result.history_size = 512;
+    return result;
+  }
+  PlainDecoder oracle(std::int64_t sinks, std::int64_t window) const {
+    PlainDecoderConfig config = plain;
+    config.num_sink_tokens = sinks;
+    config.window_size = window;
+    return PlainDecoder(config, host);
+  }
+};
+
+/// ||found - expected|| / ||expected||.
+double relative_error(std::span<const float> found, const std::vector<double>& expected) {
+  double error = 0;
+  double norm = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const double difference = static_cast<double>(found[i]) - expected[i];
+    error += difference * difference;
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(error / norm);
+}
+
+std::int32_t argmax(std::span<const float> logits) {
+  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+}
+
+// Keys and values that fall on the other side of a rounding than the reference's: a bf16 unit of a
+// few entries among thousands. Everything else is float32.
+constexpr double kExactBound = 1e-3;
+// Inputs of every product are rounded to bf16, by 2^-9 of their size at most; 13 products.
+constexpr double kRoundedBound = 13 * 0x1p-9;
+
+TEST(CudaDecoder, OneSessionAgainstFloat64) {
+  SKIP_WITHOUT_DEVICE();
+  for (const bool interleaved : {false, true}) {
+    const SmallModel model(64, interleaved, 77);
+    for (const std::int64_t window : {std::int64_t{0}, std::int64_t{24}}) {
+      const std::int64_t sinks = window == 0 ? 0 : 4;
+      CudaDecoder<bf16, 64> decoder(*model.device, model.options(1, sinks, window, 0, true));
+      PlainDecoder oracle = model.oracle(sinks, window);
+      Random random(5);
+      std::int32_t token = 7;
+      for (int i = 0; i < 90; ++i) {
+        // Some tokens are given, most are the decoder's own.
+        if (i < 20) {
+          token = static_cast<std::int32_t>(random.below(300));
+          decoder.feed(std::vector<std::int32_t>{token});
+        }
+        decoder.step(nullptr);
+        const std::vector<double> expected = oracle.step(token);
+        const std::vector<float> found = decoder.logits();
+        ASSERT_LE(relative_error(found, expected), kExactBound) << "step " << i;
+        token = decoder.tokens()[0];
+        ASSERT_EQ(token, argmax(found)) << "step " << i;
+        ASSERT_EQ(decoder.history()[static_cast<std::size_t>(i + 1)], token);
+      }
+    }
+  }
+}
+
+TEST(CudaDecoder, AReplayedStepIsTheSameBitsAsLaunches) {
+  SKIP_WITHOUT_DEVICE();
+  const SmallModel model(128, false, 3);
+  for (const std::int64_t batch : {1, 5}) {
+    std::vector<std::int32_t> histories[3];
+    std::vector<float> logits[3];
+    for (int way = 0; way < 3; ++way) {  // launches, replays, replays with overlap
+      CudaDecoderOptions options = model.options(batch, 4, 60, 0, way == 2);
+      options.choice = {.temperature = 0.8F, .seed = 11};
+      CudaDecoder<bf16, 128> decoder(*model.device, options);
+      std::vector<std::int32_t> tokens(static_cast<std::size_t>(batch));
+      std::iota(tokens.begin(), tokens.end(), 5);
+      decoder.feed(tokens);
+      constexpr int kSteps = 300;
+      cudaStream_t stream = nullptr;
+      check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+      decoder.step(stream);
+      if (way == 0) {
+        for (int i = 1; i < kSteps; ++i) decoder.step(stream);
+      } else {
+        cudaGraph_t graph = nullptr;
+        cudaGraphExec_t executable = nullptr;
+        check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin");
+        decoder.step(stream);
+        check_cuda(cudaStreamEndCapture(stream, &graph), "end");
+        check_cuda(cudaGraphInstantiate(&executable, graph, 0), "instantiate");
+        for (int i = 1; i < kSteps; ++i) check_cuda(cudaGraphLaunch(executable, stream), "launch");
+        check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+        check_cuda(cudaGraphExecDestroy(executable), "destroy");
+        check_cuda(cudaGraphDestroy(graph), "destroy");
+      }
+      histories[way] = decoder.history(stream);
+      logits[way] = decoder.logits(stream);
+      EXPECT_EQ(decoder.state().totals(stream),
+                std::vector<std::int64_t>(static_cast<std::size_t>(batch), kSteps));
+      check_cuda(cudaStreamDestroy(stream), "destroy");
+    }
+    EXPECT_EQ(histories[0], histories[1]);
+    EXPECT_EQ(logits[0], logits[1]);
+    if (batch == 1) {
+      EXPECT_GT(std::set<std::int32_t>(histories[0].begin(), histories[0].end()).size(), 20U);
+    }
+    // With overlap, attention may be cut otherwise: the sums, not the text, may differ in bits.
+    EXPECT_EQ(histories[0], histories[2]);
+  }
+}
+
+TEST(CudaDecoder, SessionsOfDifferentLengthsJoinAndLeave) {
+  SKIP_WITHOUT_DEVICE();
+  const SmallModel model(64, true, 8);
+  constexpr std::size_t kBatch = 4;
+  CudaDecoder<bf16, 64> decoder(*model.device, model.options(kBatch, 3, 40, 16, true));
+  std::vector<std::optional<PlainDecoder>> oracles(kBatch);
+  std::vector<std::int64_t> totals(kBatch, -1);
+  std::vector<std::int32_t> next(kBatch, 0);
+  decoder.set_totals(totals);
+  Random random(44);
+  for (int round = 0; round < 70; ++round) {
+    if (round % 7 == 0) {  // one leaves or joins
+      const std::size_t b = random.below(kBatch);
+      totals = decoder.state().totals();
+      totals[b] = totals[b] < 0 ? 0 : -1;
+      decoder.set_totals(totals);
+      oracles[b].reset();
+      if (totals[b] == 0) oracles[b].emplace(model.oracle(3, 40));
+      for (std::size_t i = 0; i < kBatch; ++i)
+        next[i] = static_cast<std::int32_t>(random.below(300));
+      decoder.feed(next);
+      if (totals[b] == 0 && round % 2 == 0) {  // with a prompt, in chunks
+        std::vector<std::int32_t> prompt;
+        std::vector<double> expected;
+        for (std::uint64_t i = 0; i < 5 + random.below(60); ++i) {
+          prompt.push_back(static_cast<std::int32_t>(random.below(300)));
+          expected = oracles[b]->step(prompt.back());
+        }
+        decoder.prefill(static_cast<std::int64_t>(b), prompt);
+        const std::vector<float> found = decoder.logits();
+        const std::span<const float> row = std::span(found).subspan(b * 300, 300);
+        ASSERT_LE(relative_error(row, expected), kRoundedBound) << "prompt of " << prompt.size();
+        next[b] = decoder.tokens()[b];
+        ASSERT_EQ(next[b], argmax(row));
+      }
+    }
+    const std::vector<std::int32_t> before = decoder.tokens();
+    decoder.step(nullptr);
+    const std::vector<float> found = decoder.logits();
+    const std::vector<std::int32_t> chosen = decoder.tokens();
+    for (std::size_t b = 0; b < kBatch; ++b) {
+      if (!oracles[b]) {
+        ASSERT_EQ(chosen[b], before[b]) << "an idle session chose a token";
+        continue;
+      }
+      const std::span<const float> row = std::span(found).subspan(b * 300, 300);
+      ASSERT_LE(relative_error(row, oracles[b]->step(next[b])), kRoundedBound)
+          << "round " << round << ", session " << b;
+      ASSERT_EQ(chosen[b], argmax(row));
+      next[b] = chosen[b];
+    }
+  }
+}
+
+TEST(CudaDecoder, PrefillInAnyChunksIsFeeding) {
+  SKIP_WITHOUT_DEVICE();
+  const SmallModel model(128, false, 4);
+  std::vector<std::int32_t> prompt;
+  Random random(2);
+  for (int i = 0; i < 150; ++i) prompt.push_back(static_cast<std::int32_t>(random.below(300)));
+  PlainDecoder oracle = model.oracle(4, 50);
+  std::vector<double> expected;
+  for (const std::int32_t token : prompt) expected = oracle.step(token);
+  std::vector<double> after;
+  for (const std::int64_t chunk : {1, 7, 64, 100, 150}) {
+    CudaDecoder<bf16, 128> decoder(*model.device, model.options(1, 4, 50, chunk, true));
+    decoder.prefill(0, prompt);
+    EXPECT_LE(relative_error(decoder.logits(), expected), kRoundedBound) << chunk;
+    EXPECT_EQ(decoder.state().totals(), std::vector<std::int64_t>{150});
+    // And the stream goes on from there.
+    const std::int32_t token = 42;
+    if (after.empty()) after = oracle.step(token);
+    decoder.feed(std::vector<std::int32_t>{token});
+    decoder.step(nullptr);
+    EXPECT_LE(relative_error(decoder.logits(), after), kRoundedBound) << chunk;
+  }
+}
+
+TEST(CudaDecoder, RefusesWhatDoesNotFit) {
+  SKIP_WITHOUT_DEVICE();
+  const SmallModel model(64, false, 1);
+  CudaDecoder<bf16, 64> decoder(*model.device, model.options(1, 0, 0, 8, false));
+  const std::vector<std::int32_t> outside{300};
+  const std::vector<std::int32_t> two{1, 2};
+  EXPECT_THROW(decoder.feed(outside), Error);
+  EXPECT_THROW(decoder.feed(two), Error);
+  EXPECT_THROW(decoder.prefill(0, {}), Error);
+  EXPECT_THROW(decoder.prefill(1, two), Error);
+  EXPECT_THROW(decoder.prefill(0, std::vector<std::int32_t>(257, 1)), Error);
+  CudaDecoder<bf16, 64> no_chunks(*model.device, model.options(1, 0, 0, 0, false));
+  EXPECT_THROW(no_chunks.prefill(0, two), Error);
+  CudaDecoderShape odd = model.shape;
+  odd.hidden_size = 12;
+  EXPECT_THROW((CudaDecoderWeights<bf16>(odd, true)), Error);
+  CudaDecoderOptions options = model.options(1, 4, 50, 8, false);
+  options.step.capacity = 56;
+  EXPECT_THROW((CudaDecoder<bf16, 64>(*model.device, options)), Error);
+}
+
+}  // namespace
