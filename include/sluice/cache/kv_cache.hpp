@@ -440,11 +440,11 @@ class KvCache {
   /// Classes in the order of their first heads.
   static std::vector<HeadClass> classes_of(const LayerCacheConfig& config,
                                            std::int64_t num_kv_heads) {
+    if (config.retention_of_head.empty())
+      return {HeadClass{.retention = config.retention, .num_heads = num_kv_heads}};
     std::vector<HeadClass> classes;
     for (std::int64_t head = 0; head < num_kv_heads; ++head) {
-      const int retention = config.retention_of_head.empty()
-                                ? config.retention
-                                : config.retention_of_head[static_cast<std::size_t>(head)];
+      const int retention = config.retention_of_head[static_cast<std::size_t>(head)];
       auto part = std::find_if(classes.begin(), classes.end(), [&](const HeadClass& known) {
         return known.retention == retention;
       });
