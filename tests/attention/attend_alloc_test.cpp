@@ -11,8 +11,9 @@
 #include "sluice/core/element.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::attend;
 using sluice::AttentionQuery;
@@ -78,4 +79,4 @@ INSTANTIATE_TEST_SUITE_P(RowsAndThreads, AttendAllocations,
                                   std::to_string(std::get<1>(param.param));
                          });
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -9,8 +9,9 @@
 #include "sluice/cache/score_policy.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -64,4 +65,4 @@ TEST(ScoredCacheAllocations, Steps) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -10,8 +10,9 @@
 #include "sluice/core/element.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::f16;
 using sluice::HeadsView;
@@ -84,4 +85,4 @@ TEST(KvCacheAllocations, RequestedEvictionsAllocateNothing) {
   EXPECT_EQ(sluice::test::allocation_count(), before);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -14,9 +14,10 @@
 #include "sluice/core/memory.hpp"
 #include "sluice/core/threads.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 // Keeps the compiler from removing an allocation that is not used.
 void* volatile escaped = nullptr;
@@ -119,4 +120,4 @@ TEST(ThreadTeamAllocations, RunAllocatesNothing) {
 }
 
 }  // namespace
-}  // namespace sluice
+}  // namespace SLUICE_TEST_UNIT

@@ -10,9 +10,10 @@
 #include "sluice/io/detokenizer.hpp"
 #include "sluice/io/load_tokenizer.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 TEST(DetokenizerAllocation, PushIntoAStringWithRoomAllocatesNothing) {
   for (const char* name : {"llama2", "qwen2"}) {
@@ -35,4 +36,4 @@ TEST(DetokenizerAllocation, PushIntoAStringWithRoomAllocatesNothing) {
 }
 
 }  // namespace
-}  // namespace sluice
+}  // namespace SLUICE_TEST_UNIT

@@ -18,9 +18,10 @@
 #include "support/naive_decoder.hpp"
 #include "support/property.hpp"
 #include "support/small_decoder.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::between;
 
@@ -110,5 +111,5 @@ TEST_F(DraftForward, EqualsThePlainSequencesOfItsNodes) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Every supported family against Hugging Face Transformers: tiny seeded models whose logits and
 // greedy continuations were recorded by tests/oracle/make_model_goldens.py. Tolerance: 20 times the
-// error that Transformers' own float32 run has against float64 (recorded per model, about 1e-5): any
-// order of float32 summation errs about as much.
+// error that Transformers' own float32 run has against float64 (recorded per model, about 1e-5):
+// any order of float32 summation errs about as much.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,9 +17,10 @@
 #include "sluice/model/load_gguf.hpp"
 #include "sluice/model/load_safetensors.hpp"
 #include "sluice/stream/session.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 struct Case {
   std::string model;    // folder under tests/data/models
@@ -30,16 +31,19 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
   return out << c.model << " " << c.variant;
 }
 
-std::string models() { return std::string(SLUICE_TEST_DATA) + "/models/"; }
+std::string models() {
+  return std::string(SLUICE_TEST_DATA) + "/models/";
+}
 
 std::shared_ptr<const Decoder> load(const Case& c) {
   const std::string folder = models() + c.model;
-  if (c.variant == "gguf")
-    return load_decoder(std::make_shared<const GgufFile>(folder + ".gguf"));
+  if (c.variant == "gguf") return load_decoder(std::make_shared<const GgufFile>(folder + ".gguf"));
   return load_decoder(std::make_shared<const SafetensorsModel>(folder), folder + "/" + c.variant);
 }
 
-Json goldens(const Case& c) { return read_json_file(models() + c.model + "/goldens.json"); }
+Json goldens(const Case& c) {
+  return read_json_file(models() + c.model + "/goldens.json");
+}
 
 std::vector<Token> tokens_of(const Json& json, const char* key) {
   return json.at(key).get<std::vector<Token>>();
@@ -80,8 +84,7 @@ TEST_P(FamilyGoldens, LogitsOfTheWholeTextInAnyChunks) {
         session.accept(std::span(tokens).subspan(fed, positions[p] + 1 - fed));
         fed = positions[p] + 1;
         expect_near(session.logits(), golden.at("logits").at(p).get<std::vector<double>>(), bound,
-                    "chunk " + std::to_string(chunk) + " position " +
-                        std::to_string(positions[p]));
+                    "chunk " + std::to_string(chunk) + " position " + std::to_string(positions[p]));
       }
     }
   }
@@ -121,9 +124,8 @@ TEST_P(SinkStreamGoldens, InAnyChunksWithBothKeyForms) {
         options.cache.window_size = stream.at("recent").get<std::int64_t>() + 1;
         options.cache.chunk_size = chunk;
         options.cache.key_form = form;
-        options.cache.position_rule = stream.at("position") == "in-cache"
-                                          ? PositionRule::kInCache
-                                          : PositionRule::kInText;
+        options.cache.position_rule =
+            stream.at("position") == "in-cache" ? PositionRule::kInCache : PositionRule::kInText;
         Session<float> session(model, options);
         const std::size_t first = tokens.size() - logits.size();
         session.accept(std::span(tokens).first(first));
@@ -141,8 +143,8 @@ TEST_P(SinkStreamGoldens, InAnyChunksWithBothKeyForms) {
 
 std::vector<Case> cases() {
   std::vector<Case> all;
-  for (const char* model : {"llama2", "llama3", "smollm2-like", "mistral", "qwen2", "qwen3",
-                            "gemma3", "llama-yarn"})
+  for (const char* model :
+       {"llama2", "llama3", "smollm2-like", "mistral", "qwen2", "qwen3", "gemma3", "llama-yarn"})
     for (const char* config : {"config.json", "config.alternate.json"})
       all.push_back({model, config});
   for (const char* model : {"llama3", "qwen2", "qwen3", "gemma3"}) all.push_back({model, "gguf"});
@@ -151,7 +153,8 @@ std::vector<Case> cases() {
 
 std::string name_of(const testing::TestParamInfo<Case>& parameter) {
   std::string name = parameter.param.model + "_" + parameter.param.variant;
-  std::replace_if(name.begin(), name.end(), [](char c) { return c == '-' || c == '.'; }, '_');
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return c == '-' || c == '.'; }, '_');
   return name;
 }
 
@@ -163,5 +166,5 @@ INSTANTIATE_TEST_SUITE_P(Models, SinkStreamGoldens,
                                          Case{"smollm2-like", "config.json"}),
                          name_of);
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -29,8 +29,9 @@
 #include "support/naive_decoder.hpp"
 #include "support/property.hpp"
 #include "support/small_decoder.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::CacheOptions;
 using sluice::CachePlan;
@@ -836,4 +837,4 @@ TEST_F(GroupStreaming, AllLayersCountFromOnePosition) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

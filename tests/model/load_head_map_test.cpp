@@ -12,8 +12,9 @@
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 namespace fs = std::filesystem;
@@ -186,4 +187,4 @@ TEST_F(LoadHeadMap, RandomDamage) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -13,9 +13,10 @@
 
 #include "sluice/core/atomic_file.hpp"
 #include "sluice/stream/session.hpp"
+#include "support/test_unit.hpp"
 #include "tiny_model/tiny_model.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 namespace fs = std::filesystem;
@@ -152,4 +153,4 @@ TEST_F(LoadModel, PathsThatAreNoModel) {
   EXPECT_EQ(code_of(path("text.txt")), ErrorCode::kFormat);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

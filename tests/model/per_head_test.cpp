@@ -24,8 +24,9 @@
 #include "support/naive_decoder.hpp"
 #include "support/property.hpp"
 #include "support/small_decoder.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::between;
@@ -267,4 +268,4 @@ TEST(PerHead, AMapOfAnotherModelIsRefused) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

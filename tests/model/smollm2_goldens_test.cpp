@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The real model against Hugging Face Transformers in float32 with the same dequantised weights
 // (tests/oracle/make_smollm2_goldens.py). The bounds are 20 times the difference that was recorded
-// between Transformers' float32 run and a float64 run of the same weights; they lie far below 1e-3 of
-// the logits' range, which is asserted too.
+// between Transformers' float32 run and a float64 run of the same weights; they lie far below 1e-3
+// of the logits' range, which is asserted too.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -19,9 +19,10 @@
 #include "sluice/model/load_gguf.hpp"
 #include "sluice/stream/session.hpp"
 #include "support/model_path.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 class SmolLm2Goldens : public testing::Test {
  protected:
@@ -56,13 +57,12 @@ class SmolLm2Goldens : public testing::Test {
     Buffer<float> scratch(static_cast<std::size_t>(8 * model_->config().vocab_size));
     double worst = 0;
     std::size_t scored = 0;
-    session.accept_scored(
-        std::span(text).first(expected.size() + 1),
-        MatrixView<float>(scratch.data(), 8, model_->config().vocab_size),
-        [&](std::size_t i, double nll) {
-          worst = std::max(worst, std::abs(-nll - expected.at(i - 1)));
-          ++scored;
-        });
+    session.accept_scored(std::span(text).first(expected.size() + 1),
+                          MatrixView<float>(scratch.data(), 8, model_->config().vocab_size),
+                          [&](std::size_t i, double nll) {
+                            worst = std::max(worst, std::abs(-nll - expected.at(i - 1)));
+                            ++scored;
+                          });
     EXPECT_EQ(scored, expected.size());
     return worst;
   }
@@ -99,9 +99,9 @@ TEST_F(SmolLm2Goldens, LogitsOf512Tokens) {
       for (std::size_t i = 0; i < top.size(); ++i)
         worst = std::max(worst, std::abs(static_cast<double>(logits[top[i]]) -
                                          golden_.at("top_logits").at(p).at(i).get<double>()));
-      EXPECT_EQ(static_cast<std::size_t>(std::max_element(logits.begin(), logits.end()) -
-                                         logits.begin()),
-                top[0])
+      EXPECT_EQ(
+          static_cast<std::size_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()),
+          top[0])
           << "position " << positions[p];
     }
     std::printf("chunk %ld: largest logit difference %.3g, %.3g of the range %.1f\n",
@@ -171,5 +171,5 @@ TEST_F(SmolLm2Goldens, RecomputedWindow) {
   EXPECT_LE(worst, bound("log_probs"));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -11,9 +11,10 @@
 #include "sluice/model/load_safetensors.hpp"
 #include "sluice/stream/duplex.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 template <class Policy>
 void expect_no_allocation(Policy policy, const char* name) {
@@ -52,5 +53,5 @@ TEST(DuplexAllocations, AreZeroAfterConstruction) {
   expect_no_allocation(AttentionGuided(0.2F, 2), "attention");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

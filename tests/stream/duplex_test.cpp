@@ -19,9 +19,10 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_safetensors.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace std::chrono_literals;
 using Kind = DuplexOutput::Kind;
@@ -772,5 +773,5 @@ TEST(DuplexStress, RandomFeedCancelStop) {
   RecordProperty("tokens", static_cast<int>(tokens));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

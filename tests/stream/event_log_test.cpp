@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/stream/event_log.hpp"
+#include "support/test_unit.hpp"
 
 #include <cstdint>
 #include <deque>
@@ -8,7 +9,7 @@
 #include <gtest/gtest.h>
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 Event event(std::int64_t n) {
   constexpr EventKind kKinds[] = {EventKind::kInput, EventKind::kOutput, EventKind::kProvisional};
@@ -80,5 +81,5 @@ TEST(EventLog, CapacityOutOfRangeIsNamed) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

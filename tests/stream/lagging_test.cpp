@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/stream/lagging.hpp"
+#include "support/test_unit.hpp"
 
 #include <gtest/gtest.h>
 
@@ -8,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::Lagging;
 using sluice::lagging;
@@ -128,4 +129,4 @@ TEST(OverlapEfficiency, IsNaNWhereNothingWasMeasured) {
   EXPECT_TRUE(std::isnan(overlap_efficiency(std::nan(""), 1, 1, 1)));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -12,9 +12,10 @@
 #include <gtest/gtest.h>
 
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr std::int64_t kLargest = std::numeric_limits<std::int64_t>::max();
 
@@ -163,5 +164,5 @@ TEST(LatencyHistogram, CanBeReadWhileItIsWritten) {
   EXPECT_EQ(histogram.count(), 100'000);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

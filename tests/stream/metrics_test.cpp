@@ -11,9 +11,10 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/stream/clock.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr std::int64_t kMs = 1'000'000;
 
@@ -171,5 +172,5 @@ TEST(Clock, IsMonotonicAndCountsNanoseconds) {
   EXPECT_LT(slept, 20'000 * kMs);  // the unit is right, however busy the machine
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

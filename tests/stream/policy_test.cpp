@@ -11,9 +11,10 @@
 #include <vector>
 
 #include "sluice/core/error.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 /// A state with a candidate.
 PolicyState state(Token candidate, std::int64_t units_read = 1, bool source_ended = false) {
@@ -227,5 +228,5 @@ TEST(Policies, RefuseOptionsThatMakeNoSense) {
   expect_refused("SpeakOrSilence", [] { SpeakOrSilence(-1, 0.5F, 3); });
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -9,9 +9,10 @@
 #include "sluice/stream/metrics.hpp"
 #include "sluice/stream/sampler.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 TEST(SamplerAllocations, SamplingAllocatesNothing) {
   Random random(9);
@@ -52,5 +53,5 @@ TEST(MetricsAllocations, MeasuringAndReportingAllocateNothing) {
   EXPECT_EQ(merged.count(), 9990);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

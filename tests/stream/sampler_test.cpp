@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/stream/sampler.hpp"
+#include "support/test_unit.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +17,7 @@
 #include <nlohmann/json.hpp>
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -529,5 +530,5 @@ TEST(Sampler, OptionsOutOfRangeAreNamed) {
     EXPECT_THROW(Sampler({}, size), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -13,9 +13,10 @@
 #include "sluice/model/load_safetensors.hpp"
 #include "sluice/stream/session.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 template <class Element>
 void expect_no_allocation(const std::string& model_name, CachePolicy policy, KeyForm form,
@@ -108,5 +109,5 @@ TEST(SessionAllocations, AreZeroAfterConstruction) {
   expect_no_allocation<bf16>("llama3", CachePolicy::kSinkWindow, KeyForm::kRaw, 1);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

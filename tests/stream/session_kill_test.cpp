@@ -23,9 +23,10 @@
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/session.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 namespace fs = std::filesystem;
 
@@ -148,5 +149,5 @@ TEST_F(KilledSession, OfOtherArithmeticIsRefused) {
   EXPECT_EQ(error->detail().field.substr(0, 11), "activations");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

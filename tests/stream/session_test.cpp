@@ -17,9 +17,10 @@
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_safetensors.hpp"
 #include "sluice/nn/quantised_blocks.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 std::shared_ptr<const Decoder> model(const std::string& name = "llama3") {
   const std::string folder = std::string(SLUICE_TEST_DATA) + "/models/" + name;
@@ -63,8 +64,7 @@ TEST(Session, AnyChunkingEqualsTokenByToken) {
     for (int trial = 0; trial < 5; ++trial) {
       Session<float> session(decoder, sink_window(2, 11, chunk));
       for (std::size_t fed = 0; fed < tokens.size();) {
-        const std::size_t count =
-            std::min<std::size_t>(1 + random.below(40), tokens.size() - fed);
+        const std::size_t count = std::min<std::size_t>(1 + random.below(40), tokens.size() - fed);
         session.accept(std::span(tokens).subspan(fed, count));
         fed += count;
       }
@@ -114,8 +114,8 @@ TEST(Session, RecomputeEqualsAFreshReadingOfTheWindow) {
     fresh_options.cache.capacity = 8;
     Session<float> fresh(decoder, fresh_options);
     fresh.accept(std::span(tokens).subspan(first, i + 1 - first));
-    ASSERT_TRUE(std::equal(session.logits().begin(), session.logits().end(),
-                           fresh.logits().begin()))
+    ASSERT_TRUE(
+        std::equal(session.logits().begin(), session.logits().end(), fresh.logits().begin()))
         << "token " << i;
   }
 }
@@ -311,10 +311,11 @@ TEST(Session, RefusesOptionsThatDoNotFit) {
 class Snapshot : public testing::Test {
  protected:
   void SetUp() override {
-    path_ = (std::filesystem::temp_directory_path() /
-             ("sluice_snapshot_" + std::to_string(::testing::UnitTest::GetInstance()->random_seed()) +
-              "_" + ::testing::UnitTest::GetInstance()->current_test_info()->name()))
-                .string();
+    path_ =
+        (std::filesystem::temp_directory_path() /
+         ("sluice_snapshot_" + std::to_string(::testing::UnitTest::GetInstance()->random_seed()) +
+          "_" + ::testing::UnitTest::GetInstance()->current_test_info()->name()))
+            .string();
   }
   void TearDown() override { std::filesystem::remove(path_); }
   std::string path_;
@@ -433,5 +434,5 @@ TEST_F(Snapshot, OfAMissingFile) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

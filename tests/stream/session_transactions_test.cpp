@@ -15,10 +15,11 @@
 #include "sluice/model/load_safetensors.hpp"
 #include "sluice/stream/session.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 #include "tiny_model/tiny_model.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::between;
 using test::error_of;
@@ -544,5 +545,5 @@ TEST(SessionDraft, RefusesBeforeAnythingChanges) {
   EXPECT_EQ(code_of(CachePolicy::kRecompute, KeyForm::kRotated, plain), "unsupported");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

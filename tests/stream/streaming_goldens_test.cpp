@@ -19,9 +19,10 @@
 #include "sluice/io/safetensors.hpp"
 #include "sluice/model/load_safetensors.hpp"
 #include "sluice/stream/duplex.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr double kTolerance = 1e-4;
 
@@ -214,5 +215,5 @@ TEST(StreamingThinker, SeparatorIsFedAfterTheRead) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

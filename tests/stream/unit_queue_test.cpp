@@ -8,9 +8,10 @@
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 TEST(UnitQueue, KeepsUnitsWholeAndInOrder) {
   UnitQueue queue(2, 5);
@@ -65,5 +66,5 @@ TEST(UnitQueue, TwoThreads) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

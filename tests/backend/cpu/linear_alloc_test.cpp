@@ -7,10 +7,11 @@
 
 #include "sluice/nn/linear.hpp"
 #include "support/count_allocations.hpp"
+#include "support/test_unit.hpp"
 #include "support/random_matrix.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 TEST(LinearAllocations, NoneForAnyTypeOrNumberOfTokens) {
   LinearWorkspace exact(512, 2);
@@ -40,4 +41,4 @@ TEST(LinearAllocations, AreCounted) {
 }
 
 }  // namespace
-}  // namespace sluice
+}  // namespace SLUICE_TEST_UNIT
