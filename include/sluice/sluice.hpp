@@ -40,9 +40,11 @@
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/group_mask.hpp"
 #include "sluice/attention/observed_attention.hpp"
+#include "sluice/attention/page_bounds.hpp"
 #include "sluice/attention/query_directions.hpp"
 #include "sluice/attention/reference.hpp"
 #include "sluice/attention/scored_cache.hpp"
+#include "sluice/attention/selective_cache.hpp"
 #include "sluice/attention/softmax_state.hpp"
 #include "sluice/attention/variant.hpp"
 
