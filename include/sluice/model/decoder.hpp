@@ -20,6 +20,7 @@
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/observed_attention.hpp"
+#include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
 #include "sluice/attention/variant.hpp"
@@ -219,6 +220,14 @@ class Decoder {
     return TokenSelectKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
                                           static_cast<float>(config_.sm_scale), selection,
                                           rotaries(), capacity, max_chunk);
+  }
+
+  /// A cache whose frames go to the host and come back for questions, for one stream of this model.
+  /// The model must outlive it. A workspace needs room for top_frames + 2 segments.
+  /// \throws what RetrievalKvCache throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  RetrievalKvCache<Key, Value> make_retrieval_cache(const RetrievalConfig& config) const {
+    return RetrievalKvCache<Key, Value>(kv_shape(), config_.num_qo_heads, config, rotaries());
   }
 
   /// Pages for the streams of this model that share them, each with a PagedKvCache of its own. The
