@@ -44,7 +44,7 @@ void expect_no_allocation(Cache& cache, const Rotary& rotary) {
     if (step % 11 == 10) cache.truncate(1);
   }
   EXPECT_EQ(test::allocation_count(), before);
-  EXPECT_GT(read, 400);
+  EXPECT_GE(read, 400);  // a segment a layer and step, or more
 }
 
 TEST(SelectiveCacheAllocations, Steps) {
@@ -58,6 +58,7 @@ TEST(SelectiveCacheAllocations, Steps) {
   EXPECT_GT(pages.selections(), 20);
   TokenSelectKvCache<f16> tokens({2, 2, 16, 8}, 4, 0.25F, {{0}, 20}, rotaries, 600, 5);
   expect_no_allocation(tokens, rotary);
+  EXPECT_TRUE(tokens.gathers());
 }
 
 }  // namespace
