@@ -26,6 +26,7 @@
 #include "sluice/position/rotary.hpp"
 #include "sluice/position/vision_positions.hpp"
 
+#include "sluice/cache/frame_store.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/head_map.hpp"
 #include "sluice/cache/kv_cache.hpp"
@@ -40,9 +41,12 @@
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/group_mask.hpp"
 #include "sluice/attention/observed_attention.hpp"
+#include "sluice/attention/page_bounds.hpp"
 #include "sluice/attention/query_directions.hpp"
 #include "sluice/attention/reference.hpp"
+#include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
+#include "sluice/attention/selective_cache.hpp"
 #include "sluice/attention/softmax_state.hpp"
 #include "sluice/attention/variant.hpp"
 

@@ -119,5 +119,5 @@ TEST(ThreadTeamAllocations, RunAllocatesNothing) {
   }
 }
 
-}  // namespace
 }  // namespace SLUICE_TEST_UNIT
+}  // namespace sluice

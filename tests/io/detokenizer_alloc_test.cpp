@@ -35,5 +35,5 @@ TEST(DetokenizerAllocation, PushIntoAStringWithRoomAllocatesNothing) {
   }
 }
 
-}  // namespace
 }  // namespace SLUICE_TEST_UNIT
+}  // namespace sluice

@@ -36,6 +36,8 @@ class NaiveDecoder {
     Rows logits;  // [rows, vocab_size]
     /// What each head attends to: weights[layer][head][query][key].
     std::vector<std::vector<Rows>> weights;
+    std::vector<Rows> queries;  ///< [layer][row][num_qo_heads * head_dim], not rotated
+    std::vector<Rows> keys;     ///< [layer][row][num_kv_heads * head_dim], not rotated
   };
 
   explicit NaiveDecoder(const Decoder& model) : config_(model.config()), weights_(model.weights()) {
@@ -77,6 +79,8 @@ class NaiveDecoder {
         key.push_back(product(layer.key, normed));
         value.push_back(product(layer.value, normed));
       }
+      pass.queries.push_back(query);
+      pass.keys.push_back(key);
       const Rows attended = attention(l, query, key, value, sees, pass);
       for (std::size_t t = 0; t < hidden.size(); ++t) {
         add(hidden[t], product(layer.output, attended[t]));

@@ -59,7 +59,10 @@ struct AttentionShape {
   std::int64_t value_dim = 0;    ///< channels of values and outputs
   std::int64_t max_queries = 1;  ///< rows of one call, T
   std::int64_t max_keys = 1;     ///< entries of all segments of one call together
-  int max_segments = 16;         ///< segments of one call; each costs max_queries rotations
+  int max_segments = 16;         ///< segments of one call
+  /// Distinct shifts and ceilings of one call's segments, where they are fewer than the segments;
+  /// each costs max_queries rotations.
+  int max_places = 128;
 };
 
 /// Scratch of attend() and the rotations of its queries, allocated at construction. Layers that

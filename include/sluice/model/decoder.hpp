@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -19,7 +20,9 @@
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/observed_attention.hpp"
+#include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
+#include "sluice/attention/selective_cache.hpp"
 #include "sluice/attention/variant.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/kv_cache.hpp"
@@ -147,7 +150,7 @@ class Decoder {
   Decoder& operator=(const Decoder&) = delete;
 
   /// Segments that one call of forward() can see, all groups together.
-  static constexpr int kMaxSegments = 40;
+  static constexpr int kMaxSegments = AttentionWorkspace<cpu>::kMaxSegments;
 
   const DecoderConfig& config() const { return config_; }
   const DecoderWeights& weights() const { return weights_; }
@@ -185,12 +188,46 @@ class Decoder {
   template <RotaryElement Key, RotaryElement Value = Key>
   ScoredKvCache<Key, Value> make_scored_cache(const ScorePolicy& policy,
                                               std::span<const float> directions = {}) const {
-    std::vector<const Rotary*> rotaries;
-    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
-      rotaries.push_back(&rotary(layer));
     return ScoredKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
-                                     static_cast<float>(config_.sm_scale), policy, rotaries,
+                                     static_cast<float>(config_.sm_scale), policy, rotaries(),
                                      directions);
+  }
+
+  /// A full cache of which steps read the pages that their queries pick, for one stream of this
+  /// model. The model must outlive it. A workspace needs room for as many segments as pages are
+  /// read. \throws what PageSelectKvCache throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  PageSelectKvCache<Key, Value> make_page_select_cache(const PageSelection& selection,
+                                                       std::int64_t capacity,
+                                                       std::int64_t max_chunk) const {
+    return PageSelectKvCache<Key, Value>(kv_shape(), config_.num_qo_heads, selection, rotaries(),
+                                         capacity, max_chunk);
+  }
+
+  /// A full cache of which most layers read what scored highest in another layer, for one stream of
+  /// this model. The model must outlive it. \throws what TokenSelectKvCache throws,
+  /// Error(kUnsupported) for a model with trained windows.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  TokenSelectKvCache<Key, Value> make_token_select_cache(const TokenSelection& selection,
+                                                         std::int64_t capacity,
+                                                         std::int64_t max_chunk) const {
+    for (const DecoderLayerConfig& layer : config_.layers)
+      if (layer.window_size < kUnlimitedWindow)
+        throw Error(ErrorCode::kUnsupported,
+                    {"layers with trained windows share no tokens with others",
+                     "Decoder::make_token_select_cache", "window_size", "none",
+                     std::to_string(layer.window_size)});
+    return TokenSelectKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
+                                          static_cast<float>(config_.sm_scale), selection,
+                                          rotaries(), capacity, max_chunk);
+  }
+
+  /// A cache whose frames go to the host and come back for questions, for one stream of this model.
+  /// The model must outlive it. A workspace needs room for top_frames + 2 segments.
+  /// \throws what RetrievalKvCache throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  RetrievalKvCache<Key, Value> make_retrieval_cache(const RetrievalConfig& config) const {
+    return RetrievalKvCache<Key, Value>(kv_shape(), config_.num_qo_heads, config, rotaries());
   }
 
   /// Pages for the streams of this model that share them, each with a PagedKvCache of its own. The
@@ -198,10 +235,7 @@ class Decoder {
   template <RotaryElement Key, RotaryElement Value = Key>
   std::shared_ptr<PageStore<Key, Value>> make_page_store(std::int64_t num_pages,
                                                          std::int64_t page_size) const {
-    std::vector<const Rotary*> rotaries;
-    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
-      rotaries.push_back(&rotary(layer));
-    return std::make_shared<PageStore<Key, Value>>(kv_shape(), rotaries, num_pages, page_size);
+    return std::make_shared<PageStore<Key, Value>>(kv_shape(), rotaries(), num_pages, page_size);
   }
 
   /// A group of tokens of this model, for streams that read while they write. The model must
@@ -277,6 +311,14 @@ class Decoder {
   // Rows of a chunk that a member of the team claims together for what goes row by row.
   static constexpr std::int64_t kTokensAtOnce = 16;
 
+  /// Of each layer.
+  std::vector<const Rotary*> rotaries() const {
+    std::vector<const Rotary*> result;
+    for (std::int64_t layer = 0; layer < config_.num_layers(); ++layer)
+      result.push_back(&rotary(layer));
+    return result;
+  }
+
   /// How each layer uses a cache of the plan.
   std::vector<LayerCacheConfig> layer_configs(const CachePlan& plan) const {
     std::vector<LayerCacheConfig> layers;
@@ -312,6 +354,8 @@ class DecoderWorkspace {
  public:
   /// Segments for which a workspace has room unless told otherwise.
   static constexpr int kDefaultSegments = 16;
+  /// Distinct reader places (shift and ceiling) among one call's segments, at most.
+  static constexpr int kMaxPlaces = 40;
 
   /// For chunks of up to `max_tokens` tokens that see up to `max_keys` entries in `max_segments`
   /// segments, those of other groups included (a group with sinks and a window has up to four).
@@ -331,7 +375,8 @@ class DecoderWorkspace {
         linear_(widest(model.config()), team_size, activations,
                 std::min(max_tokens, LinearWorkspace::kDefaultTokens)),
         lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
-        mass_(static_cast<std::size_t>(model.config().num_qo_heads)) {
+        mass_(static_cast<std::size_t>(model.config().num_qo_heads)),
+        segments_(sizeof(Segment<float>) * kSegmentSlots) {
     const DecoderConfig& config = model.config();
     const AttentionShape shape{.num_qo_heads = config.num_qo_heads,
                                .num_kv_heads = config.num_kv_heads,
@@ -339,7 +384,8 @@ class DecoderWorkspace {
                                .value_dim = config.head_dim,
                                .max_queries = max_tokens,
                                .max_keys = max_keys,
-                               .max_segments = max_segments};
+                               .max_segments = max_segments,
+                               .max_places = std::min(max_segments, kMaxPlaces)};
     for (std::size_t r = 0; r < config.rotaries.size(); ++r) {
       const Rotary rotary(config.rotaries[r]);
       attention_.push_back(std::make_unique<AttentionWorkspace<cpu>>(&rotary, shape, team_size));
@@ -359,6 +405,17 @@ class DecoderWorkspace {
 
  private:
   friend class Decoder;
+
+  // A cache writes behind those of other groups, and may be given room for as many as it ever has.
+  static constexpr std::size_t kSegmentSlots = 2 * Decoder::kMaxSegments;
+
+  /// Storage for the segments of a call: hundreds of them are too many for the stack.
+  template <class SegmentType>
+  std::span<SegmentType> segment_slots() {
+    static_assert(std::is_trivially_copyable_v<SegmentType> &&
+                  sizeof(SegmentType) <= sizeof(Segment<float>));
+    return {reinterpret_cast<SegmentType*>(segments_.data()), kSegmentSlots};
+  }
 
   static Buffer<float> buffer(std::int64_t rows, std::int64_t cols) {
     return Buffer<float>(static_cast<std::size_t>(rows * cols));
@@ -381,6 +438,7 @@ class DecoderWorkspace {
   LinearWorkspace linear_;
   Buffer<float> lse_;   // [max_tokens, num_qo_heads], of a layer that is probed or observed
   Buffer<float> mass_;  // [num_qo_heads]
+  Buffer<std::byte> segments_;
   std::vector<std::unique_ptr<AttentionWorkspace<cpu>>> attention_;  // one per rotary
   std::vector<RotaryTable> write_rotation_;                          // one per rotary
 };
@@ -471,7 +529,7 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
                               input.positions.empty() ? nullptr : input.positions.data()};
     if constexpr (requires { cache.select(l, rows); }) cache.select(l, rows);
     for (int part = 0; part < cache.num_classes(l); ++part) {
-      std::array<SegmentType, kMaxSegments> segments;
+      const std::span<SegmentType> segments = w.segment_slots<SegmentType>();
       const std::span<const SegmentType> seen(
           segments.data(),
           static_cast<std::size_t>(gather(l, part, count, cache, reader, segments)));
@@ -518,10 +576,11 @@ int Decoder::gather(std::int64_t layer, int part, std::int64_t count, const Cach
                     const GroupReaderOf<Cache>& reader,
                     std::span<typename Cache::SegmentType> segments) {
   using SegmentType = typename Cache::SegmentType;
+  static_assert(Cache::kMaxSegments <= kMaxSegments);
   int written = 0;
   const auto take = [&](const auto& found, int more, std::int32_t group) {
     for (int i = 0; i < more; ++i) {
-      SLUICE_ASSERT(written < static_cast<int>(segments.size()));
+      SLUICE_ASSERT(written < kMaxSegments);
       SegmentType& segment = segments[static_cast<std::size_t>(written++)];
       segment = found[static_cast<std::size_t>(i)];
       segment.rule.group = group;
@@ -540,9 +599,13 @@ int Decoder::gather(std::int64_t layer, int part, std::int64_t count, const Cach
           view.group);
     }
   }
-  std::array<SegmentType, Cache::kMaxSegments> found;
-  take(found, cache.segments(layer, count, found, part), reader.own_group);
-  return written;
+  // The cache's own are written where they are read.
+  constexpr auto kMost = static_cast<std::size_t>(Cache::kMaxSegments);
+  const std::span<SegmentType, kMost> own =
+      segments.subspan(static_cast<std::size_t>(written)).template first<kMost>();
+  const int more = cache.segments(layer, count, own, part);
+  for (int i = 0; i < more; ++i) own[static_cast<std::size_t>(i)].rule.group = reader.own_group;
+  return written + more;
 }
 
 inline void Decoder::logits(std::int64_t first, MatrixView<float> logits, DecoderWorkspace& w,

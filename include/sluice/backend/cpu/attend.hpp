@@ -45,7 +45,7 @@ template <>
 class AttentionWorkspace<cpu> {
  public:
   /// The largest AttentionShape::max_segments.
-  static constexpr int kMaxSegments = 128;
+  static constexpr int kMaxSegments = 512;
 
   /// `rotary` is copied; null: queries are not rotated. Allocates bytes(). Teams of at most
   /// `team_size` members may use it.
@@ -63,8 +63,9 @@ class AttentionWorkspace<cpu> {
         splits_(static_cast<std::size_t>(max_splits_)),
         splits_left_(static_cast<std::size_t>(shape.num_kv_heads)) {
     if (rotary != nullptr) {
-      tables_.reserve(static_cast<std::size_t>(shape.max_segments));
-      for (int i = 0; i < shape.max_segments; ++i) tables_.emplace_back(*rotary, shape.max_queries);
+      const int places = std::min(shape.max_segments, shape.max_places);
+      tables_.reserve(static_cast<std::size_t>(places));
+      for (int i = 0; i < places; ++i) tables_.emplace_back(*rotary, shape.max_queries);
     }
     if (team_size < 1)
       throw Error(ErrorCode::kConfig, {"no team to work for", "AttentionWorkspace", "team_size",
@@ -131,6 +132,7 @@ class AttentionWorkspace<cpu> {
     if (shape.max_keys < 1) fail("max_keys", "at least 1", shape.max_keys);
     if (shape.max_segments < 1 || shape.max_segments > kMaxSegments)
       fail("max_segments", "1 to " + std::to_string(kMaxSegments), shape.max_segments);
+    if (shape.max_places < 1) fail("max_places", "at least 1", shape.max_places);
     if (rotary != nullptr && rotary->head_dim() != shape.head_dim)
       fail("head_dim", "the rotation's, " + std::to_string(rotary->head_dim()), shape.head_dim);
     return shape;
@@ -211,6 +213,7 @@ class CpuAttention {
       int table = 0;
       while (table < used && !(shifts[table] == shift && ceilings[table] == ceiling)) ++table;
       if (table == used) {
+        SLUICE_ASSERT(used < static_cast<int>(workspace_.tables_.size()));
         shifts[used] = shift;
         ceilings[used] = ceiling;
         RotaryTable& rotations = workspace_.tables_[static_cast<std::size_t>(used++)];
