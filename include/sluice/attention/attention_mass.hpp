@@ -62,10 +62,9 @@ void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Va
       }
       for (std::int64_t j = first; j < rule.visible; ++j) {
         const Key* stored = segment.key(segment_head, j);
+        KvRow<Key>::dequantise(stored, segment.key_scale(segment_head, j), dim, key);
         if (segment.key_rotation != nullptr)
-          rotary->rotate(segment.key_rotation + j * segment.key_rotation_stride, stored, key);
-        else
-          for (std::int64_t d = 0; d < dim; ++d) key[d] = static_cast<float>(stored[d]);
+          rotary->rotate(segment.key_rotation + j * segment.key_rotation_stride, key, key);
         float score = 0;
         for (std::int64_t d = 0; d < dim; ++d) score += q[d] * key[d];
         mass[static_cast<std::size_t>(head)] +=
