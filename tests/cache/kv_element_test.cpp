@@ -55,9 +55,9 @@ TEST(KvElement, Int8OfATypedInRow) {
   const Stored<std::int8_t> row({1.0F, -0.5F, 0.25F, 0.1F, 0.0F});
   EXPECT_EQ(row.codes, (std::vector<std::int8_t>{127, -64, 32, 13, 0}));
   EXPECT_FLOAT_EQ(row.scales[0], 0.007874016F);
-  EXPECT_FLOAT_EQ(row.read[1], -0.503937F);
-  EXPECT_FLOAT_EQ(row.read[2], 0.251969F);
-  EXPECT_FLOAT_EQ(row.read[3], 0.102362F);
+  EXPECT_FLOAT_EQ(row.read[1], -64.0F / 127.0F);
+  EXPECT_FLOAT_EQ(row.read[2], 32.0F / 127.0F);
+  EXPECT_FLOAT_EQ(row.read[3], 13.0F / 127.0F);
 }
 
 // Test E.6c.
