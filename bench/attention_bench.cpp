@@ -119,8 +119,11 @@ void decode_step(benchmark::State& state) {
     layer.attend_newest(1);
     layer.cache().commit();
   }
-  const std::int64_t bytes = (sinks + window) * geometry.num_kv_heads * geometry.head_dim * 2 *
-                             static_cast<std::int64_t>(sizeof(Element));
+  const auto row_bytes =
+      KvRow<Element>::stored(geometry.head_dim) * static_cast<std::int64_t>(sizeof(Element)) +
+      KvRow<Element>::scales(geometry.head_dim) *
+          static_cast<std::int64_t>(sizeof(typename KvRow<Element>::Scale));
+  const std::int64_t bytes = (sinks + window) * geometry.num_kv_heads * 2 * row_bytes;
   state.counters["kv_bytes_per_s"] =
       benchmark::Counter(static_cast<double>(bytes), benchmark::Counter::kIsIterationInvariantRate,
                          benchmark::Counter::OneK::kIs1000);
@@ -235,6 +238,12 @@ void single(benchmark::internal::Benchmark* bench) {
 BENCHMARK(decode_step<float>)->Name("attention/decode/cpu/f32")->Apply(threaded)->UseRealTime();
 BENCHMARK(decode_step<f16>)->Name("attention/decode/cpu/f16")->Apply(threaded)->UseRealTime();
 BENCHMARK(decode_step<bf16>)->Name("attention/decode/cpu/bf16")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<std::int8_t>)
+    ->Name("attention/decode/cpu/i8")
+    ->Apply(threaded)
+    ->UseRealTime();
+BENCHMARK(decode_step<fp8_e4m3>)->Name("attention/decode/cpu/e4m3")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<int4x2>)->Name("attention/decode/cpu/i4")->Apply(threaded)->UseRealTime();
 BENCHMARK(cache_step<f16>)->Name("cache/step/cpu/f16")->Apply(single);
 BENCHMARK(multiply_add_peak)->Name("attention/peak/cpu/f32");
 BENCHMARK(prefill_prompt<f16>)

@@ -30,6 +30,7 @@
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/head_map.hpp"
 #include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/page_pool.hpp"
 #include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/cache/retention.hpp"

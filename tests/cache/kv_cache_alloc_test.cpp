@@ -15,7 +15,9 @@
 namespace SLUICE_TEST_UNIT {
 
 using sluice::f16;
+using sluice::fp8_e4m3;
 using sluice::HeadsView;
+using sluice::int4x2;
 using sluice::KeyForm;
 using sluice::KvCache;
 using sluice::LayerCacheConfig;
@@ -33,17 +35,18 @@ TEST(KvCacheAllocations, TheCounterSeesAllocations) {
 
 class KvCacheSteps : public testing::TestWithParam<KeyForm> {};
 
-TEST_P(KvCacheSteps, AllocateNothing) {
+template <class Key, class Value>
+void expect_steps_without_allocation(KeyForm form) {
   const Rotary rotary({.head_dim = 16, .rotary_dim = 16});
   std::vector<RetentionConfig> retentions{RetentionConfig::sink_window(2, 20, 6),
                                           RetentionConfig::window(7, 6)};
-  for (RetentionConfig& config : retentions) config.key_form = GetParam();
+  for (RetentionConfig& config : retentions) config.key_form = form;
   const std::vector<LayerCacheConfig> layers{{0, &rotary}, {1, &rotary}, {1, nullptr}};
-  KvCache<f16, float> cache({3, 2, 16, 8}, retentions, layers);
+  KvCache<Key, Value> cache({3, 2, 16, 8}, retentions, layers);
   RotaryTable table(rotary, 6);
   const std::vector<float> keys(6 * 2 * 16, 1.5F);
   const std::vector<float> values(6 * 2 * 8, 0.5F);
-  std::array<KvCache<f16, float>::SegmentType, KvCache<f16, float>::kMaxSegments> segments;
+  std::array<typename KvCache<Key, Value>::SegmentType, KvCache<Key, Value>::kMaxSegments> segments;
   std::int64_t seen = 0;
 
   const std::int64_t before = sluice::test::allocation_count();
@@ -65,6 +68,12 @@ TEST_P(KvCacheSteps, AllocateNothing) {
   cache.reset();
   EXPECT_EQ(sluice::test::allocation_count(), before);
   EXPECT_GT(seen, 3 * 500);
+}
+
+TEST_P(KvCacheSteps, AllocateNothing) {
+  expect_steps_without_allocation<f16, float>(GetParam());
+  expect_steps_without_allocation<std::int8_t, fp8_e4m3>(GetParam());
+  expect_steps_without_allocation<int4x2, int4x2>(GetParam());
 }
 
 INSTANTIATE_TEST_SUITE_P(Forms, KvCacheSteps, testing::Values(KeyForm::kRotated, KeyForm::kRaw),

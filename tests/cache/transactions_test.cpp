@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <utility>
@@ -34,6 +35,18 @@ std::array<float, kDim> row_of(std::int64_t number, std::int64_t layer, std::int
                                bool value) {
   return {static_cast<float>(number), static_cast<float>(layer), static_cast<float>(head),
           value ? 1.0F : 0.0F};
+}
+
+/// Whether a stored row, scales included, is what `row` becomes as such elements.
+template <class T>
+bool holds(const T* stored, const typename KvRow<T>::Scale* scales,
+           const std::array<float, kDim>& row) {
+  std::array<T, kDim> codes{};
+  std::array<typename KvRow<T>::Scale, 1> expected{};
+  KvRow<T>::quantise(row.data(), kDim, codes.data(), expected.data());
+  return std::memcmp(stored, codes.data(), sizeof(T) * KvRow<T>::stored(kDim)) == 0 &&
+         (KvRow<T>::scales(kDim) == 0 ||
+          std::memcmp(scales, expected.data(), sizeof(expected)) == 0);
 }
 
 /// A cache beside the list of what was appended, each token with a number of its own.
@@ -89,9 +102,9 @@ struct Stream {
           for (std::int64_t head = 0; head < kHeads; ++head) {
             const auto key = row_of(numbers[static_cast<std::size_t>(token)], layer, head, false);
             const auto value = row_of(numbers[static_cast<std::size_t>(token)], layer, head, true);
-            ASSERT_TRUE(std::equal(key.begin(), key.end(), segment.key(head, i)))
+            ASSERT_TRUE(holds(segment.key(head, i), segment.key_scale(head, i), key))
                 << "layer " << layer << " token " << token;
-            ASSERT_TRUE(std::equal(value.begin(), value.end(), segment.value(head, i)));
+            ASSERT_TRUE(holds(segment.value(head, i), segment.value_scale(head, i), value));
           }
         }
       }
@@ -212,6 +225,22 @@ TEST(CacheTransactions, AgreeWithAListOfTokens) {
     random_operations([&] { return KvCache<float>(shape, configs, layers); }, 3,
                       seed % 3 == 1 ? 300 : 100000, seed);
     if (HasFatalFailure()) FAIL() << "seed " << seed;
+  }
+}
+
+// Rows and their scales move together.
+TEST(CacheTransactions, AgreeWithAListOfTokensWhereRowsAreQuantised) {
+  const std::vector<LayerCacheConfig> layers{{0, nullptr}, {1, nullptr}};
+  const KvShape shape{2, kHeads, kDim, kDim};
+  const std::vector<RetentionConfig> configs{RetentionConfig::sink_window(2, 11, kChunk),
+                                             RetentionConfig::full(300, kChunk)};
+  for (std::uint64_t seed = 0; seed < 4; ++seed) {
+    random_operations([&] { return KvCache<std::int8_t, int4x2>(shape, configs, layers); }, 2, 300,
+                      seed);
+    if (HasFatalFailure()) FAIL() << "int8 and int4, seed " << seed;
+    random_operations([&] { return KvCache<int4x2, fp8_e4m3>(shape, configs, layers); }, 2, 300,
+                      seed);
+    if (HasFatalFailure()) FAIL() << "int4 and fp8, seed " << seed;
   }
 }
 

@@ -62,10 +62,18 @@ void attention_mass(const AttentionQuery& query, std::span<const Segment<Key, Va
       }
       for (std::int64_t j = first; j < rule.visible; ++j) {
         const Key* stored = segment.key(segment_head, j);
-        if (segment.key_rotation != nullptr)
-          rotary->rotate(segment.key_rotation + j * segment.key_rotation_stride, stored, key);
-        else
+        const float* const key_angles =
+            segment.key_rotation == nullptr
+                ? nullptr
+                : segment.key_rotation + j * segment.key_rotation_stride;
+        if constexpr (QuantisedElement<Key>) {
+          KvRow<Key>::dequantise(stored, segment.key_scale(segment_head, j), dim, key);
+          if (key_angles != nullptr) rotary->rotate(key_angles, key, key);
+        } else if (key_angles != nullptr) {
+          rotary->rotate(key_angles, stored, key);
+        } else {
           for (std::int64_t d = 0; d < dim; ++d) key[d] = static_cast<float>(stored[d]);
+        }
         float score = 0;
         for (std::int64_t d = 0; d < dim; ++d) score += q[d] * key[d];
         mass[static_cast<std::size_t>(head)] +=

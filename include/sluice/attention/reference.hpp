@@ -63,9 +63,10 @@ void attend_reference(HeadsView<const float> query, std::int64_t first_index,
           const KeyInfo key{segment.rule.first_index + j, segment.rule.kind, segment.rule.group};
           if (!variant.visibility.visible(info, key)) continue;
           std::vector<double> k(static_cast<std::size_t>(query.head_dim));
-          for (std::int64_t d = 0; d < query.head_dim; ++d)
-            k[static_cast<std::size_t>(d)] =
-                static_cast<double>(static_cast<float>(segment.key(stored, j)[d]));
+          std::vector<float> row(static_cast<std::size_t>(query.head_dim));
+          KvRow<Key>::dequantise(segment.key(stored, j), segment.key_scale(stored, j),
+                                 query.head_dim, row.data());
+          std::copy(row.begin(), row.end(), k.begin());
           const Position position = segment.rule.first_position + static_cast<Position>(j);
           if (segment.key_rotation != nullptr) rotate(k, position);
           double score = 0;
@@ -73,10 +74,10 @@ void attend_reference(HeadsView<const float> query, std::int64_t first_index,
           auto scaled = static_cast<float>(score * static_cast<double>(variant.sm_scale));
           variant.transform.apply({head, reader, position}, {&scaled, 1});
           scores.push_back(static_cast<double>(scaled));
-          values.emplace_back(static_cast<std::size_t>(out.head_dim));
-          for (std::int64_t d = 0; d < out.head_dim; ++d)
-            values.back()[static_cast<std::size_t>(d)] =
-                static_cast<double>(static_cast<float>(segment.value(stored, j)[d]));
+          row.resize(static_cast<std::size_t>(out.head_dim));
+          KvRow<Value>::dequantise(segment.value(stored, j), segment.value_scale(stored, j),
+                                   out.head_dim, row.data());
+          values.emplace_back(row.begin(), row.end());
         }
       }
       double max = -kInfinity;

@@ -40,7 +40,7 @@ struct GroupView {
 /// was published and holds it while it reads. The release of publish() and the acquire of
 /// published() order the rows; the release of hold() and the acquire of room() order the reads of a
 /// row before it is overwritten.
-template <RotaryElement Key, RotaryElement Value = Key>
+template <KvElement Key, KvElement Value = Key>
 class Group {
  public:
   static constexpr int kMaxReaders = 16;
@@ -144,7 +144,7 @@ class Group {
 };
 
 /// Groups by name and by number (their place in the set).
-template <RotaryElement Key, RotaryElement Value = Key>
+template <KvElement Key, KvElement Value = Key>
 class GroupSet {
  public:
   /// Takes a group in. \throws Error(kConfig) unless its id is its place, or if the name is taken.

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
 #include "sluice/core/backend.hpp"
@@ -55,13 +56,15 @@ struct HeadClassView {
   ReaderPlace place{};                          ///< where its queries stand among other groups
 };
 
-/// A cache of one stream. Key and Value: float, f16 or bf16; layout [heads, capacity, dim] in each
-/// class of a layer.
+/// A cache of one stream. Key and Value: float, f16, bf16, or quantised with scales beside the rows
+/// (int8_t, fp8_e4m3, int4x2; formats and error bounds in cache/kv_element.hpp); layout [heads,
+/// capacity, dim] in each class of a layer. Keys are quantised once: after their rotation, or raw
+/// where the retention keeps them raw.
 ///
 /// Protocol of a step with T tokens: append(T); for each layer store() the T new keys and values,
 /// then attend over segments(); commit() (or rollback()). Only construction allocates. One thread
 /// changes the cache; store() of different rows or layers may run on several.
-template <RotaryElement Key, RotaryElement Value = Key, Backend Tag = cpu>
+template <KvElement Key, KvElement Value = Key, Backend Tag = cpu>
 class KvCache {
  public:
   using KeyType = Key;
@@ -88,7 +91,8 @@ class KvCache {
 
   /// Allocates bytes() at once. `layers` has one entry per layer.
   /// \throws Error(kConfig, kShape) when extents are not positive, a layer names a retention that
-  /// does not exist, or a retention does not fit in itself.
+  /// does not exist, a retention does not fit in itself, an element holds two channels of an odd
+  /// number, or keys to be rotated and quantised are wider than kMaxRotaryDim.
   KvCache(const KvShape& shape, std::span<const RetentionConfig> retentions,
           std::span<const LayerCacheConfig> layers)
       : shape_(shape) {
@@ -96,20 +100,29 @@ class KvCache {
     for (const RetentionConfig& config : retentions) retentions_.emplace_back(config);
     std::int64_t key_count = 0;
     std::int64_t value_count = 0;
+    std::int64_t key_scale_count = 0;
+    std::int64_t value_scale_count = 0;
     for (const LayerCacheConfig& config : layers) {
       layers_.push_back({config.rotary, classes_of(config, shape.num_kv_heads)});
       for (HeadClass& part : layers_.back().classes) {
         const RetentionConfig& retention = retentions[static_cast<std::size_t>(part.retention)];
         part.key_offset = key_count;
         part.value_offset = value_count;
-        key_count += elements("head_dim", part.num_heads, retention.capacity, shape.head_dim);
-        value_count += elements("value_dim", part.num_heads, retention.capacity, shape.value_dim);
+        part.key_scale_offset = key_scale_count;
+        part.value_scale_offset = value_scale_count;
+        const Extents extents(shape, part.num_heads, retention.capacity);
+        key_count += extents.keys;
+        value_count += extents.values;
+        key_scale_count += extents.key_scales;
+        value_scale_count += extents.value_scales;
         if (retention.key_form == KeyForm::kRaw && config.rotary != nullptr)
           part.key_rotation = raw_key_table(*config.rotary, retention.capacity);
       }
     }
     keys_ = Buffer<Key, Tag>(static_cast<std::size_t>(key_count));
     values_ = Buffer<Value, Tag>(static_cast<std::size_t>(value_count));
+    key_scales_ = Buffer<KeyScale, Tag>(static_cast<std::size_t>(key_scale_count));
+    value_scales_ = Buffer<ValueScale, Tag>(static_cast<std::size_t>(value_scale_count));
   }
 
   const KvShape& shape() const { return shape_; }
@@ -155,17 +168,16 @@ class KvCache {
     check_shape(shape, retentions, layers);
     for (const RetentionConfig& config : retentions) static_cast<void>(Retention(config));
     for (const LayerCacheConfig& config : layers)
-      for (const HeadClass& part : classes_of(config, shape.num_kv_heads)) {
-        const std::int64_t capacity = retentions[static_cast<std::size_t>(part.retention)].capacity;
-        bytes += sizeof(Key) * static_cast<std::size_t>(
-                                   elements("head_dim", part.num_heads, capacity, shape.head_dim)) +
-                 sizeof(Value) * static_cast<std::size_t>(elements("value_dim", part.num_heads,
-                                                                   capacity, shape.value_dim));
-      }
+      for (const HeadClass& part : classes_of(config, shape.num_kv_heads))
+        bytes += Extents(shape, part.num_heads,
+                         retentions[static_cast<std::size_t>(part.retention)].capacity)
+                     .bytes();
     return bytes;
   }
-  /// Bytes of keys and values.
-  std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
+  /// Bytes of keys and values and of their scales.
+  std::size_t bytes() const {
+    return keys_.bytes() + values_.bytes() + key_scales_.bytes() + value_scales_.bytes();
+  }
   /// Entries of the layer that holds the most: what one query can see of this cache.
   std::int64_t max_entries() const {
     std::int64_t most = 0;
@@ -282,12 +294,8 @@ class KvCache {
       for (const HeadClass& part : layer.classes) {
         const Retention& retention = retentions_[static_cast<std::size_t>(part.retention)];
         retention.each_stored_slot([&](std::int64_t slot) {
-          for (std::int64_t j = 0; j < part.num_heads; ++j) {
-            std::copy_n(other.key_row(part, retention, j, slot), shape_.head_dim,
-                        key_row(part, retention, j, slot));
-            std::copy_n(other.value_row(part, retention, j, slot), shape_.value_dim,
-                        value_row(part, retention, j, slot));
-          }
+          for (std::int64_t j = 0; j < part.num_heads; ++j)
+            copy_row(other.row(part, retention, j, slot), row(part, retention, j, slot));
         });
       }
   }
@@ -322,12 +330,19 @@ class KvCache {
         const std::int64_t slot = retention.slot_of_newest(keys.tokens - t);
         for (std::int64_t j = 0; j < part.num_heads; ++j) {
           const std::int64_t head = part.head(j);
-          Key* key = key_row(part, retention, j, slot);
-          if (rotates)
-            into.rotary->rotate(rotation + t * into.rotary->row_size(), keys.head(t, head), key);
-          else
-            convert(keys.head(t, head), shape_.head_dim, key);
-          convert(values.head(t, head), shape_.value_dim, value_row(part, retention, j, slot));
+          const Row<Key, Value> to = row(part, retention, j, slot);
+          const float* const key = keys.head(t, head);
+          const float* const angles = rotates ? rotation + t * into.rotary->row_size() : nullptr;
+          if constexpr (QuantisedElement<Key>) {
+            float rotated[kMaxRotaryDim];
+            if (rotates) into.rotary->rotate(angles, key, rotated);
+            KvRow<Key>::quantise(rotates ? rotated : key, shape_.head_dim, to.key, to.key_scales);
+          } else if (rotates) {
+            into.rotary->rotate(angles, key, to.key);
+          } else {
+            KvRow<Key>::quantise(key, shape_.head_dim, to.key, nullptr);
+          }
+          KvRow<Value>::quantise(values.head(t, head), shape_.value_dim, to.value, to.value_scales);
         }
       }
     }
@@ -369,8 +384,8 @@ class KvCache {
   /// Appends retentions and the kept rows. Allocates in the writer.
   /// \throws Error(kOrder) with uncommitted tokens.
   void save(ByteWriter& writer) const {
-    writer.write<std::uint32_t>(static_cast<std::uint32_t>(element_type_of<Key>));
-    writer.write<std::uint32_t>(static_cast<std::uint32_t>(element_type_of<Value>));
+    writer.write<std::uint32_t>(KvRow<Key>::kTag);
+    writer.write<std::uint32_t>(KvRow<Value>::kTag);
     for (const std::int64_t extent :
          {shape_.num_layers, shape_.num_kv_heads, shape_.head_dim, shape_.value_dim})
       writer.write<std::int64_t>(extent);
@@ -390,8 +405,8 @@ class KvCache {
     const auto expect = [&](const char* field, std::int64_t expected) {
       reader.read_expected<std::int64_t>(field, expected);
     };
-    reader.read_expected("key type", static_cast<std::uint32_t>(element_type_of<Key>));
-    reader.read_expected("value type", static_cast<std::uint32_t>(element_type_of<Value>));
+    reader.read_expected("key type", KvRow<Key>::kTag);
+    reader.read_expected("value type", KvRow<Value>::kTag);
     expect("num_layers", shape_.num_layers);
     expect("num_kv_heads", shape_.num_kv_heads);
     expect("head_dim", shape_.head_dim);
@@ -426,6 +441,8 @@ class KvCache {
     std::vector<std::int32_t> kv_heads{};               // ascending; empty: all, in order
     std::int64_t key_offset = 0;                        // elements
     std::int64_t value_offset = 0;                      // elements
+    std::int64_t key_scale_offset = 0;                  // scales
+    std::int64_t value_scale_offset = 0;                // scales
     std::shared_ptr<const RotaryTable> key_rotation{};  // rows 0 .. capacity-1, for raw keys
 
     std::int64_t head(std::int64_t j) const {
@@ -435,6 +452,40 @@ class KvCache {
   struct Layer {
     const Rotary* rotary;
     std::vector<HeadClass> classes;
+  };
+  using KeyScale = typename KvRow<Key>::Scale;
+  using ValueScale = typename KvRow<Value>::Scale;
+
+  /// One token's key and value in one head; for reading with const types.
+  template <class K, class V>
+  struct Row {
+    template <class Like, class T>
+    using AsConst = std::conditional_t<std::is_const_v<Like>, const T, T>;
+    K* key;
+    V* value;
+    AsConst<K, KeyScale>* key_scales;
+    AsConst<V, ValueScale>* value_scales;
+  };
+
+  /// Elements and scales of a class of heads.
+  struct Extents {
+    std::int64_t keys;
+    std::int64_t values;
+    std::int64_t key_scales;
+    std::int64_t value_scales;
+
+    Extents(const KvShape& shape, std::int64_t heads, std::int64_t capacity)
+        : keys(elements("head_dim", heads, capacity, KvRow<Key>::stored(shape.head_dim))),
+          values(elements("value_dim", heads, capacity, KvRow<Value>::stored(shape.value_dim))),
+          key_scales(elements("head_dim", heads, capacity, KvRow<Key>::scales(shape.head_dim))),
+          value_scales(
+              elements("value_dim", heads, capacity, KvRow<Value>::scales(shape.value_dim))) {}
+    std::size_t bytes() const {
+      return static_cast<std::size_t>(keys) * sizeof(Key) +
+             static_cast<std::size_t>(values) * sizeof(Value) +
+             static_cast<std::size_t>(key_scales) * sizeof(KeyScale) +
+             static_cast<std::size_t>(value_scales) * sizeof(ValueScale);
+    }
   };
 
   /// Classes in the order of their first heads.
@@ -469,12 +520,24 @@ class KvCache {
                      const SegmentRule& rule) const {
     SegmentType segment;
     segment.rule = rule;
-    segment.keys = key_row(from, retention, 0, rule.first_slot);
-    segment.values = value_row(from, retention, 0, rule.first_slot);
-    segment.key_token_stride = shape_.head_dim;
-    segment.key_head_stride = retention.config().capacity * shape_.head_dim;
-    segment.value_token_stride = shape_.value_dim;
-    segment.value_head_stride = retention.config().capacity * shape_.value_dim;
+    const std::int64_t capacity = retention.config().capacity;
+    const Row<const Key, const Value> first = row(from, retention, 0, rule.first_slot);
+    segment.keys = first.key;
+    segment.values = first.value;
+    segment.key_token_stride = key_elements();
+    segment.key_head_stride = capacity * key_elements();
+    segment.value_token_stride = value_elements();
+    segment.value_head_stride = capacity * value_elements();
+    if constexpr (QuantisedElement<Key>) {
+      segment.key_scales = first.key_scales;
+      segment.key_scale_token_stride = KvRow<Key>::scales(shape_.head_dim);
+      segment.key_scale_head_stride = capacity * segment.key_scale_token_stride;
+    }
+    if constexpr (QuantisedElement<Value>) {
+      segment.value_scales = first.value_scales;
+      segment.value_scale_token_stride = KvRow<Value>::scales(shape_.value_dim);
+      segment.value_scale_head_stride = capacity * segment.value_scale_token_stride;
+    }
     if (from.key_rotation != nullptr) {
       // Raw keys are numbered by small integers (Retention::rules), whose rows are tabled.
       segment.key_rotation = from.key_rotation->row(static_cast<std::int64_t>(rule.first_position));
@@ -504,35 +567,54 @@ class KvCache {
     return at(layer).classes[static_cast<std::size_t>(part)];
   }
 
-  template <class Self>
-  static auto* key_row_of(Self& self, const HeadClass& part, const Retention& retention,
+  std::int64_t key_elements() const { return KvRow<Key>::stored(shape_.head_dim); }
+  std::int64_t value_elements() const { return KvRow<Value>::stored(shape_.value_dim); }
+
+  template <class K, class V, class Self>
+  static Row<K, V> row_of(Self& self, const HeadClass& part, const Retention& retention,
                           std::int64_t head, std::int64_t slot) {
-    return self.keys_.data() + part.key_offset +
-           (head * retention.config().capacity + slot) * self.shape_.head_dim;
+    const std::int64_t index = head * retention.config().capacity + slot;
+    const KvShape& shape = self.shape_;
+    Row<K, V> row{self.keys_.data() + part.key_offset + index * self.key_elements(),
+                  self.values_.data() + part.value_offset + index * self.value_elements(), nullptr,
+                  nullptr};
+    if constexpr (QuantisedElement<Key>)
+      row.key_scales = self.key_scales_.data() + part.key_scale_offset +
+                       index * KvRow<Key>::scales(shape.head_dim);
+    if constexpr (QuantisedElement<Value>)
+      row.value_scales = self.value_scales_.data() + part.value_scale_offset +
+                         index * KvRow<Value>::scales(shape.value_dim);
+    return row;
   }
-  template <class Self>
-  static auto* value_row_of(Self& self, const HeadClass& part, const Retention& retention,
-                            std::int64_t head, std::int64_t slot) {
-    return self.values_.data() + part.value_offset +
-           (head * retention.config().capacity + slot) * self.shape_.value_dim;
+  Row<Key, Value> row(const HeadClass& part, const Retention& retention, std::int64_t head,
+                      std::int64_t slot) {
+    return row_of<Key, Value>(*this, part, retention, head, slot);
   }
-  Key* key_row(const HeadClass& part, const Retention& r, std::int64_t head, std::int64_t slot) {
-    return key_row_of(*this, part, r, head, slot);
+  Row<const Key, const Value> row(const HeadClass& part, const Retention& retention,
+                                  std::int64_t head, std::int64_t slot) const {
+    return row_of<const Key, const Value>(*this, part, retention, head, slot);
   }
-  const Key* key_row(const HeadClass& part, const Retention& r, std::int64_t head,
-                     std::int64_t slot) const {
-    return key_row_of(*this, part, r, head, slot);
+  /// Calls visit(data, count) for the parts of a row, in a fixed order.
+  template <class Parts, class Visit>
+  void each_part(const Parts& parts, Visit&& visit) const {
+    visit(parts.key, key_elements());
+    if constexpr (QuantisedElement<Key>)
+      visit(parts.key_scales, KvRow<Key>::scales(shape_.head_dim));
+    visit(parts.value, value_elements());
+    if constexpr (QuantisedElement<Value>)
+      visit(parts.value_scales, KvRow<Value>::scales(shape_.value_dim));
   }
-  Value* value_row(const HeadClass& part, const Retention& r, std::int64_t head,
-                   std::int64_t slot) {
-    return value_row_of(*this, part, r, head, slot);
-  }
-  const Value* value_row(const HeadClass& part, const Retention& r, std::int64_t head,
-                         std::int64_t slot) const {
-    return value_row_of(*this, part, r, head, slot);
+  template <class From>
+  void copy_row(const From& from, const Row<Key, Value>& to) const {
+    std::copy_n(from.key, key_elements(), to.key);
+    std::copy_n(from.value, value_elements(), to.value);
+    if constexpr (QuantisedElement<Key>)
+      std::copy_n(from.key_scales, KvRow<Key>::scales(shape_.head_dim), to.key_scales);
+    if constexpr (QuantisedElement<Value>)
+      std::copy_n(from.value_scales, KvRow<Value>::scales(shape_.value_dim), to.value_scales);
   }
 
-  /// Calls visit(row, elements) for each stored key and value row, in a fixed order. With
+  /// Calls visit(data, count) for the parts of each stored row, in a fixed order. With
   /// Eviction::kPerQuery the rows older than the window that a truncation may bring back belong to
   /// the state too.
   template <class Self, class Visit>
@@ -547,32 +629,33 @@ class KvCache {
         const Retention& retention = self.retentions_[static_cast<std::size_t>(part.retention)];
         if (!wanted(retention)) continue;
         retention.each_stored_slot([&](std::int64_t slot) {
-          for (std::int64_t j = 0; j < part.num_heads; ++j) {
-            visit(key_row_of(self, part, retention, j, slot), self.shape_.head_dim);
-            visit(value_row_of(self, part, retention, j, slot), self.shape_.value_dim);
-          }
+          for (std::int64_t j = 0; j < part.num_heads; ++j)
+            self.each_part(self.row(part, retention, j, slot), visit);
         });
       }
   }
 
   template <class T>
   static void put_element(ByteWriter& writer, const T& value) {
-    if constexpr (std::is_same_v<T, float>)
-      writer.write<float>(value);
-    else
-      writer.write<std::uint16_t>(value.bits);
+    if constexpr (std::is_arithmetic_v<T>) {
+      writer.write<T>(value);
+    } else if constexpr (std::is_same_v<T, GroupScale>) {
+      put_element(writer, value.scale);
+      put_element(writer, value.zero);
+    } else {
+      writer.write(value.bits);
+    }
   }
   template <class T>
   static void get_element(ByteReader& reader, T& value) {
-    if constexpr (std::is_same_v<T, float>)
-      value = reader.read<float>("cache row");
-    else
-      value.bits = reader.read<std::uint16_t>("cache row");
-  }
-
-  template <class T>
-  static void convert(const float* from, std::int64_t count, T* to) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+    if constexpr (std::is_arithmetic_v<T>) {
+      value = reader.read<T>("cache row");
+    } else if constexpr (std::is_same_v<T, GroupScale>) {
+      get_element(reader, value.scale);
+      get_element(reader, value.zero);
+    } else {
+      value.bits = reader.read<decltype(value.bits)>("cache row");
+    }
   }
 
   void move_row(int retention_index, std::int64_t from, std::int64_t to) {
@@ -581,10 +664,7 @@ class KvCache {
       for (const HeadClass& part : layer.classes) {
         if (part.retention != retention_index) continue;
         for (std::int64_t j = 0; j < part.num_heads; ++j) {
-          std::copy_n(key_row(part, retention, j, from), shape_.head_dim,
-                      key_row(part, retention, j, to));
-          std::copy_n(value_row(part, retention, j, from), shape_.value_dim,
-                      value_row(part, retention, j, to));
+          copy_row(row(part, retention, j, from), row(part, retention, j, to));
           bytes_moved_ += row_bytes();
         }
       }
@@ -597,8 +677,12 @@ class KvCache {
   }
   /// Bytes of one token's key and value in one head.
   std::int64_t row_bytes() const {
-    return shape_.head_dim * static_cast<std::int64_t>(sizeof(Key)) +
-           shape_.value_dim * static_cast<std::int64_t>(sizeof(Value));
+    const auto bytes = [](std::int64_t count, std::size_t size) {
+      return count * static_cast<std::int64_t>(size);
+    };
+    return bytes(key_elements(), sizeof(Key)) + bytes(value_elements(), sizeof(Value)) +
+           bytes(KvRow<Key>::scales(shape_.head_dim), sizeof(KeyScale)) +
+           bytes(KvRow<Value>::scales(shape_.value_dim), sizeof(ValueScale));
   }
 
   std::shared_ptr<const RotaryTable> raw_key_table(const Rotary& rotary, std::int64_t capacity) {
@@ -631,6 +715,10 @@ class KvCache {
     if (shape.num_kv_heads < 1) fail("num_kv_heads", "at least 1", shape.num_kv_heads);
     if (shape.head_dim < 1) fail("head_dim", "at least 1", shape.head_dim);
     if (shape.value_dim < 1) fail("value_dim", "at least 1", shape.value_dim);
+    if (shape.head_dim % KvRow<Key>::kUnit != 0)
+      fail("head_dim", "even, for two channels in an element", shape.head_dim);
+    if (shape.value_dim % KvRow<Value>::kUnit != 0)
+      fail("value_dim", "even, for two channels in an element", shape.value_dim);
     if (static_cast<std::int64_t>(layers.size()) != shape.num_layers)
       fail("layers", std::to_string(shape.num_layers) + " entries",
            static_cast<std::int64_t>(layers.size()));
@@ -648,6 +736,9 @@ class KvCache {
              static_cast<std::int64_t>(layer.retention_of_head.size()));
       if (layer.rotary != nullptr && layer.rotary->head_dim() != shape.head_dim)
         fail("rotary head_dim", std::to_string(shape.head_dim), layer.rotary->head_dim());
+      if (QuantisedElement<Key> && layer.rotary != nullptr && shape.head_dim > kMaxRotaryDim)
+        fail("head_dim", "at most " + std::to_string(kMaxRotaryDim) + " for quantised keys",
+             shape.head_dim);
     }
   }
 
@@ -655,8 +746,10 @@ class KvCache {
   std::vector<Retention> retentions_;
   std::vector<Layer> layers_;
   std::int64_t bytes_moved_ = 0;
-  Buffer<Key, Tag> keys_;      // per layer [num_kv_heads, capacity, head_dim]
-  Buffer<Value, Tag> values_;  // per layer [num_kv_heads, capacity, value_dim]
+  Buffer<Key, Tag> keys_;                 // per layer [num_kv_heads, capacity, head_dim]
+  Buffer<Value, Tag> values_;             // per layer [num_kv_heads, capacity, value_dim]
+  Buffer<KeyScale, Tag> key_scales_;      // per layer [num_kv_heads, capacity, scales of a row]
+  Buffer<ValueScale, Tag> value_scales_;  // likewise
 };
 
 }  // namespace sluice

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-/// Element types of tensors: the 16-bit floats with their conversions, and the tags that files and
-/// weight matrices carry at run time. Block formats are described here by size only; their layouts
-/// are in nn/quantised_blocks.hpp.
+/// Element types of tensors: the 16- and 8-bit floats with their conversions, and the tags that
+/// files and weight matrices carry at run time. Block formats are described here by size only;
+/// their layouts are in nn/quantised_blocks.hpp.
 #pragma once
 
 #include <bit>
@@ -63,18 +63,71 @@ struct f16 {
     if (magnitude >= 0x477ff000U) return static_cast<std::uint16_t>(sign | 0x7c00U);
     if (magnitude < 0x38800000U) {  // subnormal result: let the float adder do the rounding
       const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
-      return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U));
+      return static_cast<std::uint16_t>(sign |
+                                        (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U));
     }
     const std::uint32_t rebased = magnitude - 0x38000000U;
     return static_cast<std::uint16_t>(sign | ((rebased + 0xfffU + ((rebased >> 13) & 1U)) >> 13));
   }
 };
 
+/// OCP FP8 E4M3: 4 bits of exponent with bias 7, 3 of mantissa, no infinity, one NaN a sign.
+/// Conversion rounds to nearest even and saturates at 448, infinities too; subnormals (steps of
+/// 2^-9) are kept, NaN stays NaN. (arXiv 2209.05433)
+struct fp8_e4m3 {
+  std::uint8_t bits;
+
+  fp8_e4m3() = default;
+  explicit constexpr fp8_e4m3(float value) : bits(round(std::bit_cast<std::uint32_t>(value))) {}
+  explicit constexpr operator float() const {
+    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x80U) << 24;
+    const std::uint32_t magnitude = bits & 0x7fU;
+    if (magnitude == 0x7fU) return std::bit_cast<float>(sign | 0x7fc00000U);
+    if (magnitude >= 0x08U)  // normal: rebias the exponent from 7 to 127
+      return std::bit_cast<float>(sign | ((magnitude << 20) + 0x3c000000U));
+    const float subnormal = static_cast<float>(magnitude) * 0x1p-9F;
+    return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(subnormal));
+  }
+  static constexpr fp8_e4m3 from_bits(std::uint8_t bits) {
+    fp8_e4m3 result{};
+    result.bits = bits;
+    return result;
+  }
+
+ private:
+  static constexpr std::uint8_t round(std::uint32_t x) {
+    const std::uint32_t sign = (x >> 24) & 0x80U;
+    const std::uint32_t magnitude = x & 0x7fffffffU;
+    if (magnitude > 0x7f800000U) return static_cast<std::uint8_t>(sign | 0x7fU);
+    if (magnitude >= 0x43e00000U) return static_cast<std::uint8_t>(sign | 0x7eU);  // 448
+    if (magnitude < 0x3c800000U) {  // below 2^-6: a float near 2^14 has steps of 2^-9
+      const float shifted = std::bit_cast<float>(magnitude) + 0x1p14F;
+      return static_cast<std::uint8_t>(sign |
+                                       (std::bit_cast<std::uint32_t>(shifted) - 0x46800000U));
+    }
+    const std::uint32_t rebased = magnitude - 0x3c000000U;
+    return static_cast<std::uint8_t>(sign | ((rebased + 0x7ffffU + ((rebased >> 20) & 1U)) >> 20));
+  }
+};
+
+/// Two channels of a row in codes of 0 to 15: the even one in the high half of the byte.
+struct int4x2 {
+  std::uint8_t bits;
+};
+
 static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2);
+static_assert(sizeof(fp8_e4m3) == 1 && sizeof(int4x2) == 1);
 
 /// What a stored tensor's elements are. The Q names are GGUF's block formats.
 enum class ElementType : std::uint8_t {
-  kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K,
+  kF32,
+  kF16,
+  kBF16,
+  kQ8_0,
+  kQ4_0,
+  kQ4_1,
+  kQ4_K,
+  kQ6_K,
 };
 
 /// Values per block and bytes per block; plain types are blocks of one.

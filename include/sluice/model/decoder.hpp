@@ -166,7 +166,7 @@ class Decoder {
   /// A cache for one stream of this model. The model must outlive it.
   /// \throws Error(kConfig) if the plan's retentions count from different positions; what KvCache
   /// throws.
-  template <RotaryElement Key, RotaryElement Value = Key>
+  template <KvElement Key, KvElement Value = Key>
   KvCache<Key, Value> make_cache(const CachePlan& plan) const {
     for (const RetentionConfig& retention : plan.retentions)
       if (retention.origin != plan.retentions.front().origin)
@@ -178,7 +178,7 @@ class Decoder {
   }
 
   /// Bytes of keys and values of make_cache(), before it is made. \throws as make_cache().
-  template <RotaryElement Key, RotaryElement Value = Key>
+  template <KvElement Key, KvElement Value = Key>
   std::size_t cache_bytes(const CachePlan& plan) const {
     return KvCache<Key, Value>::bytes_needed(kv_shape(), plan.retentions, layer_configs(plan));
   }
@@ -240,7 +240,7 @@ class Decoder {
 
   /// A group of tokens of this model, for streams that read while they write. The model must
   /// outlive it. \throws Error(kConfig) as Group does.
-  template <RotaryElement Key, RotaryElement Value = Key>
+  template <KvElement Key, KvElement Value = Key>
   std::unique_ptr<Group<Key, Value>> make_group(std::string name, std::int32_t id,
                                                 const CachePlan& plan) const {
     return std::make_unique<Group<Key, Value>>(std::move(name), id, make_cache<Key, Value>(plan));

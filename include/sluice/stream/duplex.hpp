@@ -54,7 +54,7 @@ enum class FeedStatus : std::uint8_t {
 /// Same units and same answers of the policy: same tokens and logits, bit for bit, with threads or
 /// without (DuplexOptions::concurrent), for any number of threads a side, unless coalesce_units
 /// > 1.
-template <ReadWritePolicy Policy, RotaryElement Key = f16, RotaryElement Value = Key,
+template <ReadWritePolicy Policy, KvElement Key = f16, KvElement Value = Key,
           GroupLayout Layout = GroupedLayout>
 class Duplex {
  public:

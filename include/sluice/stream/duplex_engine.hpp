@@ -128,7 +128,7 @@ constexpr std::string_view to_string(DuplexEnd end) {
 /// The target sees a source snapshot: the units that its READs have shown it, whole units only,
 /// fixed until the next READ. Keys and values of a unit depend on the source alone, so the same
 /// answers of the policy give the same bits whenever the source side ran.
-template <ReadWritePolicy Policy, RotaryElement Key, RotaryElement Value, GroupLayout Layout>
+template <ReadWritePolicy Policy, KvElement Key, KvElement Value, GroupLayout Layout>
 class DuplexEngine {
  public:
   /// How far a step got.

@@ -78,7 +78,7 @@ struct UpdateResult {
 /// Everything is allocated by the constructor; no verb but fork(), save() and restore() allocates.
 /// One thread at a time uses a session; different sessions of one model are independent, except a
 /// session and its forks, which share their scratch: one thread at a time uses all of them.
-template <RotaryElement Key = f16, RotaryElement Value = Key, class Cache = KvCache<Key, Value>>
+template <KvElement Key = f16, KvElement Value = Key, class Cache = KvCache<Key, Value>>
 class Session {
  public:
   /// \throws Error(kConfig) naming the option that makes no sense (sinks, window, chunk, capacity,
@@ -516,10 +516,9 @@ class Session {
     const std::int64_t coming = static_cast<std::int64_t>(tokens.size()) - first + pending;
     const std::int64_t room = room_behind(fed);
     if (coming > room)
-      throw Error(ErrorCode::kCapacity, {"the full cache cannot hold that many tokens",
-                                         "Session::accept", "tokens",
-                                         "at most " + std::to_string(room),
-                                         std::to_string(coming)});
+      throw Error(ErrorCode::kCapacity,
+                  {"the full cache cannot hold that many tokens", "Session::accept", "tokens",
+                   "at most " + std::to_string(room), std::to_string(coming)});
   }
   void check_vocabulary(std::span<const Token> tokens, const char* where) const {
     const std::int64_t vocab = model_->config().vocab_size;
@@ -743,7 +742,8 @@ class Session {
     const DecoderConfig& c = model_->config();
     const std::vector<float>& norm = model_->weights().output_norm;
     std::uint64_t hash = 0;
-    for (const float value : norm) hash = hash * 1099511628211ULL + std::bit_cast<std::uint32_t>(value);
+    for (const float value : norm)
+      hash = hash * 1099511628211ULL + std::bit_cast<std::uint32_t>(value);
     const CacheOptions& cache = options_.cache;
     return {c.vocab_size,
             c.hidden_size,

@@ -25,6 +25,7 @@
 #include "sluice/attention/variant.hpp"
 #include "sluice/backend/cpu/attend_kernels.hpp"
 #include "sluice/backend/cpu/simd.hpp"
+#include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
 #include "sluice/core/backend.hpp"
@@ -70,7 +71,9 @@ class AttentionWorkspace<cpu> {
     if (team_size < 1)
       throw Error(ErrorCode::kConfig, {"no team to work for", "AttentionWorkspace", "team_size",
                                        "at least 1", std::to_string(team_size)});
-    const std::int64_t decode = group_ * (key_cols_ + kMostSplitKeys + value_cols_) + 4 * key_cols_;
+    // Scores twice, for rows whose channels come in groups of their own scales.
+    const std::int64_t decode = group_ * (key_cols_ + 2 * kMostSplitKeys + value_cols_) +
+                                4 * key_cols_ + 2 * kMostSplitKeys;
     const std::int64_t columns =
         std::max(panels(1), std::min(kBlockPanels, panels(shape.max_queries))) *
         detail::kTileColumns;
@@ -184,8 +187,9 @@ class CpuAttention {
 
   void run(ThreadTeam& team) {
     SLUICE_ASSERT(team.size() <= static_cast<int>(workspace_.scratch_.size()));
-    if (query_.rows.tokens == 1 && workspace_.shape_.head_dim % simd::kWidth == 0 &&
-        workspace_.shape_.value_dim % simd::kWidth == 0)
+    if (query_.rows.tokens == 1 &&
+        workspace_.shape_.head_dim % (KvRow<Key>::kUnit * simd::kWidth) == 0 &&
+        workspace_.shape_.value_dim % (KvRow<Value>::kUnit * simd::kWidth) == 0)
       decode(team);
     else
       prefill(team);
@@ -366,24 +370,33 @@ class CpuAttention {
     const auto& split = workspace_.splits_[static_cast<std::size_t>(split_index)];
     const SegmentType& segment = segments_[static_cast<std::size_t>(split.segment)];
     const std::int64_t count = split.end - split.begin;
-    float* const query = scratch;               // [group, dim]
-    float* const scores = query + group * dim;  // [group, kMostSplitKeys]
-    for (std::int64_t g = 0; g < group; ++g)
-      load_query(static_cast<std::size_t>(split.segment), 0, head + g, query + g * dim);
+    float* const query = scratch;                                     // [group, dim]
+    float* const scores = query + group * dim;                        // [group, kMostSplitKeys]
+    float* const more = scores + group * Workspace::kMostSplitKeys;   // as scores
+    float* const factors = more + group * Workspace::kMostSplitKeys;  // [2, kMostSplitKeys]
+    float* const rows = factors + 2 * Workspace::kMostSplitKeys;  // [4, dim] or [group, value_dim]
+    const auto load_head = [&](std::int64_t g, float* to) {
+      load_query(static_cast<std::size_t>(split.segment), 0, head + g, to);
+    };
     const Key* const keys = segment.key(kv_head, split.begin);
-    if (segment.key_rotation == nullptr) {
-      decode_scores(group, query, dim, keys, segment.key_token_stride, count, scores,
-                    Workspace::kMostSplitKeys);
-    } else {
-      float* const rotated = scores + group * Workspace::kMostSplitKeys;  // [4, dim]
+    if (segment.key_rotation != nullptr) {
+      for (std::int64_t g = 0; g < group; ++g) load_head(g, query + g * dim);
       for (std::int64_t j = 0; j < count; j += 4) {
         const std::int64_t some = std::min<std::int64_t>(4, count - j);
         for (std::int64_t i = 0; i < some; ++i)
-          workspace_.rotary()->rotate(
-              segment.key_rotation + (split.begin + j + i) * segment.key_rotation_stride,
-              keys + (j + i) * segment.key_token_stride, rotated + i * dim);
-        decode_scores(group, query, dim, rotated, dim, some, scores + j, Workspace::kMostSplitKeys);
+          load_key(segment, kv_head, split.begin + j + i, rows + i * dim);
+        decode_scores(group, query, dim, rows, dim, some, scores + j, Workspace::kMostSplitKeys);
       }
+    } else if constexpr (std::is_same_v<Key, int4x2>) {
+      group_scores(segment, kv_head, split.begin, count, load_head, query, scores, more, factors,
+                   rows);
+    } else {
+      for (std::int64_t g = 0; g < group; ++g) load_head(g, query + g * dim);
+      decode_scores(group, query, dim, keys, segment.key_token_stride, count, scores,
+                    Workspace::kMostSplitKeys);
+      if constexpr (QuantisedElement<Key>)
+        multiply_rows(scores, segment.key_scale(kv_head, split.begin),
+                      segment.key_scale_token_stride, count, factors, scores);
     }
     const std::int64_t first_row = split_index * workspace_.shape_.num_qo_heads + head;
     for (std::int64_t g = 0; g < group; ++g) {
@@ -398,9 +411,107 @@ class CpuAttention {
         std::fill(row.begin(), row.end(), 0.0F);
       workspace_.partial_state_[static_cast<std::size_t>(first_row + g)] = state;
     }
-    decode_sums(group, scores, Workspace::kMostSplitKeys, segment.value(kv_head, split.begin),
-                segment.value_token_stride, count,
-                workspace_.partial_out_.data() + first_row * value_dim, value_dim);
+    float* const out = workspace_.partial_out_.data() + first_row * value_dim;
+    if constexpr (std::is_same_v<Value, int4x2>) {
+      group_sums(segment, kv_head, split.begin, count, scores, more, factors, rows, out);
+    } else {
+      if constexpr (QuantisedElement<Value>)
+        multiply_rows(scores, segment.value_scale(kv_head, split.begin),
+                      segment.value_scale_token_stride, count, factors, scores);
+      decode_sums(group, scores, Workspace::kMostSplitKeys, segment.value(kv_head, split.begin),
+                  segment.value_token_stride, count, out, value_dim);
+    }
+  }
+
+  /// to[g, j] = from[g, j] * scales[j * stride] for the rows of a split.
+  void multiply_rows(const float* from, const float* scales, std::int64_t stride,
+                     std::int64_t count, float* factors, float* to) const {
+    for (std::int64_t j = 0; j < count; ++j) factors[j] = scales[j * stride];
+    for (std::int64_t g = 0; g < workspace_.group_; ++g)
+      for (std::int64_t j = 0; j < count; ++j)
+        to[g * Workspace::kMostSplitKeys + j] =
+            from[g * Workspace::kMostSplitKeys + j] * factors[j];
+  }
+
+  /// Scales and zeros of one group of channels as floats: [2, kMostSplitKeys].
+  static void load_group_scales(const GroupScale* scales, std::int64_t stride, std::int64_t count,
+                                float* factors) {
+    for (std::int64_t j = 0; j < count; ++j) {
+      factors[j] = simd::to_float(scales[j * stride].scale);
+      factors[Workspace::kMostSplitKeys + j] = simd::to_float(scales[j * stride].zero);
+    }
+  }
+
+  /// Scores of keys in groups of channels: scale * <q, n> + zero * sum(q), over the groups.
+  template <class LoadHead>
+  void group_scores(const SegmentType& segment, std::int64_t kv_head, std::int64_t begin,
+                    std::int64_t count, const LoadHead& load_head, float* query, float* scores,
+                    float* more, float* factors, float* line) const {
+    constexpr std::int64_t kMost = Workspace::kMostSplitKeys;
+    constexpr std::int64_t kGroup = KvRow<int4x2>::kGroup;
+    const std::int64_t dim = workspace_.shape_.head_dim;
+    const std::int64_t heads = workspace_.group_;
+    // The query in the order of the products: [groups of channels, heads, channels].
+    for (std::int64_t g = 0; g < heads; ++g) {
+      load_head(g, line);
+      for (std::int64_t d = 0; d < dim; d += kGroup) {
+        const std::int64_t width = std::min(kGroup, dim - d);
+        order_channels<int4x2>(line + d, width, query + d * heads + g * width);
+      }
+    }
+    for (std::int64_t d = 0; d < dim; d += kGroup) {
+      const std::int64_t width = std::min(kGroup, dim - d);
+      const float* const part = query + d * heads;
+      float* const to = d == 0 ? scores : more;
+      decode_scores(heads, part, width, segment.key(kv_head, begin) + d / 2,
+                    segment.key_token_stride, count, to, kMost);
+      load_group_scales(segment.key_scale(kv_head, begin) + d / kGroup,
+                        segment.key_scale_token_stride, count, factors);
+      for (std::int64_t g = 0; g < heads; ++g) {
+        simd::VecF lanes = simd::zero();
+        for (std::int64_t i = 0; i < width; i += simd::kWidth)
+          lanes += simd::load(part + g * width + i);
+        const float sum = simd::reduce_add(lanes);
+        float* const row = scores + g * kMost;
+        const float* const products = to + g * kMost;
+        for (std::int64_t j = 0; j < count; ++j) {
+          const float score = products[j] * factors[j] + factors[kMost + j] * sum;
+          row[j] = d == 0 ? score : row[j] + score;
+        }
+      }
+    }
+  }
+
+  /// Sums of values in groups of channels: those of w * scale * n, and of w * zero once a group.
+  void group_sums(const SegmentType& segment, std::int64_t kv_head, std::int64_t begin,
+                  std::int64_t count, const float* weights, float* more, float* factors,
+                  float* rows, float* out) const {
+    constexpr std::int64_t kMost = Workspace::kMostSplitKeys;
+    constexpr std::int64_t kGroup = KvRow<int4x2>::kGroup;
+    const std::int64_t dim = workspace_.shape_.value_dim;
+    const std::int64_t heads = workspace_.group_;
+    for (std::int64_t d = 0; d < dim; d += kGroup) {
+      const std::int64_t width = std::min(kGroup, dim - d);
+      load_group_scales(segment.value_scale(kv_head, begin) + d / kGroup,
+                        segment.value_scale_token_stride, count, factors);
+      for (std::int64_t g = 0; g < heads; ++g)
+        for (std::int64_t j = 0; j < count; ++j)
+          more[g * kMost + j] = weights[g * kMost + j] * factors[j];
+      decode_sums(heads, more, kMost, segment.value(kv_head, begin) + d / 2,
+                  segment.value_token_stride, count, rows, width);
+      for (std::int64_t g = 0; g < heads; ++g) {
+        const float* const weight = weights + g * kMost;
+        simd::VecF lanes = simd::zero();
+        std::int64_t j = 0;
+        for (; j + simd::kWidth <= count; j += simd::kWidth)
+          lanes = simd::fma(simd::load(weight + j), simd::load(factors + kMost + j), lanes);
+        float zero = simd::reduce_add(lanes);
+        for (; j < count; ++j) zero += weight[j] * factors[kMost + j];
+        float* const to = out + g * dim + d;
+        restore_channels<int4x2>(rows + g * width, width, to);
+        for (std::int64_t i = 0; i < width; ++i) to[i] += zero;
+      }
+    }
   }
 
   void merge_heads(std::int64_t kv_head, std::int64_t splits) {
@@ -632,14 +743,24 @@ class CpuAttention {
   /// Keys of a tile as rows, raw ones rotated.
   void load_keys(const SegmentType& segment, std::int64_t kv_head, std::int64_t first,
                  std::int64_t count, float* keys) const {
-    const std::int64_t dim = workspace_.shape_.head_dim;
-    for (std::int64_t j = 0; j < count; ++j, keys += workspace_.key_cols_) {
-      const Key* key = segment.key(kv_head, first + j);
-      if (segment.key_rotation != nullptr)
-        workspace_.rotary()->rotate(
-            segment.key_rotation + (first + j) * segment.key_rotation_stride, key, keys);
-      else
-        widen(key, dim, keys);
+    for (std::int64_t j = 0; j < count; ++j, keys += workspace_.key_cols_)
+      load_key(segment, kv_head, first + j, keys);
+  }
+
+  /// One key as floats, a raw one rotated.
+  void load_key(const SegmentType& segment, std::int64_t kv_head, std::int64_t entry,
+                float* to) const {
+    const Key* const key = segment.key(kv_head, entry);
+    const float* const angles = segment.key_rotation == nullptr
+                                    ? nullptr
+                                    : segment.key_rotation + entry * segment.key_rotation_stride;
+    if constexpr (QuantisedElement<Key>) {
+      widen(key, segment.key_scale(kv_head, entry), workspace_.shape_.head_dim, to);
+      if (angles != nullptr) workspace_.rotary()->rotate(angles, to, to);
+    } else if (angles != nullptr) {
+      workspace_.rotary()->rotate(angles, key, to);
+    } else {
+      widen(key, nullptr, workspace_.shape_.head_dim, to);
     }
   }
 
@@ -648,16 +769,29 @@ class CpuAttention {
                    std::int64_t count, float* values) const {
     const std::int64_t dim = workspace_.shape_.value_dim;
     for (std::int64_t j = 0; j < count; ++j, values += workspace_.value_cols_) {
-      widen(segment.value(kv_head, first + j), dim, values);
+      widen(segment.value(kv_head, first + j), segment.value_scale(kv_head, first + j), dim,
+            values);
       std::fill(values + dim, values + workspace_.value_cols_, 0.0F);
     }
   }
 
   template <class T>
-  static void widen(const T* from, std::int64_t count, float* to) {
-    std::int64_t d = 0;
-    for (; d + simd::kWidth <= count; d += simd::kWidth) simd::store(to + d, simd::load(from + d));
-    for (; d < count; ++d) to[d] = static_cast<float>(from[d]);
+  static void widen(const T* from, const typename KvRow<T>::Scale* scales, std::int64_t count,
+                    float* to) {
+    if constexpr (std::is_same_v<T, int4x2>) {
+      KvRow<T>::dequantise(from, scales, count, to);
+    } else {
+      float scale = 1;
+      if constexpr (QuantisedElement<T>) scale = *scales;
+      const auto scaled = [&](auto value, auto factor) {
+        if constexpr (QuantisedElement<T>) return value * factor;
+        return value;
+      };
+      std::int64_t d = 0;
+      for (; d + simd::kWidth <= count; d += simd::kWidth)
+        simd::store(to + d, scaled(simd::load(from + d), simd::broadcast(scale)));
+      for (; d < count; ++d) to[d] = scaled(static_cast<float>(from[d]), scale);
+    }
   }
 
   const AttentionQuery& query_;

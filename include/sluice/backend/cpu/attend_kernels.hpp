@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "sluice/backend/cpu/simd.hpp"
+#include "sluice/cache/kv_element.hpp"
 #include "sluice/core/config.hpp"
 
 namespace sluice::detail {
@@ -22,6 +24,43 @@ inline constexpr int kDecodeHeads = simd::kNumRegisters >= 32 ? 4 : 2;
 /// Registers of a value row that one pass sums up, at most.
 inline constexpr int kDecodeVectors = simd::kNumRegisters >= 32 ? 4 : 3;
 
+/// kWidth channels of a row from channel `first` on, those of a pair-wise format in the order of
+/// simd::load_codes().
+template <class Element>
+[[gnu::always_inline]] inline simd::VecF load_channels(const Element* row, std::int64_t first) {
+  if constexpr (std::is_same_v<Element, int4x2>)
+    return simd::load_codes(row, first);
+  else
+    return simd::load(row + first);
+}
+
+/// to = from in the order of load_channels() for Element; dim a multiple of the format's unit.
+template <class Element>
+inline void order_channels(const float* from, std::int64_t dim, float* to) {
+  if constexpr (std::is_same_v<Element, int4x2>) {
+    for (std::int64_t d = 0; d < dim; d += 2 * simd::kWidth)
+      for (std::int64_t i = 0; i < simd::kWidth; ++i) {
+        to[d + i] = from[d + 2 * i];
+        to[d + simd::kWidth + i] = from[d + 2 * i + 1];
+      }
+  } else {
+    std::copy_n(from, dim, to);
+  }
+}
+/// The inverse.
+template <class Element>
+inline void restore_channels(const float* from, std::int64_t dim, float* to) {
+  if constexpr (std::is_same_v<Element, int4x2>) {
+    for (std::int64_t d = 0; d < dim; d += 2 * simd::kWidth)
+      for (std::int64_t i = 0; i < simd::kWidth; ++i) {
+        to[d + 2 * i] = from[d + i];
+        to[d + 2 * i + 1] = from[d + simd::kWidth + i];
+      }
+  } else {
+    std::copy_n(from, dim, to);
+  }
+}
+
 /// Fetches what a pass over rows of `dim` elements will reach in a page's time: the processor's own
 /// prefetching ends at each page.
 template <class Element>
@@ -32,7 +71,8 @@ template <class Element>
 }
 
 /// scores[h * score_stride + j] = <query_h, key_j> for kHeads heads and four keys: key_j = keys + j
-/// * stride, query_h = query + h * dim; dim a multiple of simd::kWidth. The order of additions of a
+/// * stride, query_h = query + h * dim, channels in the order of load_channels(); dim a multiple of
+/// simd::kWidth, and of twice that for pairs. The order of additions of a
 /// score does not depend on kHeads.
 template <int kHeads, class Key>
 [[gnu::always_inline]] inline void decode_products(const float* query, std::int64_t dim,
@@ -43,7 +83,7 @@ template <int kHeads, class Key>
     for (int j = 0; j < 4; ++j) sum[h][j] = simd::zero();
   for (std::int64_t d = 0; d < dim; d += simd::kWidth) {
     simd::VecF k[4];
-    for (int j = 0; j < 4; ++j) k[j] = simd::in_register(simd::load(keys + j * stride + d));
+    for (int j = 0; j < 4; ++j) k[j] = simd::in_register(load_channels(keys + j * stride, d));
     for (int h = 0; h < kHeads; ++h) {
       const simd::VecF q = simd::load(query + h * dim + d);
       for (int j = 0; j < 4; ++j) sum[h][j] = simd::fma(q, k[j], sum[h][j]);
@@ -79,7 +119,8 @@ inline void decode_scores(std::int64_t heads, const float* query, std::int64_t d
                           std::int64_t score_stride) {
   std::int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
-    for (int row = 0; row < 4; ++row) fetch_ahead(keys + (j + row) * stride, dim);
+    for (int row = 0; row < 4; ++row)
+      fetch_ahead(keys + (j + row) * stride, KvRow<Key>::stored(dim));
     decode_products(heads, query, dim, keys + j * stride, stride, scores + j, score_stride);
   }
   // The same key four times: its score is that of any other place.
@@ -91,19 +132,20 @@ inline void decode_scores(std::int64_t heads, const float* query, std::int64_t d
     }
 }
 
-/// sums[h * dim + d] += sum over j of weights[h * weight_stride + j] * values[j * stride + d] for
-/// kHeads heads and kVectors registers of channels.
+/// sums[h * dim + d] += sum over j of weights[h * weight_stride + j] * channel first + d of row j
+/// of values for kHeads heads and kVectors registers of channels.
 template <int kHeads, int kVectors, class Value>
 [[gnu::always_inline]] inline void decode_sum(const float* weights, std::int64_t weight_stride,
                                               const Value* values, std::int64_t stride,
-                                              std::int64_t count, float* sums, std::int64_t dim) {
+                                              std::int64_t first, std::int64_t count, float* sums,
+                                              std::int64_t dim) {
   simd::VecF sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h)
     for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::load(sums + h * dim + v * simd::kWidth);
   for (std::int64_t j = 0; j < count; ++j, values += stride) {
     simd::VecF x[kVectors];
     for (int v = 0; v < kVectors; ++v)
-      x[v] = simd::in_register(simd::load(values + v * simd::kWidth));
+      x[v] = simd::in_register(load_channels(values, first + v * simd::kWidth));
     for (int h = 0; h < kHeads; ++h) {
       const simd::VecF weight = simd::broadcast(weights[h * weight_stride + j]);
       for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::fma(weight, x[v], sum[h][v]);
@@ -116,12 +158,13 @@ template <int kHeads, int kVectors, class Value>
 template <int kVectors, class Value>
 [[gnu::always_inline]] inline void decode_sum_heads(std::int64_t heads, const float* weights,
                                                     std::int64_t weight_stride, const Value* values,
-                                                    std::int64_t stride, std::int64_t count,
-                                                    float* sums, std::int64_t dim) {
+                                                    std::int64_t stride, std::int64_t first,
+                                                    std::int64_t count, float* sums,
+                                                    std::int64_t dim) {
   std::int64_t h = 0;
   const auto some = [&]<int kHeads>() {
-    decode_sum<kHeads, kVectors>(weights + h * weight_stride, weight_stride, values, stride, count,
-                                 sums + h * dim, dim);
+    decode_sum<kHeads, kVectors>(weights + h * weight_stride, weight_stride, values, stride, first,
+                                 count, sums + h * dim, dim);
     h += kHeads;
   };
   while (heads - h >= kDecodeHeads) some.template operator()<kDecodeHeads>();
@@ -132,8 +175,10 @@ template <int kVectors, class Value>
   if (heads - h == 1) some.template operator()<1>();
 }
 
-/// sums[h * dim + d] = sum over j of weights[h * weight_stride + j] * values[j * stride + d] for
-/// `heads` heads, `count` rows of values and dim channels, a multiple of simd::kWidth.
+/// sums[h * dim + d] = sum over j of weights[h * weight_stride + j] * channel d of the row at
+/// values
+/// + j * stride, for `heads` heads, `count` rows and dim channels, a multiple as decode_products()
+/// wants it and in the order of load_channels().
 template <class Value>
 inline void decode_sums(std::int64_t heads, const float* weights, std::int64_t weight_stride,
                         const Value* values, std::int64_t stride, std::int64_t count, float* sums,
@@ -144,10 +189,11 @@ inline void decode_sums(std::int64_t heads, const float* weights, std::int64_t w
   for (std::int64_t begin = 0; begin < count; begin += kStretch) {
     const std::int64_t rows = std::min(kStretch, count - begin);
     const Value* const from = values + begin * stride;
-    for (std::int64_t row = 0; row < rows; ++row) fetch_ahead(from + row * stride, dim);
+    for (std::int64_t row = 0; row < rows; ++row)
+      fetch_ahead(from + row * stride, KvRow<Value>::stored(dim));
     std::int64_t d = 0;
     const auto channels = [&]<int kVectors>() {
-      decode_sum_heads<kVectors>(heads, weights + begin, weight_stride, from + d, stride, rows,
+      decode_sum_heads<kVectors>(heads, weights + begin, weight_stride, from, stride, d, rows,
                                  sums + d, dim);
       d += kVectors * simd::kWidth;
     };

@@ -487,6 +487,39 @@ template <class Function>
   return to_float(load_uint8(source) >> 4);
 }
 
+/// kWidth consecutive values widened to float, exactly; the NaN codes come out as 480 or -480.
+[[gnu::always_inline]] inline VecF load(const fp8_e4m3* source) {
+  // As binary16 with the same mantissa the exponent is 8 too small; subnormals become such. The
+  // byte is extended by its sign, of which one bit is kept.
+#if SLUICE_SIMD_AVX512
+  const __m256i wide =
+      _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+  const __m256i half =
+      _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbf80)));
+  return VecF{detail::bits_as<detail::NativeF>(_mm512_maskz_cvtph_ps(detail::kAllLanes, half))} *
+         broadcast(256.0F);
+#elif SLUICE_SIMD_AVX && defined(__AVX2__) && defined(__F16C__)
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source)));
+  const __m128i half =
+      _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbf80)));
+  return VecF{detail::bits_as<detail::NativeF>(_mm256_cvtph_ps(half))} * broadcast(256.0F);
+#else
+  const VecI wide = load_uint8(reinterpret_cast<const std::uint8_t*>(source));
+  const VecI magnitude = (wide & broadcast(std::int32_t{0x7f})) << 20;
+  const VecI sign = (wide & broadcast(std::int32_t{0x80})) << 24;
+  return bits_as_float(magnitude | sign) * broadcast(0x1p120F);
+#endif
+}
+
+/// kWidth channels of a row of pairs from channel `first` on, a multiple of kWidth: codes 0 to 15.
+/// Within 2 * kWidth channels the even ones come first, then the odd ones.
+[[gnu::always_inline]] inline VecF load_codes(const int4x2* row, std::int64_t first) {
+  const std::int64_t block = first / (2 * kWidth) * kWidth;
+  const int shift = first / kWidth % 2 == 0 ? 4 : 0;
+  const VecI pairs = load_uint8(reinterpret_cast<const std::uint8_t*>(row + block)) >> shift;
+  return to_float(pairs & broadcast(std::int32_t{15}));
+}
+
 /// The first `count` elements widened to float, the other lanes 0. 0 <= count <= kWidth.
 template <class Element>
 [[gnu::always_inline]] inline VecF load_partial(const Element* source, std::int64_t count) {
