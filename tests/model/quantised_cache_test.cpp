@@ -21,8 +21,9 @@
 #include "sluice/stream/session.hpp"
 #include "support/property.hpp"
 #include "support/small_decoder.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::between;
@@ -172,4 +173,4 @@ TEST(QuantisedDecoder, SessionsGoBackForkAndRestore) {
   std::remove(path.c_str());
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
