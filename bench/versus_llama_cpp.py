@@ -198,7 +198,7 @@ def compare(options, kind, model):
         ratios = [t / o for o, t in medians]
         tail = {side: [max(quantile(p[index]["ms"], q) for p in pairs) for q in (0.99, 0.999, 1)]
                 for index, side in enumerate(("sluice", "llama_cpp"))}
-        yield {"weights": kind, "task": task, "threads": options.threads,
+        yield {"kind": "versus", "weights": kind, "task": task, "threads": options.threads,
                "activations": options.activations,
                "sluice_ms": statistics.median(o for o, _ in medians),
                "llama_cpp_ms": statistics.median(t for _, t in medians),
