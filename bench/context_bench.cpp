@@ -35,11 +35,16 @@
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_gguf.hpp"
 #include "sluice/stream/session.hpp"
+#include "support/arguments.hpp"
+#include "support/json_record.hpp"
 #include "support/random_decoder.hpp"
 
 namespace {
 
 using namespace sluice;
+using bench::number;
+using bench::numbers;
+using bench::Record;
 
 constexpr const char* kHelp = R"(usage: context_bench [EXPERIMENT...] [option=value...]
 
@@ -68,14 +73,6 @@ struct Options {
   bool int8 = false;
 };
 
-std::int64_t number(const std::string& text, const std::string& argument) {
-  char* end = nullptr;
-  const long long value = std::strtoll(text.c_str(), &end, 10);
-  if (text.empty() || *end != '\0' || value < 1)
-    throw std::invalid_argument(argument + ": expected a positive number, found '" + text + "'");
-  return value;
-}
-
 Options parse(std::span<char*> arguments) {
   Options options;
   for (const std::string argument : arguments) {
@@ -85,12 +82,7 @@ Options parse(std::span<char*> arguments) {
     if (name == "append" || name == "update" || name == "fork" || name == "checkpoint") {
       options.experiments.push_back(name);
     } else if (name == "gaps") {
-      options.gaps.clear();
-      for (std::size_t begin = 0; begin <= value.size();) {
-        const std::size_t end = std::min(value.find(',', begin), value.size());
-        options.gaps.push_back(number(value.substr(begin, end - begin), argument));
-        begin = end + 1;
-      }
+      options.gaps = numbers(value, argument);
     } else if (name == "tokens") {
       options.tokens = number(value, argument);
     } else if (name == "pieces") {
@@ -112,28 +104,6 @@ Options parse(std::span<char*> arguments) {
   if (options.experiments.empty()) options.experiments = {"append", "update", "fork", "checkpoint"};
   return options;
 }
-
-/// One JSON object, written field by field.
-class Record {
- public:
-  explicit Record(const std::string& kind) { field("kind", kind); }
-  ~Record() { std::cout << text_ << "}" << std::endl; }
-  Record(const Record&) = delete;
-  Record& operator=(const Record&) = delete;
-
-  Record& field(const char* name, const std::string& value) {
-    return raw(name, "\"" + value + "\"");
-  }
-  Record& field(const char* name, std::int64_t value) { return raw(name, std::to_string(value)); }
-  Record& field(const char* name, double value) { return raw(name, std::to_string(value)); }
-
- private:
-  Record& raw(const char* name, const std::string& value) {
-    text_ += (text_.empty() ? "{\"" : ", \"") + std::string(name) + "\": " + value;
-    return *this;
-  }
-  std::string text_;
-};
 
 struct Bench {
   std::shared_ptr<const Decoder> model;

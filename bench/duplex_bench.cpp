@@ -41,11 +41,17 @@
 #include "sluice/stream/duplex.hpp"
 #include "sluice/stream/lagging.hpp"
 #include "sluice/stream/session.hpp"
+#include "support/arguments.hpp"
+#include "support/json_record.hpp"
 #include "support/random_decoder.hpp"
 
 namespace {
 
 using namespace sluice;
+using bench::number;
+using bench::numbers;
+using bench::Record;
+using bench::split;
 
 constexpr const char* kHelp = R"(usage: duplex_bench [EXPERIMENT...] [option=value...]
 
@@ -73,25 +79,6 @@ struct Options {
   std::int64_t tokens = 100000;
 };
 
-std::int64_t number(std::string_view text, const std::string& argument) {
-  char* end = nullptr;
-  const std::string copy(text);
-  const long long value = std::strtoll(copy.c_str(), &end, 10);
-  if (copy.empty() || *end != '\0' || value < 1)
-    throw std::invalid_argument(argument + ": expected a positive number, found '" + copy + "'");
-  return value;
-}
-
-std::vector<std::string_view> split(std::string_view text, char at) {
-  std::vector<std::string_view> parts;
-  for (;;) {
-    const std::size_t place = text.find(at);
-    parts.push_back(text.substr(0, place));
-    if (place == std::string_view::npos) return parts;
-    text.remove_prefix(place + 1);
-  }
-}
-
 Options parse(std::span<char*> arguments) {
   Options options;
   for (const std::string argument : arguments) {
@@ -108,9 +95,7 @@ Options parse(std::span<char*> arguments) {
         options.pairs.emplace_back(number(parts[0], argument), number(parts[1], argument));
       }
     } else if (name == "sources") {
-      options.sources.clear();
-      for (const std::string_view part : split(value, ','))
-        options.sources.push_back(number(part, argument));
+      options.sources = numbers(value, argument);
     } else if (name == "geometry" && (value == "smollm2-135m" || value == "llama-1b")) {
       options.geometry = value;
     } else if (name == "units") {
@@ -126,33 +111,6 @@ Options parse(std::span<char*> arguments) {
   if (options.experiments.empty()) options.experiments = {"overlap", "switch", "endless"};
   return options;
 }
-
-/// One JSON object, written field by field.
-class Record {
- public:
-  explicit Record(const std::string& kind) { field("kind", kind); }
-  ~Record() { std::cout << text_ << "}" << std::endl; }
-  Record(const Record&) = delete;
-  Record& operator=(const Record&) = delete;
-
-  Record& field(const char* name, const std::string& value) {
-    return raw(name, "\"" + value + "\"");
-  }
-  Record& field(const char* name, std::int64_t value) { return raw(name, std::to_string(value)); }
-  Record& json(const char* name, const std::string& value) { return raw(name, value); }
-  Record& field(const char* name, double value) {
-    char buffer[32];
-    std::snprintf(buffer, sizeof buffer, "%.6g", value);
-    return raw(name, value == value ? buffer : "null");
-  }
-
- private:
-  Record& raw(const char* name, const std::string& value) {
-    text_ += (text_.empty() ? "{\"" : ", \"") + std::string(name) + "\": " + value;
-    return *this;
-  }
-  std::string text_;
-};
 
 struct Model {
   std::string name;

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "support/json_record.hpp"
 #include "support/random_decoder.hpp"
 
 #include "sluice/cache/head_map.hpp"
@@ -104,15 +105,22 @@ void measure(const Case& c, std::int64_t context, int threads, int steps) {
   const double all = static_cast<double>(c.all_layers) / static_cast<double>(c.geometry.num_layers);
   const double full = static_cast<double>(caches[0].bytes()) * all * 1e-9;
   const double mapped = static_cast<double>(caches[1].bytes()) * all * 1e-9;
-  std::cout << "{\"kind\": \"head_map\", \"geometry\": \"" << c.geometry.name
-            << "\", \"weights\": \"" << to_string(c.weights) << "\", \"context\": " << context
-            << ", \"full_heads\": " << 1 - c.sparsity << ", \"threads\": " << threads
-            << ", \"layers_measured\": " << c.geometry.num_layers
-            << ", \"full_ms\": " << median[0] * all << ", \"mapped_ms\": " << median[1] * all
-            << ", \"latency_ratio\": " << median[0] / median[1] << ", \"full_cache_gb\": " << full
-            << ", \"mapped_cache_gb\": " << mapped << ", \"cache_ratio\": " << full / mapped
-            << ", \"weights_gb\": " << weights * all * 1e-9 << ", \"memory_ratio\": "
-            << (full + weights * all * 1e-9) / (mapped + weights * all * 1e-9) << "}" << std::endl;
+  const double weights_gb = weights * all * 1e-9;
+  bench::Record("head_map")
+      .field("geometry", c.geometry.name)
+      .field("weights", std::string(to_string(c.weights)))
+      .field("context", context)
+      .field("full_heads", 1 - c.sparsity)
+      .field("threads", std::int64_t{threads})
+      .field("layers_measured", c.geometry.num_layers)
+      .field("full_ms", median[0] * all)
+      .field("mapped_ms", median[1] * all)
+      .field("latency_ratio", median[0] / median[1])
+      .field("full_cache_gb", full)
+      .field("mapped_cache_gb", mapped)
+      .field("cache_ratio", full / mapped)
+      .field("weights_gb", weights_gb)
+      .field("memory_ratio", (full + weights_gb) / (mapped + weights_gb));
 }
 
 }  // namespace

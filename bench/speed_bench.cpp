@@ -28,7 +28,8 @@ using namespace sluice;
 
 constexpr const char* kHelp =
     "usage: speed_bench MODEL.gguf THREADS [int8] TASK...\n"
-    "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are that\n"
+    "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are "
+    "that\n"
     "tasks: decode:N prefill:N ttft:N endless:N (N tokens); JSON lines on stdout\n";
 
 using Model = std::shared_ptr<const Decoder>;

@@ -6,10 +6,9 @@
 ///   recompute    keys and values of the last `window` tokens rebuilt for every token
 ///   sink-window  4 sinks and the last `window` keys
 /// The model is the GGUF file that SLUICE_MODEL names, else random Q8_0 weights in the geometry of
-/// SmolLM2-135M. SLUICE_THREADS sets the team (default 2), SLUICE_INT8 takes activations of 8 bits. A
-/// step's clock runs from the call of
-/// step() to its return; the time to first token from accept() with the whole prompt to the return
-/// of the first step().
+/// SmolLM2-135M. SLUICE_THREADS sets the team (default 2), SLUICE_INT8 takes activations of 8 bits.
+/// A step's clock runs from the call of step() to its return; the time to first token from accept()
+/// with the whole prompt to the return of the first step().
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -47,8 +46,8 @@ std::vector<Token> random_tokens(std::int64_t count) {
   Random random(7);
   std::vector<Token> tokens(static_cast<std::size_t>(count));
   for (Token& token : tokens)
-    token = static_cast<Token>(
-        random.below(static_cast<std::uint64_t>(model()->config().vocab_size)));
+    token =
+        static_cast<Token>(random.below(static_cast<std::uint64_t>(model()->config().vocab_size)));
   return tokens;
 }
 
@@ -71,9 +70,8 @@ void time_to_first_token(benchmark::State& state) {
     session.accept(prompt);
     benchmark::DoNotOptimize(session.step());
   }
-  state.counters["prompt_tokens_per_s"] =
-      benchmark::Counter(static_cast<double>(state.range(0)),
-                         benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["prompt_tokens_per_s"] = benchmark::Counter(
+      static_cast<double>(state.range(0)), benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void step(benchmark::State& state, CachePolicy policy) {

@@ -23,8 +23,12 @@ struct Geometry {
       head_dim;
 };
 
-inline Geometry smollm2_135m() { return {"smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64}; }
-inline Geometry llama_1b() { return {"llama-1b", 128256, 2048, 8192, 16, 32, 8, 64}; }
+inline Geometry smollm2_135m() {
+  return {"smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64};
+}
+inline Geometry llama_1b() {
+  return {"llama-1b", 128256, 2048, 8192, 16, 32, 8, 64};
+}
 
 /// Weights of one type, normally distributed with the deviation 1 / sqrt(in features).
 inline std::shared_ptr<const Decoder> random_decoder(const Geometry& g, ElementType type) {
@@ -59,8 +63,8 @@ inline std::shared_ptr<const Decoder> random_decoder(const Geometry& g, ElementT
   config.num_kv_heads = g.num_kv_heads;
   config.head_dim = g.head_dim;
   config.sm_scale = 1.0 / std::sqrt(static_cast<double>(g.head_dim));
-  config.rotaries.push_back({.head_dim = static_cast<int>(g.head_dim),
-                             .rotary_dim = static_cast<int>(g.head_dim)});
+  config.rotaries.push_back(
+      {.head_dim = static_cast<int>(g.head_dim), .rotary_dim = static_cast<int>(g.head_dim)});
   config.layers.resize(static_cast<std::size_t>(g.num_layers));
   DecoderWeights weights;
   weights.embedding = weights.output = matrix(g.vocab_size, g.hidden_size);

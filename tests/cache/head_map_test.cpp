@@ -5,25 +5,23 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/error.hpp"
+#include "support/property.hpp"
 
 namespace {
 
 using namespace sluice;
 
 ErrorCode code_of(const auto& action, std::string* message = nullptr) {
-  try {
-    action();
-  } catch (const Error& error) {
-    if (message != nullptr) *message = error.what();
-    return error.code();
-  }
-  ADD_FAILURE() << "no error";
-  return ErrorCode::kOrder;
+  const std::optional<Error> error = test::error_of(action);
+  if (!error) ADD_FAILURE() << "no error";
+  if (error && message != nullptr) *message = error->what();
+  return error ? error->code() : ErrorCode::kOrder;
 }
 
 std::vector<std::int64_t> true_places(const std::vector<bool>& flags) {

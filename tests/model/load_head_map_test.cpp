@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/property.hpp"
 #include "support/test_unit.hpp"
 
 namespace SLUICE_TEST_UNIT {
@@ -37,14 +39,10 @@ class LoadHeadMap : public ::testing::Test {
   /// The code and the message of what `action` throws.
   template <class Action>
   static ErrorCode code_of(Action&& action, std::string* message = nullptr) {
-    try {
-      action();
-    } catch (const Error& error) {
-      if (message != nullptr) *message = error.what();
-      return error.code();
-    }
-    ADD_FAILURE() << "no error";
-    return ErrorCode::kOrder;
+    const std::optional<Error> error = test::error_of(action);
+    if (!error) ADD_FAILURE() << "no error";
+    if (error && message != nullptr) *message = error->what();
+    return error ? error->code() : ErrorCode::kOrder;
   }
 
   static DecoderConfig model(std::size_t layers, std::int64_t kv_heads) {
