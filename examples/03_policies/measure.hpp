@@ -30,7 +30,8 @@ class Stream {
         cache_(cache),
         team_(team),
         workspace_(model, cache.max_chunk(), cache.max_entries(), team.size(),
-                   sluice::DecoderWorkspace::kDefaultSegments, activations),
+                   std::max(sluice::DecoderWorkspace::kDefaultSegments, Cache::kMaxSegments),
+                   activations),
         logits_(static_cast<std::size_t>(cache.max_chunk() * vocab())) {}
 
   /// Reads tokens; appends the negative log-likelihood of each, given all before it, to `nll` (of a
@@ -114,9 +115,11 @@ std::int64_t entries_of(const Cache& cache) {
     for (std::int64_t l = 0; l < cache.shape().num_layers; ++l)
       for (std::int64_t h = 0; h < cache.shape().num_kv_heads; ++h)
         most = std::max(most, cache.size_of(l, h));
-  } else {
+  } else if constexpr (requires { cache.retentions(); }) {
     for (const sluice::Retention& retention : cache.retentions())
       most = std::max(most, retention.size());
+  } else {
+    most = cache.total();  // keeps everything
   }
   return most;
 }

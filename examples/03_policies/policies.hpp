@@ -16,6 +16,7 @@
 
 #include "sluice/attention/query_directions.hpp"
 #include "sluice/attention/scored_cache.hpp"
+#include "sluice/attention/selective_cache.hpp"
 #include "sluice/cache/head_map.hpp"
 #include "sluice/cache/score_policy.hpp"
 #include "sluice/core/error.hpp"
@@ -31,7 +32,7 @@ struct Policy {
   std::string_view keeps;
 };
 
-inline constexpr std::array<Policy, 8> kPolicies{{
+inline constexpr std::array<Policy, 10> kPolicies{{
     {"full", "everything, whatever the budget"},
     {"window", "the newest"},
     {"sink-window", "4 sinks and the newest (StreamingLLM)"},
@@ -40,6 +41,8 @@ inline constexpr std::array<Policy, 8> kPolicies{{
     {"h2o", "half by all attention so far, half the newest"},
     {"q-filters", "half by the key's direction, half the newest"},
     {"sir-llm", "4 sinks, half by surprisal, half the newest, at their ranks"},
+    {"quest", "everything; a single token reads the pages of 16 with the best bounds"},
+    {"tidal-decode", "everything; a single token reads what layers 2 and 13 chose"},
 }};
 
 /// What all policies of a run share.
@@ -113,6 +116,19 @@ auto with_cache(std::string_view policy, const Setting& s, Visit&& visit) {
     return scored(sluice::ScorePolicy::h2o(s.budget / 2, s.budget - s.budget / 2, s.chunk));
   if (policy == "q-filters")
     return scored(sluice::ScorePolicy::q_filters(s.budget, s.budget / 2, s.chunk, s.chunk));
+  if (policy == "quest") {
+    auto cache = model.make_page_select_cache<sluice::f16>(sluice::PageSelection::quest(s.budget),
+                                                           s.tokens, s.chunk);
+    return visit(cache);
+  }
+  if (policy == "tidal-decode") {
+    const std::int64_t layers = model.config().num_layers();
+    sluice::TokenSelection selection{.publishing_layers = {std::min<std::int64_t>(2, layers - 1)},
+                                     .budget = s.budget};
+    if (layers > 13) selection.publishing_layers.push_back(13);
+    auto cache = model.make_token_select_cache<sluice::f16>(selection, s.tokens, s.chunk);
+    return visit(cache);
+  }
   const std::int64_t recent = (s.budget - kSinks) / 2;
   return scored(
       sluice::ScorePolicy::sir_llm(kSinks, recent, s.budget - kSinks - recent, 1.0, s.chunk));
