@@ -39,6 +39,7 @@ std::string cache_text(const Options& options) {
       return policy + ", up to " + std::to_string(cache.capacity) + " tokens";
     case CachePolicy::kRecompute:
       return policy + ", " + std::to_string(cache.window_size) + " tokens, rebuilt every time";
+    case CachePolicy::kPerHead: break;
   }
   return policy;
 }

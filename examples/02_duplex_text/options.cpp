@@ -107,7 +107,8 @@ std::string retention_text(const CacheOptions& cache) {
              "+window:" + std::to_string(cache.window_size);
     case CachePolicy::kWindow: return "window:" + std::to_string(cache.window_size);
     case CachePolicy::kFull: return "full:" + std::to_string(cache.capacity);
-    case CachePolicy::kRecompute: break;
+    case CachePolicy::kRecompute:
+    case CachePolicy::kPerHead: break;
   }
   return "unknown";
 }
