@@ -721,8 +721,9 @@ void check_mass(std::int64_t dim, bool rotated, std::uint64_t seed) {
       for (std::size_t head = 0; head < mass.size(); ++head)
         if (head < 3)
           ASSERT_EQ(part_mass[head], -1.0F);
-        else  // two inlined copies of one loop: the compiler may fuse their sums differently
-          ASSERT_FLOAT_EQ(part_mass[head], mass[head]);
+        else  // Two inlined copies of one loop, whose sums the compiler may fuse differently:
+              // scores of the order of 10 agree to some 2^-20, and so do their exponentials.
+          ASSERT_NEAR(part_mass[head], mass[head], 1e-5F * mass[head]);
       for (std::int64_t head = 0; head < extents.qo_heads(); ++head) {
         const float* q = row.data() + head * dim;
         const auto lse_of = [&](auto&& counts) {
