@@ -54,8 +54,8 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
    "llama_cpp_ms": 10.4, "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.1, "meta": {...}}
       lines of versus_llama_cpp.py: the ratio is theirs over ours, of rounds in turns
 
-Records of the kinds context_append, context_update, context_fork and context_checkpoint
-(context_bench) are tables of their own: they are read over.
+Records of the kinds context_append, context_update, context_fork, context_checkpoint (context_bench)
+and head_map (head_map_bench) are tables of their own: they are read over.
 
 `meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
 under the picture. Exit status: 0, or 1 with the reason (file and line) on stderr.
@@ -91,7 +91,7 @@ REQUIRED = {
                "ratio_min": int | float, "ratio_max": int | float},
 }
 # Read over: nothing is drawn of them.
-TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint")
+TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
