@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <span>
@@ -90,17 +91,21 @@ class ScoredKvCache {
     kept_ = Buffer<std::int64_t>(size(layer_rows_));
     row_scores_ = Buffer<float>(size(largest_head()));
     reduced_ = Buffer<double>(size(largest_head()));
-    if (policy_.position_rule == PositionRule::kInCache)
-      for (const Rotary* rotary : rotaries_) {
-        std::shared_ptr<RotaryTable> table;
-        for (std::size_t l = 0; l < rank_tables_.size(); ++l)
-          if (rotaries_[l] == rotary) table = rank_tables_[l];
-        if (rotary != nullptr && table == nullptr) {
-          table = std::make_shared<RotaryTable>(*rotary, largest_head());
-          table->fill_run(0, largest_head());
-        }
-        rank_tables_.push_back(table);
+    for (const Rotary* rotary : rotaries_) {
+      const auto known =
+          std::find(rotaries_.begin(), rotaries_.begin() + std::ssize(tables_), rotary);
+      if (known - rotaries_.begin() < std::ssize(tables_)) {
+        tables_.push_back(tables_[size(known - rotaries_.begin())]);
+        continue;
       }
+      Tables& tables = tables_.emplace_back();
+      if (rotary == nullptr) continue;
+      tables.queries =
+          std::make_shared<RotaryTable>(*rotary, std::max(policy_.num_queries, policy_.max_chunk));
+      if (policy_.position_rule != PositionRule::kInCache) continue;
+      tables.ranks = std::make_shared<RotaryTable>(*rotary, largest_head());
+      tables.ranks->fill_run(0, largest_head());
+    }
     reset();
   }
 
@@ -216,7 +221,7 @@ class ScoredKvCache {
       segment.rule.first_position = 0;
       segment.rule.shift = static_cast<Position>(count - total_) - policy_.origin;
       if (rotaries_[size(layer)] != nullptr) {
-        segment.key_rotation = rank_tables_[size(layer)]->row(0);
+        segment.key_rotation = tables_[size(layer)].ranks->row(0);
         segment.key_rotation_stride = rotaries_[size(layer)]->row_size();
       }
     }
@@ -245,13 +250,14 @@ class ScoredKvCache {
     for (std::int64_t h = first; h < last; ++h) {
       const std::int64_t count = size_of(seen.layer, h);
       double* pending = pending_.data() + pending_row(seen.layer, h);
+      place_queries(seen.layer, h, query.first_index, query.rows.tokens);
       for (std::int64_t t = 0; t < query.rows.tokens; ++t) {
         // The chunk's later tokens are not seen.
         const std::int64_t visible = count - (query.rows.tokens - 1 - t);
         reduce_begin(visible);
         for (std::int64_t g = 0; g < group_; ++g) {
           const std::int64_t head = h * group_ + g;
-          key_scores(seen.layer, h, query.rows.head(t, head), query.first_index + t, visible);
+          key_scores(seen.layer, h, query.rows.head(t, head), t, visible);
           const float lse = seen.lse[t * query.rows.num_heads + head];
           for (std::int64_t j = 0; j < visible; ++j)
             row_scores_[size(j)] = std::exp(row_scores_[size(j)] - lse);
@@ -324,6 +330,12 @@ class ScoredKvCache {
     std::int64_t count = 0;  // committed
   };
 
+  /// Rotations of a layer, shared by layers that rotate alike; null without a rotation.
+  struct Tables {
+    std::shared_ptr<RotaryTable> queries{};  // of the queries that are being scored
+    std::shared_ptr<RotaryTable> ranks{};    // of entries at their ranks, kInCache
+  };
+
   static std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
 
   bool shares() const { return policy_.floor < 1; }
@@ -379,24 +391,33 @@ class ScoredKvCache {
 
   // ---- scores --------------------------------------------------------------------------------
 
-  /// row_scores_[j] = sm_scale <R(reader) q, key j> for the first `count` entries. index: the
-  /// query's token.
-  void key_scores(std::int64_t layer, std::int64_t kv_head, const float* query, std::int64_t index,
+  /// Forms the rotations of `count` queries from token `first` on: heads and layers that place them
+  /// alike find them formed.
+  void place_queries(std::int64_t layer, std::int64_t kv_head, std::int64_t first,
+                     std::int64_t count) {
+    if (tables_[size(layer)].queries == nullptr) return;
+    // The newest entry is token total() - 1, at the last rank.
+    const std::int64_t rank = size_of(layer, kv_head) - (total_ - first);
+    tables_[size(layer)].queries->fill_run(policy_.position_rule == PositionRule::kInCache
+                                               ? static_cast<Position>(rank)
+                                               : write_position(first),
+                                           count);
+  }
+
+  /// row_scores_[j] = sm_scale <R(reader) q, key j> for the first `count` entries. placed: which of
+  /// the placed queries it is.
+  void key_scores(std::int64_t layer, std::int64_t kv_head, const float* query, std::int64_t placed,
                   std::int64_t count) {
     const std::int64_t dim = shape_.head_dim;
     const Rotary* rotary = rotaries_[size(layer)];
+    const Tables& tables = tables_[size(layer)];
     const bool ranks = policy_.position_rule == PositionRule::kInCache;
     float q[kMaxRotaryDim];
     float k[kMaxRotaryDim];
-    if (rotary == nullptr) {
+    if (rotary == nullptr)
       std::copy_n(query, dim, q);
-    } else {
-      float angles[kMaxRotaryDim];
-      // The newest entry is token total() - 1, at the last rank.
-      const std::int64_t rank = size_of(layer, kv_head) - (total_ - index);
-      rotary->angles(ranks ? static_cast<Position>(rank) : write_position(index), angles);
-      rotary->rotate(angles, query, q);
-    }
+    else
+      rotary->rotate(tables.queries->row(placed), query, q);
     for (std::int64_t d = 0; d < dim; ++d) q[d] *= sm_scale_;
     const Key* key = keys_.data() + row_of(layer, kv_head, 0) * dim;
     const std::int64_t whole = dim - dim % simd::kWidth;
@@ -404,7 +425,7 @@ class ScoredKvCache {
       simd::VecF sum = simd::zero();
       float rest = 0;
       if (ranks && rotary != nullptr) {
-        rotary->rotate(rank_tables_[size(layer)]->row(j), key, k);
+        rotary->rotate(tables.ranks->row(j), key, k);
         for (std::int64_t d = 0; d < whole; d += simd::kWidth)
           sum = simd::fma(simd::load(q + d), simd::load(k + d), sum);
         for (std::int64_t d = whole; d < dim; ++d) rest += q[d] * k[d];
@@ -457,6 +478,7 @@ class ScoredKvCache {
     const std::int64_t entries = head(layer, kv_head).count;
     const std::int64_t* index = indices_.data() + row_of(layer, kv_head, 0);
     std::fill_n(to, count, 0.0);
+    place_queries(layer, kv_head, last - queries, queries);
     for (std::int64_t token = last - queries; token < last; ++token) {
       const float* row = stored_query(layer, token, width);
       // Proxies attend to what may leave alone; a query of the stream to what is not after it.
@@ -465,7 +487,8 @@ class ScoredKvCache {
       while (!proxies && visible > 0 && index[visible - 1] > token) --visible;
       reduce_begin(visible);
       for (std::int64_t g = 0; g < group_; ++g) {
-        key_scores(layer, kv_head, row + (kv_head * group_ + g) * shape_.head_dim, token, visible);
+        key_scores(layer, kv_head, row + (kv_head * group_ + g) * shape_.head_dim,
+                   token - (last - queries), visible);
         float max = -std::numeric_limits<float>::infinity();
         for (std::int64_t j = first; j < visible; ++j) max = std::max(max, row_scores_[size(j)]);
         double sum = 0;
@@ -651,19 +674,19 @@ class ScoredKvCache {
   std::vector<const Rotary*> rotaries_;
   std::vector<float> directions_;           // [layers, kv heads, head_dim] or empty
   std::vector<std::int32_t> head_numbers_;  // 0, 1, ..: a class for each where heads share
-  std::vector<std::shared_ptr<RotaryTable>> rank_tables_;  // one a layer, kInCache
-  std::int64_t layer_rows_ = 0;                            // rows of a block
-  std::vector<std::int64_t> blocks_;                       // of each layer
-  std::int64_t spare_ = 0;                                 // the block that no layer has
-  std::vector<Head> heads_;                                // [layers, kv heads]
-  Buffer<Key> keys_;                                       // [blocks, rows, head_dim]
-  Buffer<Value> values_;                                   // [blocks, rows, value_dim]
-  Buffer<std::int64_t> indices_;                           // [blocks, rows], stream indices
-  Buffer<double> scores_;                                  // [blocks, rows]
-  Buffer<double> pending_;    // [layers, rows], observed of uncommitted queries
-  Buffer<float> queries_;     // [layers, slots, qo heads, head_dim]
-  Buffer<double> selection_;  // [rows], of the layer that selects
-  Buffer<double> pooled_;     // [rows]
+  std::vector<Tables> tables_;              // [layers]
+  std::int64_t layer_rows_ = 0;             // rows of a block
+  std::vector<std::int64_t> blocks_;        // of each layer
+  std::int64_t spare_ = 0;                  // the block that no layer has
+  std::vector<Head> heads_;                 // [layers, kv heads]
+  Buffer<Key> keys_;                        // [blocks, rows, head_dim]
+  Buffer<Value> values_;                    // [blocks, rows, value_dim]
+  Buffer<std::int64_t> indices_;            // [blocks, rows], stream indices
+  Buffer<double> scores_;                   // [blocks, rows]
+  Buffer<double> pending_;                  // [layers, rows], observed of uncommitted queries
+  Buffer<float> queries_;                   // [layers, slots, qo heads, head_dim]
+  Buffer<double> selection_;                // [rows], of the layer that selects
+  Buffer<double> pooled_;                   // [rows]
   Buffer<std::int64_t> order_;
   Buffer<std::int64_t> kept_;
   Buffer<float> row_scores_;  // [entries of a head], one query head
