@@ -6,7 +6,7 @@
 
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
-written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus and, per
+written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus, steps and, per
 benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
@@ -54,6 +54,11 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
    "llama_cpp_ms": 10.4, "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.1, "meta": {...}}
       lines of versus_llama_cpp.py: the ratio is theirs over ours, of rounds in turns
 
+  {"kind": "steps", "program": "sluice", "weights": "Q8_0", "threads": 2, "steps": 200000,
+   "share_slower": [1.0, 0.1, 0.01], "slower_than_ms": [4.8, 5.9, 6.4], "trace_ms": [5.0, 5.1]}
+      versus_llama_cpp.py --steps: share_slower of the steps take at least slower_than_ms; trace_ms:
+      some steps one by one
+
 Records of the kinds context_append, context_update, context_fork, context_checkpoint (context_bench)
 and head_map (head_map_bench) are tables of their own: they are read over.
 
@@ -89,6 +94,8 @@ REQUIRED = {
     "passkey": {"policy": str, "passkey_depth": int | float, "digits_recalled": int},
     "versus": {"weights": str, "task": str, "threads": int, "ratio": int | float,
                "ratio_min": int | float, "ratio_max": int | float},
+    "steps": {"program": str, "weights": str, "steps": int, "share_slower": list,
+              "slower_than_ms": list, "trace_ms": list},
 }
 # Read over: nothing is drawn of them.
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map")
@@ -138,6 +145,7 @@ def check_record(record, where):
              "overlap": [record.get("r"), record.get("speedup_over_sequential_x1")],
              "switch": [record.get("snapshot_us_median"), record.get("copying_ms")],
              "policy": [record.get("perplexity"), record.get("cache_bytes")],
+             "steps": record.get("slower_than_ms"),
              "passkey": [1 + record.get("digits_recalled", 0)],
              "versus": [record.get("ratio"), record.get("ratio_min"), record.get("ratio_max")],
              "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
@@ -479,6 +487,32 @@ def draw_versus(records, folder):
     save(made, folder, "versus_llama_cpp", records)
 
 
+def draw_steps(records, folder):
+    """Left: how many steps take longer than a time. Right: steps one by one."""
+    made, (left, right) = figure(2, width=4.8, height=3.6)
+    several = len({record["weights"] for record in records}) > 1
+    for index, record in enumerate(records):
+        colour = (ACCENT, SECOND, THIRD, FOURTH)[index % 4]
+        label = record["program"] + (f", {record['weights']}" if several else "")
+        left.plot(record["slower_than_ms"], record["share_slower"], "-", color=colour,
+                  linewidth=1.8, label=f"{label}, {record['steps']:,} steps")
+        right.plot(record["trace_ms"], "-", color=colour, linewidth=0.8, label=label)
+    left.set_yscale("log")
+    left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(FuncFormatter(thousands))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    left.set_xlabel("a step takes at least this long, ms")
+    left.set_ylabel("share of steps (log scale)")
+    right.set_ylim(bottom=0)
+    right.set_xlabel("step")
+    right.set_ylabel("ms")
+    for axis in (left, right):
+        axis.legend(fontsize=8, frameon=False)
+        tidy(axis)
+    save(made, folder, "endless_versus_llama_cpp", records)
+
+
 def sweep(entry):
     """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
     first argument with a name is the sweep; None for a run without one."""
@@ -529,7 +563,7 @@ def draw_benchmark(run, folder):
 DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
         "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
-        "versus": draw_versus}
+        "versus": draw_versus, "steps": draw_steps}
 
 
 def main():

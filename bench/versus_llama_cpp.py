@@ -18,6 +18,10 @@ a row's figures are medians over rounds, the ratio is the median of the rounds' 
              beside it also one token a step, which is what attention sinks + window means. sluice
              keeps 4 sinks + 1,020 keys: it has no shift.
 
+With --steps OURS THEIRS instead of tasks: the distribution of single steps of the endless stream, for
+each weight type OURS steps of sluice and THEIRS of llama.cpp a round (its steps take longer), written to
+OUTPUT/llama_cpp_steps_tTHREADS.jsonl; plot.py draws both beside each other.
+
 Nothing is asserted here. Writes OUTPUT/llama_cpp_tTHREADS.jsonl and prints a table.
 """
 
@@ -212,6 +216,53 @@ def compare(options, kind, model):
                "llama_cpp_peak_mb": max(t["peak_resident_mb"] for _, t in pairs)}
 
 
+# How rare a step is: the share of steps that take longer.
+SHARES = [10 ** (-power / 10) for power in range(0, 51)]
+TRACE = 1200  # steps shown one by one: two of llama.cpp's shifts
+
+
+def distribution(program, kind, threads, rounds):
+    """One record of the steps of all rounds together."""
+    steps = sorted(ms for times in rounds for ms in times)
+    count = len(steps)
+    shares = [share for share in SHARES if share * count >= 1]
+    return {"kind": "steps", "program": program, "weights": kind, "threads": threads,
+            "steps": count, "median_ms": statistics.median(steps),
+            "p99_ms": quantile(steps, 0.99), "p999_ms": quantile(steps, 0.999),
+            "max_ms": steps[-1], "median_ms_of_rounds": [statistics.median(t) for t in rounds],
+            "p999_ms_of_rounds": [quantile(t, 0.999) for t in rounds],
+            "share_slower": shares,
+            "slower_than_ms": [steps[max(0, count - max(1, round(share * count)))]
+                               for share in shares],
+            "trace_ms": [round(ms, 3) for ms in rounds[0][:TRACE]]}
+
+
+def compare_steps(options, kind, model):
+    """One record for each program, their rounds in turns."""
+    ours, theirs = [], []
+    for number in range(options.rounds):
+        print(f"{kind}: round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
+        ours.append(lines_of(
+            [str(options.program), str(model), str(options.threads),
+             *(["int8"] if options.activations == "int8" else []),
+             f"endless:{options.steps[0]}"])[0]["ms"])
+        theirs.append(lines_of(
+            [sys.executable, __file__, "--worker", "--model", str(model), "--threads",
+             str(options.threads), "--tasks", f"endless:{options.steps[1]}"])[0]["ms"])
+    return [distribution("sluice", kind, options.threads, ours),
+            distribution("llama.cpp", kind, options.threads, theirs)]
+
+
+def print_steps(records):
+    """One row a program."""
+    print("| weights | program | steps | median | p99 | p99.9 | p99.9 / median | max |")
+    print("|---" * 8 + "|")
+    for r in records:
+        print(f"| {r['weights']} | {r['program']} | {r['steps']:,} | {r['median_ms']:.2f} ms | "
+              f"{r['p99_ms']:.2f} | {r['p999_ms']:.2f} | {r['p999_ms'] / r['median_ms']:.2f} | "
+              f"{r['max_ms']:.1f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,6 +272,8 @@ def main():
     parser.add_argument("--tasks", nargs="+",
                         default=["decode:1", "decode:1024", "decode:4096", "prefill:512",
                                  "ttft:512", "endless:1100", "evict-one:60"])
+    parser.add_argument("--steps", type=int, nargs=2, metavar=("OURS", "THEIRS"),
+                        help="the distribution of this many endless steps a round, not the tasks")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--activations", choices=["int8", "float32"], default="int8",
@@ -244,10 +297,15 @@ def main():
         model = options.work / f"{options.model.stem}.{kind}-only.gguf"
         if not model.exists():
             convert(options.model, model, kind)
-        records += [record | {"meta": meta} for record in compare(options, kind, model)]
+        made = (compare_steps if options.steps else compare)(options, kind, model)
+        records += [record | {"meta": meta} for record in made]
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"llama_cpp_t{options.threads}.jsonl"
+    name = "llama_cpp_steps" if options.steps else "llama_cpp"
+    path = options.output / f"{name}_t{options.threads}.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    if options.steps:
+        print_steps(records)
+        return
     print("| weights | task | llama.cpp, ms | sluice, ms | ratio (min to max) | p99.9: llama.cpp, "
           "sluice | peak MB: llama.cpp, sluice |")
     print("|---" * 7 + "|")
