@@ -9,7 +9,7 @@
 #include <variant>
 #include <vector>
 
-#include "sluice/backend/cpu/linear_task.hpp"
+#include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/stream/sampler.hpp"
 

@@ -39,6 +39,7 @@
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
+#include "sluice/attention/attention_query.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/group_mask.hpp"
 #include "sluice/attention/observed_attention.hpp"

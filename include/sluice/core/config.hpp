@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 /// Every macro of the library: compiler facts that the language cannot ask for, each defined to 0
-/// or 1, and the debug assertion. Nothing else in the library tests a compiler macro, except the
-/// vector layer in backend/cpu/simd.hpp.
+/// or 1, the debug assertion, and where kernels are compiled. Nothing else in the library tests a
+/// compiler macro, except the vector layer in backend/cpu/simd.hpp.
 #pragma once
 
 #if defined(__CUDACC__)
-#error "CPU headers of sluice must not be compiled by nvcc: Eigen loses its SIMD code there, and the \
+#error \
+    "CPU headers of sluice must not be compiled by nvcc: Eigen loses its SIMD code there, and the \
 linker may keep that slow copy for the whole program. Include <sluice/sluice.cuh> in .cu files."
 #endif
 
@@ -31,4 +32,22 @@ linker may keep that slow copy for the whole program. Include <sluice/sluice.cuh
 #else
 #define SLUICE_RESTRICT
 #define SLUICE_HAS_VECTOR_EXTENSIONS 0
+#endif
+
+// The kernels of the CPU backend are compiled where they are used. A program that is linked with
+// them instead (the CMake target sluice::kernels defines this to 1) sees their declarations alone.
+#if !defined(SLUICE_COMPILED_KERNELS)
+#define SLUICE_COMPILED_KERNELS 0
+#endif
+// The units of that library define SLUICE_KERNELS_IMPLEMENTATION; SLUICE_KERNEL begins the
+// definition of a kernel.
+#if SLUICE_COMPILED_KERNELS
+#define SLUICE_KERNEL
+#else
+#define SLUICE_KERNEL inline
+#endif
+#if !SLUICE_COMPILED_KERNELS || defined(SLUICE_KERNELS_IMPLEMENTATION)
+#define SLUICE_KERNELS_INCLUDED 1
+#else
+#define SLUICE_KERNELS_INCLUDED 0
 #endif

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <span>
 
-#include "sluice/backend/cpu/linear.hpp"
+#include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/core/backend.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/threads.hpp"
@@ -90,3 +90,7 @@ void linear_add(const WeightMatrix& weight, MatrixView<const float> x, const flo
 }
 
 }  // namespace sluice
+
+#if SLUICE_KERNELS_INCLUDED
+#include "sluice/backend/cpu/linear.hpp"  // the kernels of sluice::cpu
+#endif

@@ -17,7 +17,7 @@
 #include <utility>
 #include <vector>
 
-#include "sluice/backend/cpu/linear_task.hpp"
+#include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"

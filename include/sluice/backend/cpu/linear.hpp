@@ -19,6 +19,7 @@
 #include "sluice/backend/cpu/linear_int8.hpp"
 #include "sluice/backend/cpu/linear_int8_stream.hpp"
 #include "sluice/backend/cpu/linear_task.hpp"
+#include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/backend.hpp"
 #include "sluice/core/config.hpp"
@@ -30,9 +31,7 @@
 #include "sluice/nn/quantised_blocks.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 
-namespace sluice {
-
-namespace detail {
+namespace sluice::detail {
 
 // Rows and tokens that one pass over the weights serves.
 inline constexpr int kStreamRows = simd::kNumRegisters >= 32 ? 4 : 2;
@@ -816,90 +815,22 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
   }
 }
 
-/// Where a member is in its share of the passes over all tasks.
-struct alignas(64) StreamCursor {
-  std::atomic<std::int64_t> next_block{0};
-};
-
-}  // namespace detail
-
-/// Scratch of linear layers, fixed at construction: for each team member, tiles of converted
-/// weights and rearranged tokens; for all of them together, tokens in rounded form; and the choice
-/// of arithmetic. One workspace serves one call at a time.
-class LinearWorkspace {
- public:
-  /// Tokens whose rounded form is held at once unless told otherwise.
-  static constexpr std::int64_t kDefaultTokens = 512;
-
-  /// For matrices of up to `max_cols` columns and teams of up to `team_size` members. Allocates for
-  /// each member 384 KiB, or a panel of 2 kWidth rows where that is more, and 12 tokens of
-  /// max_cols, whichever `activations` are chosen; and where those are rounded about two bytes per
-  /// column of `max_tokens` tokens. Longer chunks are served in parts of that many, each of which
-  /// converts the weights again. \throws Error(kConfig) unless all are positive.
-  LinearWorkspace(std::int64_t max_cols, int team_size,
-                  Activations activations = Activations::kFloat32,
-                  std::int64_t max_tokens = kDefaultTokens)
-      : max_cols_(checked(max_cols, "max_cols")),
-        max_tokens_(checked(max_tokens, "max_tokens")),
-        team_size_(static_cast<int>(checked(team_size, "team_size"))),
-        activations_(activations),
-        member_size_(size_for(max_cols)),
-        storage_(static_cast<std::size_t>(member_size_ * team_size)),
-        rounded_(static_cast<std::size_t>(
-            activations == Activations::kFloat32 ? 0 : rounded_size(max_cols, max_tokens))),
-        cursors_(std::make_unique<detail::StreamCursor[]>(static_cast<std::size_t>(team_size))) {}
-
-  std::int64_t max_cols() const noexcept { return max_cols_; }
-  std::int64_t max_tokens() const noexcept { return max_tokens_; }
-  int team_size() const noexcept { return team_size_; }
-  /// In which form products through this workspace take activations.
-  Activations activations() const noexcept { return activations_; }
-  /// Bytes held.
-  std::size_t bytes() const noexcept { return storage_.bytes() + rounded_.bytes(); }
-  /// The scratch of one member: enough for any path at max_cols columns.
-  float* member(int index) {
-    SLUICE_ASSERT(index >= 0 && index < team_size_);
-    return storage_.data() + index * member_size_;
-  }
-  /// Rounded tokens, shared by all members.
-  float* rounded() { return rounded_.data(); }
-  /// One for each member.
-  detail::StreamCursor* cursors() { return cursors_.get(); }
-
- private:
-  static std::int64_t checked(std::int64_t value, const char* field) {
-    if (value < 1)
-      throw Error(ErrorCode::kConfig, {"extent out of range", "LinearWorkspace", field,
-                                       "at least 1", std::to_string(value)});
-    return value;
-  }
-  static std::int64_t size_for(std::int64_t cols) {
-    const std::int64_t panels = std::max(detail::kPanelBudget, detail::kPanelRows * cols);
-    const std::int64_t many = panels + detail::kPanelTokens * cols;
-    const std::int64_t few = detail::kStreamTokens * detail::max_prepared_size(cols);
-    return detail::round_up(
-        std::max({many, few, detail::pair_scratch_size(cols), detail::int8_scratch_size(cols),
-                  detail::int8_stream_scratch_size(cols)}),
-        64);
-  }
-  static std::int64_t rounded_size(std::int64_t cols, std::int64_t tokens) {
-    using Pairs = detail::PairPanels;
-    using Bytes = detail::Int8Panels<detail::Int8Weights<ElementType::kQ8_0>>;
-    return std::max(Pairs::num_groups(tokens) * Pairs::group_size(cols),
-                    Bytes::num_groups(tokens) * detail::int8_group_bound(cols));
-  }
-
-  std::int64_t max_cols_;
-  std::int64_t max_tokens_;
-  int team_size_;
-  Activations activations_;
-  std::int64_t member_size_;
-  Buffer<float> storage_;
-  Buffer<float> rounded_;
-  std::unique_ptr<detail::StreamCursor[]> cursors_;
-};
-
-namespace detail {
+// What a workspace for matrices of up to `cols` columns and chunks of up to `tokens` tokens holds.
+SLUICE_KERNEL LinearExtents linear_extents(std::int64_t cols, std::int64_t tokens,
+                                           Activations activations) {
+  const std::int64_t panels = std::max(kPanelBudget, kPanelRows * cols);
+  const std::int64_t many = panels + kPanelTokens * cols;
+  const std::int64_t few = kStreamTokens * max_prepared_size(cols);
+  LinearExtents extents;
+  extents.member = round_up(std::max({many, few, pair_scratch_size(cols), int8_scratch_size(cols),
+                                      int8_stream_scratch_size(cols)}),
+                            64);
+  using Bytes = Int8Panels<Int8Weights<ElementType::kQ8_0>>;
+  if (activations != Activations::kFloat32)
+    extents.rounded = std::max(PairPanels::num_groups(tokens) * PairPanels::group_size(cols),
+                               Bytes::num_groups(tokens) * int8_group_bound(cols));
+  return extents;
+}
 
 // Products of several tasks of one type with rounded activations, for many tokens: all members
 // round shares of the tokens, then multiply shares of the rows. Panels is PairPanels or an
@@ -1022,8 +953,8 @@ inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const floa
 }
 
 // The fast products behind linear_many in nn/linear.hpp.
-inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                        LinearWorkspace& workspace, ThreadTeam& team, cpu) {
+SLUICE_KERNEL void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                               LinearWorkspace& workspace, ThreadTeam& team, cpu) {
   SLUICE_ASSERT(x.cols <= workspace.max_cols() && team.size() <= workspace.team_size());
   if (x.rows == 0) return;
   const bool can_stream = kInt8Streams || workspace.activations() != Activations::kInt8;
@@ -1036,6 +967,4 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
   });
 }
 
-}  // namespace detail
-
-}  // namespace sluice
+}  // namespace sluice::detail

@@ -1,61 +1,16 @@
 // SPDX-License-Identifier: MIT
-/// What the processor's matrix products are given, and the choice of arithmetic: shared by
-/// linear.hpp (float32 activations), linear_bf16.hpp and linear_int8.hpp (rounded ones).
+/// What the kernels of linear.hpp (float32 activations), linear_bf16.hpp and linear_int8.hpp
+/// (rounded ones) share.
 #pragma once
 
 #include <bit>
 #include <cstdint>
-#include <string_view>
 
+#include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/backend/cpu/simd.hpp"
-#include "sluice/core/element.hpp"
 #include "sluice/core/threads.hpp"
-#include "sluice/core/view.hpp"
-#include "sluice/nn/weight_matrix.hpp"
 
-namespace sluice {
-
-/// In which form activations meet weights: how far they may be rounded for products that are faster
-/// then. Sums are float32 (within a block of 8-bit products exact) whatever is chosen; F32 and F16
-/// weights are always multiplied with float32 activations.
-enum class Activations : std::uint8_t {
-  /// As they are: products and sums in float32, the accurate choice.
-  kFloat32,
-  /// Rounded to bf16 (8 bits of mantissa, the precision of the weights themselves) where weights
-  /// are
-  /// BF16: twice as fast for chunks of tokens where the processor multiplies pairs of bf16
-  /// (AVX512_BF16), the same results at about the speed of kFloat32 elsewhere. The rule is in
-  /// backend/cpu/linear_bf16.hpp. Quantised weights (Q8_0, Q4_0, Q4_1, Q4_K, Q6_K) still meet
-  /// float32
-  /// activations.
-  kBf16,
-  /// Rounded to 8 bits per token and block of 32 columns where weights are quantised, with exact
-  /// integer products within a block, and as with kBf16 where weights are BF16: up to twice as fast
-  /// where the processor multiplies bytes (AVX-512 VNNI); on plain AVX2
-  /// prompts gain and single tokens of some types lose. The rule and the error bound are in
-  /// backend/cpu/linear_int8.hpp.
-  kInt8,
-};
-
-/// "f32", "bf16" or "int8".
-constexpr std::string_view to_string(Activations activations) {
-  switch (activations) {
-    case Activations::kFloat32: return "f32";
-    case Activations::kBf16: return "bf16";
-    case Activations::kInt8: return "int8";
-  }
-  return "unknown";
-}
-
-/// One product of linear_many: y = x weight^T + bias, or y += that if `accumulate` is set.
-struct LinearTask {
-  WeightMatrix weight;          ///< [rows, cols]
-  const float* bias = nullptr;  ///< [rows], or null for none
-  MatrixView<float> y;          ///< [tokens, rows]
-  bool accumulate = false;      ///< add to what y holds
-};
-
-namespace detail {
+namespace sluice::detail {
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -138,6 +93,4 @@ struct ChainSums {
   }
 };
 
-}  // namespace detail
-
-}  // namespace sluice
+}  // namespace sluice::detail

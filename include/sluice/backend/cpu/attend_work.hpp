@@ -1,0 +1,786 @@
+// SPDX-License-Identifier: MIT
+/// The work of attend() on the CPU. One query row (decoding): keys are split into runs of 64 to
+/// 256, each (KV head, split) is a work item that streams its keys and values once for all query
+/// heads of the group, and whoever finishes the last split of a head merges them by log-sum-exp.
+/// Several rows (prefill): each (KV head, block of query rows) runs an online softmax over key
+/// tiles; a tile is converted once and met by the block's query rows a panel of columns at a time,
+/// each panel with the keys that it can see. Neither way of cutting depends on the number of
+/// threads, so neither does the result.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <type_traits>
+#include <utility>
+
+#include "sluice/attention/attention_query.hpp"
+#include "sluice/attention/softmax_state.hpp"
+#include "sluice/attention/variant.hpp"
+#include "sluice/backend/cpu/attend.hpp"
+#include "sluice/backend/cpu/attend_kernels.hpp"
+#include "sluice/backend/cpu/simd.hpp"
+#include "sluice/cache/kv_element.hpp"
+#include "sluice/core/config.hpp"
+#include "sluice/core/threads.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/position/rotary.hpp"
+
+namespace sluice::detail {
+
+inline constexpr std::int64_t kTileKeys = 128;   // keys of a prefill tile
+inline constexpr std::int64_t kBlockPanels = 4;  // panels of a prefill work item, at most
+
+/// What reads keys of one element type. `rotary`: of the queries, for keys that are stored raw.
+struct KeyKernels {
+  int unit;  // channels of an element
+  /// scores[g * kMostSplitKeys + j] = <query_g, key begin + j> for the heads of a group. query:
+  /// [group, dim], rotated and scaled; scratch: key_scratch().
+  void (*scores)(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                 std::int64_t count, std::int64_t group, std::int64_t dim, const Rotary* rotary,
+                 const float* query, float* scores, float* scratch);
+  /// Keys as rows of floats, `stride` apart, raw ones rotated.
+  void (*load)(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+               std::int64_t count, std::int64_t dim, const Rotary* rotary, std::int64_t stride,
+               float* keys);
+};
+
+/// What reads values of one element type.
+struct ValueKernels {
+  int unit;
+  /// out[g, d] = sum over j of weights[g * kMostSplitKeys + j] * channel d of value begin + j.
+  /// weights may be changed; scratch: value_scratch().
+  void (*sums)(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+               std::int64_t count, std::int64_t group, std::int64_t dim, float* weights, float* out,
+               float* scratch);
+  /// Values as rows of floats, `stride` apart; channels from dim on are 0.
+  void (*load)(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+               std::int64_t count, std::int64_t dim, std::int64_t stride, float* values);
+};
+
+// Floats of scratch of KeyKernels::scores and ValueKernels::sums.
+constexpr std::int64_t key_scratch(std::int64_t group, std::int64_t dim) {
+  return group * (dim + kMostSplitKeys) + 4 * dim + 2 * kMostSplitKeys;
+}
+constexpr std::int64_t value_scratch(std::int64_t group, std::int64_t dim) {
+  return group * (dim + kMostSplitKeys) + 2 * kMostSplitKeys;
+}
+
+/// A stored row as floats.
+template <class T>
+void widen_row(const T* from, const typename KvRow<T>::Scale* scales, std::int64_t count,
+               float* to) {
+  if constexpr (std::is_same_v<T, int4x2>) {
+    KvRow<T>::dequantise(from, scales, count, to);
+  } else {
+    float scale = 1;
+    if constexpr (QuantisedElement<T>) scale = *scales;
+    const auto scaled = [&](auto value, auto factor) {
+      if constexpr (QuantisedElement<T>) return value * factor;
+      return value;
+    };
+    std::int64_t d = 0;
+    for (; d + simd::kWidth <= count; d += simd::kWidth)
+      simd::store(to + d, scaled(simd::load(from + d), simd::broadcast(scale)));
+    for (; d < count; ++d) to[d] = scaled(static_cast<float>(from[d]), scale);
+  }
+}
+
+/// to[g, j] = from[g, j] * scales[j * stride] for the rows of a split.
+inline void multiply_rows(std::int64_t group, const float* from, const float* scales,
+                          std::int64_t stride, std::int64_t count, float* factors, float* to) {
+  for (std::int64_t j = 0; j < count; ++j) factors[j] = scales[j * stride];
+  for (std::int64_t g = 0; g < group; ++g)
+    for (std::int64_t j = 0; j < count; ++j)
+      to[g * kMostSplitKeys + j] = from[g * kMostSplitKeys + j] * factors[j];
+}
+
+/// Scales and zeros of one group of channels as floats: [2, kMostSplitKeys].
+inline void load_group_scales(const GroupScale* scales, std::int64_t stride, std::int64_t count,
+                              float* factors) {
+  for (std::int64_t j = 0; j < count; ++j) {
+    factors[j] = simd::to_float(scales[j * stride].scale);
+    factors[kMostSplitKeys + j] = simd::to_float(scales[j * stride].zero);
+  }
+}
+
+/// Scores of keys in groups of channels: scale * <q, n> + zero * sum(q), over the groups.
+inline void group_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                         std::int64_t count, std::int64_t heads, std::int64_t dim,
+                         const float* query, float* scores, float* scratch) {
+  constexpr std::int64_t kGroup = KvRow<int4x2>::kGroup;
+  float* const more = scratch;                           // [heads, kMostSplitKeys]
+  float* const factors = more + heads * kMostSplitKeys;  // [2, kMostSplitKeys]
+  float* const ordered = factors + 2 * kMostSplitKeys;   // [heads, dim]
+  // The query in the order of the products: [groups of channels, heads, channels].
+  for (std::int64_t g = 0; g < heads; ++g)
+    for (std::int64_t d = 0; d < dim; d += kGroup) {
+      const std::int64_t width = std::min(kGroup, dim - d);
+      order_channels<int4x2>(query + g * dim + d, width, ordered + d * heads + g * width);
+    }
+  for (std::int64_t d = 0; d < dim; d += kGroup) {
+    const std::int64_t width = std::min(kGroup, dim - d);
+    const float* const part = ordered + d * heads;
+    float* const to = d == 0 ? scores : more;
+    decode_scores(heads, part, width, segment.key<int4x2>(kv_head, begin) + d / 2,
+                  segment.key_token_stride, count, to, kMostSplitKeys);
+    load_group_scales(segment.key_scale<int4x2>(kv_head, begin) + d / kGroup,
+                      segment.key_scale_token_stride, count, factors);
+    for (std::int64_t g = 0; g < heads; ++g) {
+      simd::VecF lanes = simd::zero();
+      for (std::int64_t i = 0; i < width; i += simd::kWidth)
+        lanes += simd::load(part + g * width + i);
+      const float sum = simd::reduce_add(lanes);
+      float* const row = scores + g * kMostSplitKeys;
+      const float* const products = to + g * kMostSplitKeys;
+      for (std::int64_t j = 0; j < count; ++j) {
+        const float score = products[j] * factors[j] + factors[kMostSplitKeys + j] * sum;
+        row[j] = d == 0 ? score : row[j] + score;
+      }
+    }
+  }
+}
+
+/// Sums of values in groups of channels: those of w * scale * n, and of w * zero once a group.
+inline void group_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                       std::int64_t count, std::int64_t heads, std::int64_t dim,
+                       const float* weights, float* out, float* scratch) {
+  constexpr std::int64_t kGroup = KvRow<int4x2>::kGroup;
+  float* const more = scratch;                           // [heads, kMostSplitKeys]
+  float* const factors = more + heads * kMostSplitKeys;  // [2, kMostSplitKeys]
+  float* const rows = factors + 2 * kMostSplitKeys;      // [heads, channels of a group]
+  for (std::int64_t d = 0; d < dim; d += kGroup) {
+    const std::int64_t width = std::min(kGroup, dim - d);
+    load_group_scales(segment.value_scale<int4x2>(kv_head, begin) + d / kGroup,
+                      segment.value_scale_token_stride, count, factors);
+    for (std::int64_t g = 0; g < heads; ++g)
+      for (std::int64_t j = 0; j < count; ++j)
+        more[g * kMostSplitKeys + j] = weights[g * kMostSplitKeys + j] * factors[j];
+    decode_sums(heads, more, kMostSplitKeys, segment.value<int4x2>(kv_head, begin) + d / 2,
+                segment.value_token_stride, count, rows, width);
+    for (std::int64_t g = 0; g < heads; ++g) {
+      const float* const weight = weights + g * kMostSplitKeys;
+      simd::VecF lanes = simd::zero();
+      std::int64_t j = 0;
+      for (; j + simd::kWidth <= count; j += simd::kWidth)
+        lanes = simd::fma(simd::load(weight + j), simd::load(factors + kMostSplitKeys + j), lanes);
+      float zero = simd::reduce_add(lanes);
+      for (; j < count; ++j) zero += weight[j] * factors[kMostSplitKeys + j];
+      float* const to = out + g * dim + d;
+      restore_channels<int4x2>(rows + g * width, width, to);
+      for (std::int64_t i = 0; i < width; ++i) to[i] += zero;
+    }
+  }
+}
+
+template <class Key>
+void load_keys(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+               std::int64_t count, std::int64_t dim, const Rotary* rotary, std::int64_t stride,
+               float* keys) {
+  for (std::int64_t entry = first; entry < first + count; ++entry, keys += stride) {
+    const Key* const key = segment.key<Key>(kv_head, entry);
+    const float* const angles = segment.key_rotation == nullptr
+                                    ? nullptr
+                                    : segment.key_rotation + entry * segment.key_rotation_stride;
+    if constexpr (QuantisedElement<Key>) {
+      widen_row(key, segment.key_scale<Key>(kv_head, entry), dim, keys);
+      if (angles != nullptr) rotary->rotate(angles, keys, keys);
+    } else if (angles != nullptr) {
+      rotary->rotate(angles, key, keys);
+    } else {
+      widen_row(key, nullptr, dim, keys);
+    }
+  }
+}
+
+template <class Value>
+void load_values(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+                 std::int64_t count, std::int64_t dim, std::int64_t stride, float* values) {
+  for (std::int64_t j = 0; j < count; ++j, values += stride) {
+    widen_row(segment.value<Value>(kv_head, first + j),
+              segment.value_scale<Value>(kv_head, first + j), dim, values);
+    std::fill(values + dim, values + stride, 0.0F);
+  }
+}
+
+template <class Key>
+void split_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                  std::int64_t count, std::int64_t group, std::int64_t dim, const Rotary* rotary,
+                  const float* query, float* scores, float* scratch) {
+  if (segment.key_rotation != nullptr) {
+    for (std::int64_t j = 0; j < count; j += 4) {
+      const std::int64_t some = std::min<std::int64_t>(4, count - j);
+      load_keys<Key>(segment, kv_head, begin + j, some, dim, rotary, dim, scratch);
+      decode_scores(group, query, dim, scratch, dim, some, scores + j, kMostSplitKeys);
+    }
+  } else if constexpr (std::is_same_v<Key, int4x2>) {
+    group_scores(segment, kv_head, begin, count, group, dim, query, scores, scratch);
+  } else {
+    decode_scores(group, query, dim, segment.key<Key>(kv_head, begin), segment.key_token_stride,
+                  count, scores, kMostSplitKeys);
+    if constexpr (QuantisedElement<Key>)
+      multiply_rows(group, scores, segment.key_scale<Key>(kv_head, begin),
+                    segment.key_scale_token_stride, count, scratch, scores);
+  }
+}
+
+template <class Value>
+void split_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                std::int64_t count, std::int64_t group, std::int64_t dim, float* weights,
+                float* out, float* scratch) {
+  if constexpr (std::is_same_v<Value, int4x2>) {
+    group_sums(segment, kv_head, begin, count, group, dim, weights, out, scratch);
+  } else {
+    if constexpr (QuantisedElement<Value>)
+      multiply_rows(group, weights, segment.value_scale<Value>(kv_head, begin),
+                    segment.value_scale_token_stride, count, scratch, weights);
+    decode_sums(group, weights, kMostSplitKeys, segment.value<Value>(kv_head, begin),
+                segment.value_token_stride, count, out, dim);
+  }
+}
+
+template <class Key>
+const KeyKernels& key_kernels() {
+  static constexpr KeyKernels kKernels{KvRow<Key>::kUnit, split_scores<Key>, load_keys<Key>};
+  return kKernels;
+}
+template <class Value>
+const ValueKernels& value_kernels() {
+  static constexpr ValueKernels kKernels{KvRow<Value>::kUnit, split_sums<Value>,
+                                         load_values<Value>};
+  return kKernels;
+}
+
+// Whole registers and whole blocks of accumulators.
+constexpr std::int64_t padded_channels(std::int64_t count) {
+  constexpr std::int64_t kUnit = std::max(simd::kWidth, kTileBlockRows);
+  return (count + kUnit - 1) / kUnit * kUnit;
+}
+// Panels that the query rows of `tokens` tokens and one KV head fill.
+constexpr std::int64_t query_panels(std::int64_t tokens, std::int64_t group) {
+  return (tokens * group + kTileColumns - 1) / kTileColumns;
+}
+
+SLUICE_KERNEL AttentionExtents attention_extents(const AttentionShape& shape) {
+  AttentionExtents extents{padded_channels(shape.head_dim), padded_channels(shape.value_dim), 0};
+  const std::int64_t group = shape.num_qo_heads / shape.num_kv_heads;
+  const std::int64_t decode =
+      group * (extents.key_cols + kMostSplitKeys) +
+      std::max(key_scratch(group, extents.key_cols), value_scratch(group, extents.value_cols));
+  const std::int64_t columns =
+      std::max(query_panels(1, group),
+               std::min(kBlockPanels, query_panels(shape.max_queries, group))) *
+      kTileColumns;
+  const std::int64_t tiles = kTileKeys * (extents.key_cols + extents.value_cols + kTileColumns) +
+                             columns * (extents.key_cols + extents.value_cols + 2) + kTileColumns +
+                             simd::kWidth * (extents.key_cols + extents.value_cols) + kTileKeys;
+  extents.scratch = std::max(decode, tiles) + 64;
+  return extents;
+}
+
+/// One call of attend() on the CPU.
+class CpuAttention {
+ public:
+  using Workspace = AttentionWorkspace<cpu>;
+  static constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+  CpuAttention(const AttentionCall& call, const KeyKernels& keys, const ValueKernels& values,
+               Workspace& workspace)
+      : query_(call.query),
+        segments_(call.segments),
+        variant_(call.variant),
+        keys_(keys),
+        values_(values),
+        out_(call.out),
+        lse_(call.lse),
+        workspace_(workspace) {
+    SLUICE_ASSERT(query_.rows.head_dim == workspace.shape_.head_dim);
+    SLUICE_ASSERT(query_.rows.num_heads == workspace.shape_.num_qo_heads);
+    SLUICE_ASSERT(query_.rows.tokens <= workspace.shape_.max_queries);
+    SLUICE_ASSERT(out_.head_dim == workspace.shape_.value_dim);
+    for ([[maybe_unused]] const AnySegment& segment : segments_)
+      SLUICE_ASSERT(segment.key_rotation == nullptr || workspace.rotary() != nullptr);
+    for ([[maybe_unused]] const std::int32_t head : query_.kv_heads)
+      SLUICE_ASSERT(head >= 0 && head < workspace.shape_.num_kv_heads);
+    place_readers();
+  }
+
+  void run(ThreadTeam& team) {
+    SLUICE_ASSERT(team.size() <= static_cast<int>(workspace_.scratch_.size()));
+    if (query_.rows.tokens == 1 && workspace_.shape_.head_dim % (keys_.unit * simd::kWidth) == 0 &&
+        workspace_.shape_.value_dim % (values_.unit * simd::kWidth) == 0)
+      decode(team);
+    else
+      prefill(team);
+  }
+
+ private:
+  /// Heads on the segments' head axis; kernels below call one of them kv_head.
+  std::int64_t segment_heads() const {
+    return query_.num_segment_heads(workspace_.shape_.num_kv_heads);
+  }
+  /// The first query head that reads one of them.
+  std::int64_t first_head(std::int64_t kv_head) const {
+    return query_.kv_head(kv_head) * workspace_.group_;
+  }
+
+  /// Forms the rotations of the query rows for each distinct reader rule.
+  void place_readers() {
+    if (workspace_.tables_.empty()) return;
+    int used = 0;
+    Position shifts[Workspace::kMaxSegments];
+    Position ceilings[Workspace::kMaxSegments];
+    for (std::size_t s = 0; s < segments_.size(); ++s) {
+      const Position shift = segments_[s].rule.shift;
+      const Position ceiling = segments_[s].rule.ceiling;
+      int table = 0;
+      while (table < used && !(shifts[table] == shift && ceilings[table] == ceiling)) ++table;
+      if (table == used) {
+        SLUICE_ASSERT(used < static_cast<int>(workspace_.tables_.size()));
+        shifts[used] = shift;
+        ceilings[used] = ceiling;
+        RotaryTable& rotations = workspace_.tables_[static_cast<std::size_t>(used++)];
+        if (query_.positions == nullptr)
+          rotations.fill_clamped_run(query_.first_position + shift, query_.rows.tokens, ceiling);
+        else
+          rotations.fill_placed({query_.positions, static_cast<std::size_t>(query_.rows.tokens)},
+                                shift, ceiling);
+      }
+      table_of_[s] = table;
+    }
+  }
+
+  /// The query head of one row, rotated for segment s and scaled.
+  void load_query(std::size_t s, std::int64_t token, std::int64_t head, float* to) const {
+    const float* from = query_.rows.head(token, head);
+    const std::int64_t dim = query_.rows.head_dim;
+    if (workspace_.tables_.empty()) {
+      std::copy_n(from, dim, to);
+    } else {
+      const RotaryTable& table = workspace_.tables_[static_cast<std::size_t>(table_of_[s])];
+      table.rotary().rotate(table.row(token), from, to);
+    }
+    for (std::int64_t d = 0; d < dim; ++d) to[d] *= variant_.sm_scale;
+  }
+
+  ScoreRow score_row(const AnySegment& segment, std::int64_t token, std::int64_t head,
+                     std::int64_t key) const {
+    return {head, segment.rule.reader_position(query_.position(token)),
+            segment.rule.first_position + static_cast<Position>(key)};
+  }
+
+  QueryInfo query_info(std::int64_t token) const {
+    return {query_.first_index + token, query_.position(token)};
+  }
+  static KeyInfo key_info(const AnySegment& segment, std::int64_t key) {
+    return {segment.rule.first_index + key, segment.rule.kind, segment.rule.group};
+  }
+
+  TileVisibility classify(const AnySegment& segment, std::int64_t token_begin,
+                          std::int64_t token_end, std::int64_t key_begin,
+                          std::int64_t key_end) const {
+    return variant_.classify(variant_.self, query_.first_index + token_begin,
+                             query_.first_index + token_end - 1, key_info(segment, key_begin),
+                             segment.rule.first_index + key_end - 1);
+  }
+
+  /// The runs that a token does not see of keys key_begin to key_end.
+  std::span<const KeyRun> hidden_runs(const AnySegment& segment, std::int64_t token,
+                                      std::int64_t key_begin, std::int64_t key_end,
+                                      KeyRun (&runs)[kMostKeyRuns]) const {
+    const int count = variant_.hidden_runs(variant_.self, query_info(token),
+                                           key_info(segment, key_begin), key_end - key_begin, runs);
+    return {runs, static_cast<std::size_t>(count)};
+  }
+
+  static float row_max(std::span<const float> scores) {
+    simd::VecF max = simd::broadcast(kMinusInfinity);
+    std::size_t j = 0;
+    for (; j + simd::kWidth <= scores.size(); j += simd::kWidth)
+      max = simd::max(max, simd::load(scores.data() + j));
+    float result = simd::reduce_max(max);
+    for (; j < scores.size(); ++j) result = std::max(result, scores[j]);
+    return result;
+  }
+
+  /// scores[j] = exp(scores[j] - max) in place; returns their sum.
+  static float exponentiate(std::span<float> scores, float max) {
+    const simd::VecF shift = simd::broadcast(max);
+    simd::VecF sum = simd::zero();
+    std::size_t j = 0;
+    for (; j + simd::kWidth <= scores.size(); j += simd::kWidth) {
+      const simd::VecF weight = simd::exp(simd::load(scores.data() + j) - shift);
+      simd::store(scores.data() + j, weight);
+      sum += weight;
+    }
+    const auto rest = static_cast<std::int64_t>(scores.size() - j);
+    if (rest > 0) {
+      const simd::VecF weight = simd::exp(simd::load_partial(scores.data() + j, rest) - shift);
+      simd::store_partial(scores.data() + j, weight, rest);
+      sum += simd::load_partial(scores.data() + j, rest);
+    }
+    return simd::reduce_add(sum);
+  }
+
+  /// Writes a finished row: accumulated values over their sum and the sink's share.
+  void finish(std::int64_t token, std::int64_t head, const float* accumulated,
+              const SoftmaxState& state) {
+    float* out = out_.head(token, head);
+    if (lse_ != nullptr) lse_[token * out_.num_heads + head] = state.lse();
+    if (state.empty()) {
+      std::fill_n(out, out_.head_dim, 0.0F);
+      return;
+    }
+    const float sink =
+        variant_.sink_logit == nullptr ? kMinusInfinity : variant_.sink_logit(variant_.self, head);
+    // A sink far above every score would overflow exp: then its share is everything.
+    const float sink_weight = sink == kMinusInfinity ? 0.0F : std::exp(sink - state.max);
+    const float factor = 1.0F / (state.sum + sink_weight);
+    for (std::int64_t d = 0; d < out_.head_dim; ++d) out[d] = accumulated[d] * factor;
+  }
+
+  // ---- one query row -------------------------------------------------------------------------
+
+  /// Keys of a split of `keys` in all: enough splits for several threads even where keys are few,
+  /// and little to merge where they are many.
+  static constexpr std::int64_t split_keys(std::int64_t keys) {
+    return keys <= 512 ? 64 : keys <= 2048 ? 128 : kMostSplitKeys;
+  }
+
+  void decode(ThreadTeam& team) {
+    std::int64_t all_keys = 0;
+    for (const AnySegment& segment : segments_) all_keys += segment.rule.visible;
+    const std::int64_t length = split_keys(all_keys);
+    std::int64_t splits = 0;
+    for (std::size_t s = 0; s < segments_.size(); ++s) {
+      const std::int64_t keys = segments_[s].rule.visible;
+      for (std::int64_t begin = 0; begin < keys; begin += length) {
+        const std::int64_t end = std::min(begin + length, keys);
+        const TileVisibility tile = classify(segments_[s], 0, 1, begin, end);
+        if (tile == TileVisibility::kNone) continue;
+        SLUICE_ASSERT(splits < workspace_.max_splits_);
+        workspace_.splits_[static_cast<std::size_t>(splits++)] = {static_cast<int>(s), begin, end,
+                                                                  tile == TileVisibility::kSome};
+      }
+    }
+    const std::int64_t heads = segment_heads();
+    if (splits == 0) {
+      for (std::int64_t j = 0; j < heads; ++j) merge_heads(j, 0);
+      return;
+    }
+    for (std::int64_t j = 0; j < heads; ++j)
+      workspace_.splits_left_[static_cast<std::size_t>(j)].store(splits, std::memory_order_relaxed);
+    team.for_each(splits * heads, [&](std::int64_t item, int member) {
+      const std::int64_t kv_head = item / splits;
+      decode_split(item % splits, kv_head,
+                   workspace_.scratch_[static_cast<std::size_t>(member)].data());
+      // The last one has seen what the others wrote.
+      if (workspace_.splits_left_[static_cast<std::size_t>(kv_head)].fetch_sub(
+              1, std::memory_order_acq_rel) == 1)
+        merge_heads(kv_head, splits);
+    });
+  }
+
+  /// All query heads of one KV head against one split.
+  void decode_split(std::int64_t split_index, std::int64_t kv_head, float* scratch) {
+    const std::int64_t dim = workspace_.shape_.head_dim;
+    const std::int64_t value_dim = workspace_.shape_.value_dim;
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t head = first_head(kv_head);
+    const auto& split = workspace_.splits_[static_cast<std::size_t>(split_index)];
+    const AnySegment& segment = segments_[static_cast<std::size_t>(split.segment)];
+    const std::int64_t count = split.end - split.begin;
+    float* const query = scratch;               // [group, dim]
+    float* const scores = query + group * dim;  // [group, kMostSplitKeys]
+    float* const more = scores + group * kMostSplitKeys;
+    for (std::int64_t g = 0; g < group; ++g)
+      load_query(static_cast<std::size_t>(split.segment), 0, head + g, query + g * dim);
+    keys_.scores(segment, kv_head, split.begin, count, group, dim, workspace_.rotary(), query,
+                 scores, more);
+    KeyRun runs[kMostKeyRuns];
+    std::span<const KeyRun> hidden;
+    if (split.masked) hidden = hidden_runs(segment, 0, split.begin, split.end, runs);
+    const std::int64_t first_row = split_index * workspace_.shape_.num_qo_heads + head;
+    for (std::int64_t g = 0; g < group; ++g) {
+      const std::span<float> row(scores + g * kMostSplitKeys, static_cast<std::size_t>(count));
+      if (variant_.transform != nullptr)
+        variant_.transform(variant_.self, score_row(segment, 0, head + g, split.begin), row);
+      for (const KeyRun& run : hidden)
+        std::fill(row.begin() + run.begin, row.begin() + run.end, kMinusInfinity);
+      SoftmaxState state{.max = row_max(row), .sum = 0};
+      if (!state.empty())
+        state.sum = exponentiate(row, state.max);
+      else
+        std::fill(row.begin(), row.end(), 0.0F);
+      workspace_.partial_state_[static_cast<std::size_t>(first_row + g)] = state;
+    }
+    float* const out = workspace_.partial_out_.data() + first_row * value_dim;
+    values_.sums(segment, kv_head, split.begin, count, group, value_dim, scores, out, more);
+  }
+
+  void merge_heads(std::int64_t kv_head, std::int64_t splits) {
+    for (std::int64_t g = 0; g < workspace_.group_; ++g)
+      merge_splits(first_head(kv_head) + g, splits);
+  }
+
+  /// Adds the splits of one head in their order; the first split's row is the accumulator.
+  void merge_splits(std::int64_t head, std::int64_t splits) {
+    const std::int64_t dim = workspace_.shape_.value_dim;
+    const std::int64_t heads = workspace_.shape_.num_qo_heads;
+    SoftmaxState all;
+    for (std::int64_t s = 0; s < splits; ++s)
+      all.max = std::max(all.max,
+                         workspace_.partial_state_[static_cast<std::size_t>(s * heads + head)].max);
+    float* sum = workspace_.partial_out_.data() + head * dim;
+    for (std::int64_t s = 0; s < splits && !all.empty(); ++s) {
+      const SoftmaxState& part =
+          workspace_.partial_state_[static_cast<std::size_t>(s * heads + head)];
+      const float factor = part.empty() ? 0.0F : std::exp(part.max - all.max);
+      const float* from = workspace_.partial_out_.data() + (s * heads + head) * dim;
+      if (s == 0)
+        for (std::int64_t d = 0; d < dim; ++d) sum[d] *= factor;
+      else
+        for (std::int64_t d = 0; d < dim; ++d) sum[d] += factor * from[d];
+      all.sum += part.sum * factor;
+    }
+    finish(0, head, sum, all);
+  }
+
+  // ---- several query rows --------------------------------------------------------------------
+
+  /// The query rows of an item, as columns: column c is query head c % group of token begin + c /
+  /// group. Panels of kTileColumns columns follow each other.
+  struct Block {
+    std::int64_t begin = 0;    // first token
+    std::int64_t end = 0;      // behind the last one
+    std::int64_t kv_head = 0;  // on the segments' head axis
+    float* keys = nullptr;     // [kTileKeys, key_cols]
+    float* values = nullptr;   // [kTileKeys, value_cols]
+    float* scores = nullptr;   // [kTileKeys, kTileColumns], of one panel
+    float* query = nullptr;    // [panels, key_cols, kTileColumns]
+    float* sums = nullptr;     // [panels, value_cols, kTileColumns]
+    float* max = nullptr;      // [panels, kTileColumns]
+    float* sum = nullptr;      // [panels, kTileColumns]
+    float* factors = nullptr;  // [kTileColumns]
+    float* rows = nullptr;     // [kWidth, key_cols or value_cols]
+    float* line = nullptr;     // [kTileKeys], scores of one row
+
+    std::int64_t columns(std::int64_t group) const { return (end - begin) * group; }
+  };
+
+  void prefill(ThreadTeam& team) {
+    // A block is whole tokens that fill at most kBlockPanels panels, of fewer panels where that
+    // leaves too few items to share out, but at least one token however many heads its group has.
+    const std::int64_t tokens = query_.rows.tokens;
+    const std::int64_t group = workspace_.group_;
+    std::int64_t block_panels = kBlockPanels;
+    const auto block_tokens = [&] {
+      return std::max<std::int64_t>(1, block_panels * kTileColumns / group);
+    };
+    const auto blocks = [&] {
+      return (tokens + block_tokens() - 1) / block_tokens();
+    };
+    while (block_panels > 1 && blocks() * segment_heads() < 16) block_panels /= 2;
+    const std::int64_t count = blocks();
+    team.for_each(count * segment_heads(), [&](std::int64_t item, int member) {
+      // Later blocks see more keys than earlier ones: the long items first.
+      const std::int64_t block = count - 1 - item % count;
+      prefill_block(item / count, block * block_tokens(),
+                    std::min((block + 1) * block_tokens(), tokens),
+                    workspace_.scratch_[static_cast<std::size_t>(member)].data());
+    });
+  }
+
+  void prefill_block(std::int64_t kv_head, std::int64_t begin, std::int64_t end, float* scratch) {
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t key_cols = workspace_.extents_.key_cols;
+    const std::int64_t value_cols = workspace_.extents_.value_cols;
+    const std::int64_t columns = query_panels(end - begin, group) * kTileColumns;
+    Block block{.begin = begin, .end = end, .kv_head = kv_head};
+    const auto take = [&](std::int64_t size) {
+      return std::exchange(scratch, scratch + size);
+    };
+    block.keys = take(kTileKeys * key_cols);
+    block.values = take(kTileKeys * value_cols);
+    block.scores = take(kTileKeys * kTileColumns);
+    block.query = take(columns * key_cols);
+    block.sums = take(columns * value_cols);
+    block.max = take(columns);
+    block.sum = take(columns);
+    block.factors = take(kTileColumns);
+    block.rows = take(simd::kWidth * std::max(key_cols, value_cols));
+    block.line = take(kTileKeys);
+    std::fill_n(block.sums, columns * value_cols, 0.0F);
+    std::fill_n(block.max, columns, kMinusInfinity);
+    std::fill_n(block.sum, columns, 0.0F);
+
+    int loaded = -1;  // the rotation that block.query has
+    for (std::size_t s = 0; s < segments_.size(); ++s) {
+      const AnySegment& segment = segments_[s];
+      for (std::int64_t first = 0; first < segment.rule.visible; first += kTileKeys) {
+        const std::int64_t last = std::min(first + kTileKeys, segment.rule.visible);
+        if (classify(segment, begin, end, first, last) == TileVisibility::kNone) continue;
+        if (loaded != table_of_[s]) load_queries(s, block);
+        loaded = table_of_[s];
+        keys_.load(segment, kv_head, first, last - first, workspace_.shape_.head_dim,
+                   workspace_.rotary(), key_cols, block.keys);
+        values_.load(segment, kv_head, first, last - first, workspace_.shape_.value_dim, value_cols,
+                     block.values);
+        for (std::int64_t column = 0; column < block.columns(group); column += kTileColumns)
+          prefill_panel(segment, block, column, first, last);
+      }
+    }
+    finish_block(block);
+  }
+
+  /// Query rows of a block as columns, rotated for segment s. Columns beyond the last are 0.
+  void load_queries(std::size_t s, const Block& block) const {
+    const std::int64_t dim = workspace_.shape_.head_dim;
+    const std::int64_t key_cols = workspace_.extents_.key_cols;
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t columns = block.columns(group);
+    const std::int64_t head = first_head(block.kv_head);
+    for (std::int64_t c = 0; c < columns; c += simd::kWidth) {
+      for (std::int64_t i = 0; i < simd::kWidth; ++i) {
+        float* const row = block.rows + i * key_cols;
+        if (c + i < columns)
+          load_query(s, block.begin + (c + i) / group, head + (c + i) % group, row);
+        const std::int64_t from = c + i < columns ? dim : 0;
+        std::fill(row + from, row + key_cols, 0.0F);
+      }
+      transpose(block.rows, key_cols, simd::kWidth, key_cols,
+                block.query + c / kTileColumns * kTileColumns * key_cols + c % kTileColumns,
+                kTileColumns);
+    }
+  }
+
+  /// The panel that begins with `column` against keys first to last of a segment, which
+  /// block.keys and block.values hold.
+  void prefill_panel(const AnySegment& segment, const Block& block, std::int64_t column,
+                     std::int64_t first, std::int64_t last) const {
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t columns =
+        std::min<std::int64_t>(block.columns(group) - column, kTileColumns);
+    const std::int64_t token_begin = block.begin + column / group;
+    const std::int64_t token_end = block.begin + (column + columns - 1) / group + 1;
+    // The keys that some row of the panel may see: those of a later token, or behind a window, are
+    // left out a block of rows at a time.
+    std::int64_t begin = first;
+    const auto hidden = [&](std::int64_t from, std::int64_t to) {
+      return classify(segment, token_begin, token_end, from, to) == TileVisibility::kNone;
+    };
+    while (begin < last && hidden(begin, std::min(begin + kTileBlockRows, last)))
+      begin += kTileBlockRows;
+    if (begin >= last) return;
+    std::int64_t end = last;
+    while (true) {
+      const std::int64_t from = first + (end - 1 - first) / kTileBlockRows * kTileBlockRows;
+      if (!hidden(from, end)) break;
+      end = from;
+    }
+    const std::int64_t count = end - begin;
+    const float* const keys = block.keys + (begin - first) * workspace_.extents_.key_cols;
+    const float* const values = block.values + (begin - first) * workspace_.extents_.value_cols;
+    const float* const query = block.query + column * workspace_.extents_.key_cols;
+    float* const sums = block.sums + column * workspace_.extents_.value_cols;
+    const auto with_vectors = [&]<int kVectors>() {
+      tile_scores<kVectors>(keys, workspace_.extents_.key_cols, count, query,
+                            workspace_.shape_.head_dim, block.scores);
+      apply_variant(segment, block, column, columns, begin, end, token_begin, token_end);
+      tile_softmax<kVectors>(block.scores, count, block.max + column, block.sum + column,
+                             block.factors);
+      tile_sums<kVectors>(values, workspace_.extents_.value_cols, count, block.scores,
+                          workspace_.extents_.value_cols, block.factors, sums);
+    };
+    if (columns <= simd::kWidth)
+      with_vectors.template operator()<1>();
+    else if (kTileVectors == 2 || columns <= 2 * simd::kWidth)
+      with_vectors.template operator()<2>();
+    else
+      with_vectors.template operator()<kTileVectors>();
+  }
+
+  /// Transforms and masks the scores of a panel against keys begin to end.
+  void apply_variant(const AnySegment& segment, const Block& block, std::int64_t column,
+                     std::int64_t columns, std::int64_t begin, std::int64_t end,
+                     std::int64_t token_begin, std::int64_t token_end) const {
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t count = end - begin;
+    if (variant_.transform != nullptr) {
+      for (std::int64_t c = 0; c < columns; ++c) {
+        for (std::int64_t j = 0; j < count; ++j) block.line[j] = block.scores[j * kTileColumns + c];
+        variant_.transform(variant_.self,
+                           score_row(segment, block.begin + (column + c) / group,
+                                     first_head(block.kv_head) + (column + c) % group, begin),
+                           std::span<float>(block.line, static_cast<std::size_t>(count)));
+        for (std::int64_t j = 0; j < count; ++j) block.scores[j * kTileColumns + c] = block.line[j];
+      }
+    }
+    if (classify(segment, token_begin, token_end, begin, end) == TileVisibility::kAll) return;
+    KeyRun runs[kMostKeyRuns];
+    for (std::int64_t token = token_begin; token < token_end; ++token) {
+      const std::int64_t from = std::max((token - block.begin) * group - column, std::int64_t{0});
+      const std::int64_t to = std::min((token - block.begin + 1) * group - column, columns);
+      for (const KeyRun& run : hidden_runs(segment, token, begin, end, runs))
+        for (std::int64_t j = run.begin; j < run.end; ++j)
+          std::fill(block.scores + j * kTileColumns + from, block.scores + j * kTileColumns + to,
+                    kMinusInfinity);
+    }
+  }
+
+  void finish_block(const Block& block) {
+    const std::int64_t value_cols = workspace_.extents_.value_cols;
+    const std::int64_t group = workspace_.group_;
+    const std::int64_t columns = block.columns(group);
+    for (std::int64_t c = 0; c < columns; c += simd::kWidth) {
+      transpose(block.sums + c / kTileColumns * kTileColumns * value_cols + c % kTileColumns,
+                kTileColumns, value_cols, simd::kWidth, block.rows, value_cols);
+      for (std::int64_t i = 0; i < simd::kWidth && c + i < columns; ++i)
+        finish(block.begin + (c + i) / group, first_head(block.kv_head) + (c + i) % group,
+               block.rows + i * value_cols, {.max = block.max[c + i], .sum = block.sum[c + i]});
+    }
+  }
+
+  const AttentionQuery& query_;
+  std::span<const AnySegment> segments_;
+  const AnyVariant variant_;
+  const KeyKernels& keys_;
+  const ValueKernels& values_;
+  HeadsView<float> out_;
+  float* lse_;
+  Workspace& workspace_;
+  int table_of_[Workspace::kMaxSegments] = {};
+};
+
+#if SLUICE_COMPILED_KERNELS
+template <class Use>
+void with_kv_type(std::uint32_t tag, Use&& use) {
+  if (tag == KvRow<float>::kTag) return use.template operator()<float>();
+  if (tag == KvRow<f16>::kTag) return use.template operator()<f16>();
+  if (tag == KvRow<bf16>::kTag) return use.template operator()<bf16>();
+  if (tag == KvRow<std::int8_t>::kTag) return use.template operator()<std::int8_t>();
+  if (tag == KvRow<fp8_e4m3>::kTag) return use.template operator()<fp8_e4m3>();
+  SLUICE_ASSERT(tag == KvRow<int4x2>::kTag);
+  use.template operator()<int4x2>();
+}
+
+void run_attention(const AttentionCall& call, std::uint32_t key_tag, std::uint32_t value_tag,
+                   AttentionWorkspace<cpu>& workspace, ThreadTeam& team) {
+  const KeyKernels* keys = nullptr;
+  const ValueKernels* values = nullptr;
+  with_kv_type(key_tag, [&]<class Key>() { keys = &key_kernels<Key>(); });
+  with_kv_type(value_tag, [&]<class Value>() { values = &value_kernels<Value>(); });
+  CpuAttention(call, *keys, *values, workspace).run(team);
+}
+#else
+inline void run_attention(const AttentionCall& call, const KeyKernels& keys,
+                          const ValueKernels& values, AttentionWorkspace<cpu>& workspace,
+                          ThreadTeam& team) {
+  CpuAttention(call, keys, values, workspace).run(team);
+}
+#endif
+
+}  // namespace sluice::detail
