@@ -54,6 +54,7 @@
 #include "sluice/nn/activation.hpp"
 #include "sluice/nn/embedding.hpp"
 #include "sluice/nn/linear.hpp"
+#include "sluice/nn/log_mel.hpp"
 #include "sluice/nn/norm.hpp"
 #include "sluice/nn/quantised_blocks.hpp"
 #include "sluice/nn/weight_matrix.hpp"
