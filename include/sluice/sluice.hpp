@@ -64,6 +64,7 @@
 #include "sluice/model/decoder_config.hpp"
 
 #include "sluice/stream/clock.hpp"
+#include "sluice/stream/deadline.hpp"
 #include "sluice/stream/duplex.hpp"
 #include "sluice/stream/duplex_engine.hpp"
 #include "sluice/stream/duplex_metrics.hpp"
@@ -72,7 +73,9 @@
 #include "sluice/stream/latency_histogram.hpp"
 #include "sluice/stream/likelihood.hpp"
 #include "sluice/stream/metrics.hpp"
+#include "sluice/stream/paced_source.hpp"
 #include "sluice/stream/policy.hpp"
 #include "sluice/stream/sampler.hpp"
 #include "sluice/stream/session.hpp"
+#include "sluice/stream/stream_times.hpp"
 #include "sluice/stream/unit_queue.hpp"
