@@ -43,9 +43,9 @@ std::vector<StreamTiming> timings_of(const Layer& layer) {
 ///   allocates, locks or throws. A copy of a State is a snapshot: what follows from the copy is bit
 ///   for bit what followed from the original.
 /// - `step(in, state, out)` accepts in.rows frames, zero included, and returns how many rows of out
-///   it wrote, which is what timing() says and at most max_outputs(in.rows); out has room for that
-///   many and does not overlap in. Written rows are final. A stream gives the same bits however it
-///   is cut into chunks.
+///   it wrote: as many as timing() says. max_outputs(in.rows) rows of room are always enough; in
+///   and out do not overlap. Written rows are final. A stream gives the same bits however it is cut
+///   into chunks.
 /// - `flush(state, out)` says that the input has ended and writes the outputs that waited for more,
 ///   at most max_flush_outputs(). After it the state may only be reset, restored or assigned.
 /// - `reset(state)` returns to the beginning of a stream.
