@@ -57,6 +57,7 @@
 #include "sluice/nn/log_mel.hpp"
 #include "sluice/nn/norm.hpp"
 #include "sluice/nn/quantised_blocks.hpp"
+#include "sluice/nn/silero_vad.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 
 #include "sluice/model/cache_plan.hpp"
@@ -77,5 +78,6 @@
 #include "sluice/stream/policy.hpp"
 #include "sluice/stream/sampler.hpp"
 #include "sluice/stream/session.hpp"
+#include "sluice/stream/speech_segmenter.hpp"
 #include "sluice/stream/stream_times.hpp"
 #include "sluice/stream/unit_queue.hpp"
