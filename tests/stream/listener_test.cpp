@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -89,7 +90,8 @@ std::vector<Heard> listen(const std::shared_ptr<const ListenModel>& model,
 std::string text_of(const std::vector<Heard>& heard) {
   std::string text;
   for (const Heard& event : heard) {
-    text += event.endpoint ? "| " : "";
+    text += std::to_string(event.utterance) + (event.endpoint ? "|" : ":") +
+            std::to_string(event.word) + " ";
     for (const Token piece : event.pieces) text += std::to_string(piece) + "_";
     text += "@" + std::to_string(event.samples) + "(" + std::to_string(event.spoken) + ") ";
   }
@@ -132,10 +134,13 @@ TEST(Listener, WritesWhatTheDefinitionWritesForAnyPieces) {
           const auto heard = listen(model, options, samples, [&] {
             return longest == samples.size() ? longest : 1 + random.below(longest);
           });
-          ASSERT_EQ(heard, expected) << "seed " << seed << (concurrent ? ", threads" : "")
-                                     << ", pieces up to " << longest << "\n"
-                                     << text_of(heard) << "\n"
-                                     << text_of(expected);
+          const auto apart =
+              std::mismatch(heard.begin(), heard.end(), expected.begin(), expected.end());
+          ASSERT_TRUE(heard == expected)
+              << "seed " << seed << (concurrent ? ", threads" : "") << ", pieces up to " << longest
+              << ", event " << apart.first - heard.begin() << " of " << expected.size() << "\n"
+              << text_of({apart.first, heard.end()}) << "\n"
+              << text_of({apart.second, expected.end()});
         }
       }
     }
@@ -425,7 +430,7 @@ TEST(LoadListenModel, NamesWhatIsMissingOrWrong) {
   EXPECT_EQ(code_of([&] { load(other.file()); }, "pieces[9]"), ErrorCode::kFormat);
   other = tiny;
   other.tensors["listen.mel_std"].second[3] = 0;
-  EXPECT_EQ(code_of([&] { load(other.file()); }, "std"), ErrorCode::kConfig);
+  EXPECT_EQ(code_of([&] { load(other.file()); }, "deviation"), ErrorCode::kConfig);
 }
 
 }  // namespace SLUICE_TEST_UNIT

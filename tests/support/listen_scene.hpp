@@ -222,6 +222,18 @@ class NaiveListener {
     const auto mel = [](double hz) {
       return 2595 * std::log10(1 + hz / 700);
     };
+    Row window;
+    for (std::size_t n = 0; n < length; ++n)
+      window.push_back(0.5 - 0.5 * std::cos(2 * std::numbers::pi * static_cast<double>(n) /
+                                            static_cast<double>(length)));
+    Row cosine;
+    Row sine;
+    for (std::size_t n = 0; n < size; ++n) {
+      const double angle =
+          2 * std::numbers::pi * static_cast<double>(n) / static_cast<double>(size);
+      cosine.push_back(std::cos(angle));
+      sine.push_back(std::sin(angle));
+    }
     Rows rows;
     for (std::size_t start = 0; start + length <= samples.size(); start += hop) {
       Row power;
@@ -229,12 +241,9 @@ class NaiveListener {
         double re = 0;
         double im = 0;
         for (std::size_t n = 0; n < length; ++n) {
-          const double window = 0.5 - 0.5 * std::cos(2 * std::numbers::pi * static_cast<double>(n) /
-                                                     static_cast<double>(length));
-          const double angle = 2 * std::numbers::pi * static_cast<double>(bin * n % size) /
-                               static_cast<double>(size);
-          re += window * static_cast<double>(samples[start + n]) * std::cos(angle);
-          im -= window * static_cast<double>(samples[start + n]) * std::sin(angle);
+          const double x = window[n] * static_cast<double>(samples[start + n]);
+          re += x * cosine[bin * n % size];
+          im -= x * sine[bin * n % size];
         }
         power.push_back(re * re + im * im);
       }
@@ -353,7 +362,7 @@ class NaiveListener {
     return static_cast<Token>(first);
   }
 
-  /// One utterance; returns how many of the rows it took, 0: none are left.
+  /// One utterance; returns how many of the rows it took, 0: the sound ended with it.
   std::size_t write(const Rows& rows, std::size_t base, const HearingRule& rule,
                     std::int64_t utterance, std::vector<Heard>& heard) {
     if (rows.empty()) return 0;
@@ -402,7 +411,7 @@ class NaiveListener {
             const auto due = static_cast<std::size_t>(written + rule.wait_words);
             if (counted.size() < awaited || counted.size() < due) break;
             if (static_cast<std::int64_t>(seen) <
-                static_cast<std::int64_t>(counted[due - 1]) + rule.delay)
+                static_cast<std::int64_t>(counted[due - 1]) + 1 + rule.delay)
               break;
           }
           Row x;
@@ -427,7 +436,7 @@ class NaiveListener {
           last = token;
           if (!m_.ends_word[static_cast<std::size_t>(token)] && word.size() < 16) continue;
           put_word();
-          if (finished && written >= static_cast<std::int64_t>(counted.size()) + 64) break;
+          if (finished && written >= static_cast<std::int64_t>(counted.size()) + 8) break;
         }
       }
       if (!ended && !pause && !silence) continue;
@@ -436,7 +445,7 @@ class NaiveListener {
         heard.push_back(
             {true, utterance, written, {}, static_cast<std::int64_t>(clock.back()), -1});
       }
-      return seen;
+      return pause || silence ? seen : 0;
     }
   }
 

@@ -25,6 +25,10 @@
 #include "sluice/nn/activation.hpp"
 #include "sluice/nn/linear.hpp"
 #include "sluice/nn/log_mel.hpp"
+#include "sluice/nn/quantised_blocks.hpp"
+#include "sluice/nn/stream_conv.hpp"
+#include "sluice/nn/stream_pointwise.hpp"
+#include "sluice/nn/stream_window.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 
 namespace sluice {
@@ -70,21 +74,20 @@ class ListenModel {
    public:
     /// Samples since the stream's start.
     std::int64_t samples() const { return mel_.samples(); }
-    /// Mel frames since the last restart().
-    std::int64_t mel_frames() const { return mel_frames_; }
 
    private:
     friend class ListenModel;
     State(const ListenModel& model, int team_size, Activations activations);
 
     LogMel::State mel_;
+    StreamConv1d::State first_;
+    StreamConv1d::State second_;
+    FrameLinear::State projection_;
     LinearWorkspace linear_;
     Buffer<float> mel_row_;  // [num_mels]
-    Buffer<float> first_;    // [3, num_mels]: inputs of the first convolution, oldest first
-    Buffer<float> second_;   // [3, D]: of the second
-    Buffer<float> last_;     // [D]: of the projection
+    Buffer<float> half_;     // [D]: a row behind the first convolution
+    Buffer<float> quarter_;  // [D]: behind the second
     Buffer<float> row_;      // [D]: the source row
-    std::int64_t mel_frames_ = 0;
   };
 
   /// pieces: [vocab_size], UTF-8; those that end a word end with kEndOfWord.
@@ -95,8 +98,10 @@ class ListenModel {
         weights_(std::move(weights)),
         decoder_(std::move(decoder)),
         pieces_(std::move(pieces)),
-        log_mel_(config_.front_end) {
-    check(where);
+        log_mel_(config_.front_end),
+        first_(convolution(weights_.conv1, weights_.conv1_bias, log_mel_.num_mels(), where)),
+        second_(convolution(weights_.conv2, weights_.conv2_bias, hidden_size(), where)),
+        projection_(weights_.projection, weights_.projection_bias.data()) {
     for (const std::string& piece : pieces_) ends_word_.push_back(piece.ends_with(kEndOfWord));
   }
 
@@ -138,9 +143,8 @@ class ListenModel {
   }
   /// The next mel frame is the first of an utterance; the audio goes on.
   void restart(State& state) const {
-    state.mel_frames_ = 0;
-    std::fill_n(state.first_.data(), state.first_.size(), 0.0F);
-    std::fill_n(state.second_.data(), state.second_.size(), 0.0F);
+    first_.reset(state.first_);
+    second_.reset(state.second_);
   }
 
   /// Samples that complete the stream's next mel frame.
@@ -149,24 +153,20 @@ class ListenModel {
   }
   /// Accepts samples, at most samples_wanted() of them. Returns the source row that they complete,
   /// [D], valid until the next call, or nothing. Allocates nothing.
-  std::span<const float> accept(std::span<const float> samples, State& state,
-                                ThreadTeam& team) const {
+  std::span<const float> accept(std::span<const float> samples, State& state) const {
     SLUICE_ASSERT(static_cast<std::int64_t>(samples.size()) <= samples_wanted(state));
-    const MatrixView<float> mel(state.mel_row_.data(), 1, log_mel_.num_mels());
+    const MatrixView<float> mel = one_row(state.mel_row_);
     if (log_mel_.step(samples, mel, state.mel_) == 0) return {};
-    return push(state.mel_row_.span(), state, team);
+    return push(state.mel_row_.span(), state);
   }
   /// The same for a mel frame, normalised, of a front end elsewhere. frame: [num_mels].
-  std::span<const float> push(std::span<const float> frame, State& state, ThreadTeam& team) const {
-    shift_in(frame, state.first_);
-    const std::int64_t index = state.mel_frames_++;
-    if (index % 2 != 0) return {};
-    convolve(weights_.conv1, weights_.conv1_bias, state.first_, state.last_, state, team);
-    shift_in(state.last_.span(), state.second_);
-    if (index % kStride != 0) return {};
-    convolve(weights_.conv2, weights_.conv2_bias, state.second_, state.last_, state, team);
-    linear(weights_.projection, one_row(state.last_), weights_.projection_bias.data(),
-           MatrixView<float>(state.row_.data(), 1, hidden_size()), state.linear_, team, cpu{});
+  std::span<const float> push(std::span<const float> frame, State& state) const {
+    const MatrixView<const float> mel(frame.data(), 1, log_mel_.num_mels());
+    if (first_.step(mel, state.first_, one_row(state.half_)) == 0) return {};
+    activate(Activation::kGelu, state.half_.span(), state.half_.span());
+    if (second_.step(one_row(state.half_), state.second_, one_row(state.quarter_)) == 0) return {};
+    activate(Activation::kGelu, state.quarter_.span(), state.quarter_.span());
+    projection_.step(one_row(state.quarter_), state.projection_, one_row(state.row_));
     return state.row_.span();
   }
 
@@ -178,22 +178,12 @@ class ListenModel {
   }
 
  private:
-  static MatrixView<const float> one_row(const Buffer<float>& values) {
+  static MatrixView<float> one_row(Buffer<float>& values) {
     return {values.data(), 1, static_cast<std::int64_t>(values.size())};
   }
-  /// Drops the oldest of three rows and appends one.
-  static void shift_in(std::span<const float> row, Buffer<float>& rows) {
-    std::copy(rows.data() + row.size(), rows.data() + rows.size(), rows.data());
-    std::copy(row.begin(), row.end(), rows.data() + 2 * row.size());
-  }
-  void convolve(const WeightMatrix& weight, const std::vector<float>& bias,
-                const Buffer<float>& rows, Buffer<float>& out, State& state,
-                ThreadTeam& team) const {
-    linear(weight, one_row(rows), bias.data(), MatrixView<float>(out.data(), 1, hidden_size()),
-           state.linear_, team, cpu{});
-    activate(Activation::kGelu, out.span(), out.span());
-  }
 
+  StreamConv1d convolution(const WeightMatrix& weight, const std::vector<float>& bias,
+                           std::int64_t width, const std::string& where);
   void check(const std::string& where) const;
 
   ListenConfig config_;
@@ -202,16 +192,41 @@ class ListenModel {
   std::vector<std::string> pieces_;
   std::vector<bool> ends_word_;  // [vocab_size]
   LogMel log_mel_;
+  StreamConv1d first_;
+  StreamConv1d second_;
+  FrameLinear projection_;
 };
+
+/// A convolution of three frames and stride 2, once all weights are known to fit. Files hold a
+/// frame's channels together, layers the frames of a channel.
+inline StreamConv1d ListenModel::convolution(const WeightMatrix& weight,
+                                             const std::vector<float>& bias, std::int64_t width,
+                                             const std::string& where) {
+  check(where);
+  constexpr std::int64_t kKernel = 3;
+  std::vector<float> stored(static_cast<std::size_t>(weight.cols));
+  std::vector<float> rows;
+  for (std::int64_t r = 0; r < weight.rows; ++r) {
+    dequantise(weight.type, weight.row(r), weight.cols, stored.data());
+    for (std::int64_t c = 0; c < width; ++c)
+      for (std::int64_t tap = 0; tap < kKernel; ++tap)
+        rows.push_back(stored[static_cast<std::size_t>(tap * width + c)]);
+  }
+  return StreamConv1d(StreamConv1dConfig{.in_channels = width,
+                                         .out_channels = hidden_size(),
+                                         .time = StreamKernelConfig::causal(kKernel, 2)},
+                      WeightMatrix::of(rows.data(), weight.rows, weight.cols), bias.data());
+}
 
 inline ListenModel::State::State(const ListenModel& model, int team_size, Activations activations)
     : mel_(model.log_mel_.make_state()),
-      linear_(std::max(3 * model.hidden_size(), 3 * model.log_mel_.num_mels()), team_size,
-              activations, 1),
+      first_(model.first_.make_state()),
+      second_(model.second_.make_state()),
+      projection_(model.projection_.make_state()),
+      linear_(model.hidden_size(), team_size, activations, 1),
       mel_row_(static_cast<std::size_t>(model.log_mel_.num_mels())),
-      first_(static_cast<std::size_t>(3 * model.log_mel_.num_mels())),
-      second_(static_cast<std::size_t>(3 * model.hidden_size())),
-      last_(static_cast<std::size_t>(model.hidden_size())),
+      half_(static_cast<std::size_t>(model.hidden_size())),
+      quarter_(static_cast<std::size_t>(model.hidden_size())),
       row_(static_cast<std::size_t>(model.hidden_size())) {}
 
 inline std::int64_t ListenModel::parameters() const {

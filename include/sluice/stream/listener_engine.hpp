@@ -94,7 +94,7 @@ struct ListenEvent {
   std::int64_t utterance = 0;
   std::int64_t word = 0;  ///< kWord: its number in the utterance, from 0
   /// Source clock, in samples since the stream's start: the end of the source row after which this
-  /// was decided.
+  /// was decided; kEnd: all samples.
   std::int64_t samples = 0;
   /// kWord: the end of the row whose CTC label ended the word, an estimate of where its sound ends
   /// (somewhat early); -1: CTC did not count it.
@@ -138,7 +138,7 @@ class ListenerEngine {
 
   /// Pieces of a word at most, and words beyond those that CTC counted at an utterance's end.
   static constexpr std::int64_t kMostPiecesOfWord = 16;
-  static constexpr std::int64_t kMostUncounted = 64;
+  static constexpr std::int64_t kMostUncounted = 8;
 
   /// \throws Error(kConfig) naming the option that makes no sense.
   ListenerEngine(std::shared_ptr<const ListenModel> model, const ListenerOptions& options)
@@ -215,7 +215,7 @@ class ListenerEngine {
     do {
       const std::size_t taken =
           std::min(samples.size(), static_cast<std::size_t>(model_->samples_wanted(front_end_)));
-      row = model_->accept(samples.first(taken), front_end_, source_team_);
+      row = model_->accept(samples.first(taken), front_end_);
       queue_.pop(taken);
       samples = queue_.front();
     } while (row.empty() && !samples.empty());
@@ -237,13 +237,13 @@ class ListenerEngine {
     if (front == nullptr) return Progress::kNeedsSource;
     const Row row = *front;
     rows_.pop();
-    samples_ = row.samples;
     switch (row.kind) {
       case Row::Kind::kRow: note(row); break;
       case Row::Kind::kFinish: finish(); break;
       case Row::Kind::kForget: begin_utterance(); break;
       case Row::Kind::kEnd:
         at_end_ = true;
+        end_samples_ = row.samples;
         finish();
         break;
     }
@@ -273,7 +273,7 @@ class ListenerEngine {
   };
   /// Where CTC's count reached a number of words.
   struct Counted {
-    std::int64_t row = 0;
+    std::int64_t rows = 0;  // so many of the utterance by then
     std::int64_t samples = 0;
     std::int64_t arrival_ns = 0;
   };
@@ -377,13 +377,14 @@ class ListenerEngine {
   /// A source row is there.
   void note(const Row& row) {
     ++seen_;
+    samples_ = row.samples;
     source_->hold(reader_, seen_);
     if (row.sounds) sounding_ns_ = row.arrival_ns;
     if (row.piece >= 0) {
       add_partial(row.piece, counted_words_);
       if (row.words != counted_words_) {
         counted_words_ = row.words;
-        counted_[static_cast<std::size_t>(counted_words_ % kCounted)] = {seen_ - 1, row.samples,
+        counted_[static_cast<std::size_t>(counted_words_ % kCounted)] = {seen_, row.samples,
                                                                          row.arrival_ns};
       }
       put_partial();
@@ -391,13 +392,13 @@ class ListenerEngine {
     writing_ = triggered();
   }
 
-  /// Whether the next word is due: word W once W + k are counted, and delay_rows_ later.
+  /// Whether the next word is due: word W once W + k are counted, and delay_rows_ rows later.
   bool triggered() const {
     if (full_ || counted_words_ < awaited_words_) return false;
     const std::int64_t due = written_words_ + options_.wait_words;
     if (counted_words_ < due) return false;
     if (counted_words_ - due >= kCounted) return true;  // long ago
-    return seen_ >= counted_[static_cast<std::size_t>(due % kCounted)].row + delay_rows_;
+    return seen_ >= counted_[static_cast<std::size_t>(due % kCounted)].rows + delay_rows_;
   }
 
   void finish() {
@@ -459,6 +460,7 @@ class ListenerEngine {
     ++utterance_;
     begin_utterance();
     if (!at_end_) return;
+    samples_ = end_samples_;
     put({.kind = ListenEvent::Kind::kEnd, .time_ns = now});
     ended_ = true;
     source_->close_reader(reader_);
@@ -574,6 +576,7 @@ class ListenerEngine {
   std::int64_t utterance_ = 0;
   std::int64_t events_put_ = 0;
   std::int64_t samples_ = 0;      // end of the newest row
+  std::int64_t end_samples_ = 0;  // all there were, at the end
   std::int64_t sounding_ns_ = 0;  // arrival of the newest row with a label; 0: none
   Token last_;                    // written, not yet fed
   bool writing_ = false;
