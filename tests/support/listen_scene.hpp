@@ -187,7 +187,10 @@ class NaiveListener {
     std::vector<Heard> heard;
     const Rows mels = log_mels(samples);
     std::size_t base = 0;
-    for (std::int64_t utterance = 0;; ++utterance) {
+    for (;;) {
+      // Silence that was forgotten is no utterance.
+      const std::int64_t utterance =
+          std::count_if(heard.begin(), heard.end(), [](const Heard& h) { return h.endpoint; });
       const Rows rows = source_rows(mels, base);
       const std::size_t used = write(rows, base, rule, utterance, heard);
       if (used == 0) return heard;

@@ -156,7 +156,7 @@ class ListenModel {
   std::span<const float> accept(std::span<const float> samples, State& state) const {
     SLUICE_ASSERT(static_cast<std::int64_t>(samples.size()) <= samples_wanted(state));
     const MatrixView<float> mel = one_row(state.mel_row_);
-    if (log_mel_.step(samples, mel, state.mel_) == 0) return {};
+    if (log_mel_.step(samples, state.mel_, mel) == 0) return {};
     return push(state.mel_row_.span(), state);
   }
   /// The same for a mel frame, normalised, of a front end elsewhere. frame: [num_mels].
