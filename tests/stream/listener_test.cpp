@@ -148,7 +148,7 @@ TEST(Listener, WritesWhatTheDefinitionWritesForAnyPieces) {
   // The sounds are such that every branch was taken.
   EXPECT_GT(words, 300);
   EXPECT_GT(endpoints, 30);
-  EXPECT_GT(early_ends, 30);
+  EXPECT_GT(early_ends, 40);
   EXPECT_GT(uncounted, 10);
 }
 

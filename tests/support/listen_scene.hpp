@@ -46,6 +46,9 @@ struct TinyListen {
     };
     // Large embeddings in front of the norms: what was written before weighs as much as the sound.
     add("token_embd.weight", {vocab, width}, std::sqrt(static_cast<double>(width)));
+    // Texts end early now and then.
+    for (std::int64_t i = 0; i < width; ++i)
+      tensors["token_embd.weight"].second[static_cast<std::size_t>(2 * width + i)] *= 1.6F;
     add("output_norm.weight", {width}, 0.2, 1);
     for (std::int64_t l = 0; l < layers; ++l) {
       const std::string at = "blk." + std::to_string(l) + ".";
