@@ -93,8 +93,8 @@ struct LogMelConfig {
   LogKind log = LogKind::kLnPlus;
   double log_floor = 1e-8;  ///< in units of energy, above 0
   MelNormaliser normaliser = MelNormaliser::kNone;
-  std::vector<float> mean;       ///< [num_mels], for kFixed
-  std::vector<float> deviation;  ///< [num_mels], for kFixed, above 0
+  std::vector<float> mean = {};       ///< [num_mels], for kFixed
+  std::vector<float> deviation = {};  ///< [num_mels], for kFixed, above 0
 
   /// NVIDIA NeMo's FastConformer models ("normalize: NA"): centred with zeros, pre-emphasis over
   /// the stream, symmetric Hann, Slaney filters over the whole band, ln(x + 2^-24), no dither.
