@@ -21,6 +21,9 @@
 #include "sluice/core/error.hpp"
 #include "sluice/io/audio_input.hpp"
 #include "sluice/io/byte_source.hpp"
+#ifdef SLUICE_LISTEN_SOUND_FILE
+#include "sluice/io/sound_file.hpp"
+#endif
 #include "sluice/model/load_listen_model.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/listener.hpp"
@@ -41,7 +44,11 @@ sluice::AudioInput open_input(const Options& options, std::int64_t sample_rate) 
   if (options.input == "-")
     return sluice::open_pcm(sluice::ByteSource::standard_input(), options.raw, options.encoding,
                             config);
+#ifdef SLUICE_LISTEN_SOUND_FILE
+  return sluice::open_audio(options.input, config);
+#else
   return sluice::open_wav(options.input, config);
+#endif
 }
 
 sluice::ListenerOptions listener_options(const Options& options, const sluice::ListenModel& model) {
