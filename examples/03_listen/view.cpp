@@ -228,6 +228,10 @@ void print_stats(const Options& options, const ListenModel& model, const Outcome
                        " % of the writing, before the audio had ended; last word " +
                        number(r.end_to_last_word_ms, "%.1f") + " ms after it");
   }
+  if (options.speed > 0 || options.input == "-")
+    row("frames", support::latency_text(r.row) + format(" from their samples, %lld of %lld late",
+                                                        static_cast<long long>(r.late_rows),
+                                                        static_cast<long long>(r.source_rows)));
   if (options.speed > 0)
     row("pace",
         format("%lld of %lld packets late, at most %.1f ms", static_cast<long long>(outcome.late),
@@ -251,6 +255,8 @@ std::string stats_json(const Options& options, const ListenModel& model, const O
                   {"utterances", r.utterances},
                   {"words", r.words},
                   {"target_forwards", r.target_forwards},
+                  {"late_rows", r.late_rows},
+                  {"row_ms", support::latency_json(r.row)},
                   {"source_busy_ms", r.source_busy_ms},
                   {"target_busy_ms", r.target_busy_ms},
                   {"real_time_factor", number(r.real_time_factor)},

@@ -240,6 +240,8 @@ TEST(Listener, CountsItsWorkAndItsLatencies) {
     EXPECT_EQ(report.utterances, endpoints);
     EXPECT_EQ(report.first_word.count, first_words);
     EXPECT_GT(report.source_rows, 200);
+    EXPECT_EQ(report.row.count, report.source_rows);
+    EXPECT_LE(report.late_rows, report.source_rows);
     EXPECT_GE(report.target_forwards, words);
     EXPECT_GT(report.source_busy_ms, 0);
     EXPECT_NEAR(report.real_time_factor,

@@ -168,6 +168,7 @@ class ListenerEngine {
         events_(options.event_capacity),
         counted_(kCounted),
         partial_(kPartial),
+        metrics_(std::llround(1e6 * model_->milliseconds_per_row())),
         last_(model_->config().begin_token) {}
 
   const ListenModel& model() const { return *model_; }
@@ -346,10 +347,12 @@ class ListenerEngine {
     const Token piece = ctc_.push(scores_.span()).value_or(-1);
     if (piece >= 0 && model_->ends_word(piece)) ++words_counted_;
     const std::int64_t samples = front_end_.samples();
+    const std::int64_t arrival_ns = queue_.arrival_before(samples);
+    metrics_.on_row(monotonic_ns(), arrival_ns);
     push({.piece = piece,
           .words = words_counted_,
           .samples = samples,
-          .arrival_ns = queue_.arrival_before(samples),
+          .arrival_ns = arrival_ns,
           .sounds = ctc_.blank_run() == 0});
     const auto passed = [](std::int64_t rows, std::int64_t limit) {
       return limit > 0 && rows >= limit;

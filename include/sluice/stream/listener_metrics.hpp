@@ -20,6 +20,9 @@ struct ListenerReport {
   std::int64_t words = 0;            ///< written
   std::int64_t utterances = 0;       ///< that have ended
   std::int64_t target_forwards = 0;  ///< model calls of the target side
+  /// Source rows that were read later than one row's time after their last sample was accepted:
+  /// missed deadlines of a listener that keeps up with speech.
+  std::int64_t late_rows = 0;
   double audio_ms = 0;
   /// Sums of the time that each side worked.
   double source_busy_ms = 0;
@@ -32,6 +35,8 @@ struct ListenerReport {
   double target_work_before_end = std::numeric_limits<double>::quiet_NaN();
   /// From the input's end to the last word.
   double end_to_last_word_ms = std::numeric_limits<double>::quiet_NaN();
+  /// One value a source row: from the moment its last sample was accepted to its being read.
+  LatencySummary row;
   /// One value an utterance: from the end of its first word, by CTC's label, to its writing.
   LatencySummary first_word;
   /// The same for every word that CTC counted.
@@ -45,6 +50,9 @@ struct ListenerReport {
 /// construction only.
 class ListenerMetrics {
  public:
+  /// row_ns: the time from one source row to the next.
+  explicit ListenerMetrics(std::int64_t row_ns) : row_ns_(row_ns) {}
+
   /// The caller.
   void on_samples(std::int64_t count) noexcept { add(samples_, count); }
   void on_input_end(std::int64_t now_ns) noexcept {
@@ -57,6 +65,11 @@ class ListenerMetrics {
   void on_source_work(std::int64_t duration_ns, std::int64_t rows) noexcept {
     add(source_busy_ns_, duration_ns);
     add(source_rows_, rows);
+  }
+  /// The source side: a row was read, whose last sample was accepted at `arrival_ns`.
+  void on_row(std::int64_t now_ns, std::int64_t arrival_ns) noexcept {
+    row_.record(now_ns - arrival_ns);
+    if (now_ns - arrival_ns > row_ns_) add(late_rows_, 1);
   }
   /// The target side: a forward ended.
   void on_target_work(std::int64_t duration_ns) noexcept {
@@ -88,6 +101,8 @@ class ListenerMetrics {
     report.words = get(words_);
     report.utterances = get(utterances_);
     report.target_forwards = get(target_forwards_);
+    report.late_rows = get(late_rows_);
+    report.row = summarise(row_);
     report.audio_ms = 1000 * static_cast<double>(report.samples) / sample_rate;
     const std::int64_t source = get(source_busy_ns_);
     const std::int64_t target = get(target_busy_ns_);
@@ -121,6 +136,8 @@ class ListenerMetrics {
   }
   static double ms(std::int64_t ns) { return static_cast<double>(ns) * 1e-6; }
 
+  std::int64_t row_ns_;
+  LatencyHistogram row_;
   LatencyHistogram first_word_;
   LatencyHistogram word_;
   LatencyHistogram speech_end_to_text_;
@@ -132,6 +149,7 @@ class ListenerMetrics {
   // The source side.
   alignas(64) Counter source_busy_ns_{0};
   Counter source_rows_{0};
+  Counter late_rows_{0};
   // The target side.
   alignas(64) Counter target_busy_ns_{0};
   Counter target_forwards_{0};
