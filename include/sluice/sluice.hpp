@@ -65,6 +65,7 @@
 #include "sluice/model/listen_model.hpp"
 
 #include "sluice/stream/attention_policy.hpp"
+#include "sluice/stream/block_beam.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/ctc.hpp"
 #include "sluice/stream/deadline.hpp"
