@@ -10,7 +10,9 @@ The model is a tiny random one, written here: its words mean nothing, but they f
 import argparse
 import json
 import math
+import os
 import pathlib
+import pty
 import random
 import struct
 import subprocess
@@ -74,7 +76,7 @@ def tiny_model():
                                    ("proj", WIDTH, WIDTH, 2), ("ctc", len(PIECES) + 1, WIDTH, 2)):
         add(f"listen.{name}.weight", (rows, cols), gain)
         add(f"listen.{name}.bias", (rows,), 0.1)
-    tensors["listen.ctc.bias"][1][-1] += 4  # blanks are usual
+    tensors["listen.ctc.bias"][1][-1] += 1  # pauses are blank
     return {
         "llama.embedding_length": WIDTH, "llama.feed_forward_length": WIDE,
         "llama.block_count": LAYERS, "llama.attention.head_count": HEADS,
@@ -195,6 +197,30 @@ class Listen(unittest.TestCase):
         self.assertEqual([line[2] for line in lines], [word[2] for word in self.words])
         self.assertEqual([float(line[1]) for line in lines],
                          [float(f"{word[3] / 1000:.2f}") for word in self.words])
+
+    def test_a_terminal_shows_what_is_not_final_dim(self):
+        reader, terminal = pty.openpty()
+        program = subprocess.Popen([PROGRAM, "-m", MODEL, "--latency", "3", str(self.wav)],
+                                   stdout=terminal, stderr=subprocess.PIPE)
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                part = os.read(reader, 65536)
+            except OSError:  # the program has closed its side
+                break
+            if not part:
+                break
+            shown += part
+        os.close(reader)
+        self.assertEqual(program.wait(timeout=60), 0, program.stderr.read())
+        program.stderr.close()
+        self.assertIn(b"\x1b[2m", shown)
+        # What stands at the end of each line, the escapes taken away, is the final text.
+        lines = [line.split("\r")[-1].replace("\x1b[K", "") for line in
+                 shown.decode().replace("\r\n", "\n").split("\n")]
+        words_ = [word[2] for word in words(events("--latency", "3", self.wav))]
+        self.assertEqual(" ".join(lines).split(), words_)
 
     def test_real_time_takes_its_time(self):
         path = wav("short.wav", self.samples[: RATE])
