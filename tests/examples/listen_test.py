@@ -14,6 +14,7 @@ import os
 import pathlib
 import pty
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -244,6 +245,16 @@ class Listen(unittest.TestCase):
         # Not the same samples, so not the same words; the same length.
         found = events(wav("rate.wav", self.samples, rate=8000))
         self.assertAlmostEqual(found[-1]["audio_ms"], 18000, delta=20)
+
+    @unittest.skipUnless(shutil.which("ffmpeg"), "ffmpeg makes the file")
+    def test_flac_is_heard_like_wav(self):
+        path = FOLDER / "sound.flac"
+        subprocess.run(["ffmpeg", "-v", "error", "-y", "-i", self.wav, path], check=True)
+        done = run("--json", path)
+        if b"not a WAV file" in done.stderr:
+            self.skipTest("built without libsndfile")
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertEqual(words(map(json.loads, done.stdout.splitlines())), self.words)
 
     def refused(self, done, *texts):
         self.assertEqual(done.returncode, 1, done.stderr.decode())

@@ -435,5 +435,38 @@ TEST(LoadListenModel, NamesWhatIsMissingOrWrong) {
   EXPECT_EQ(code_of([&] { load(other.file()); }, "deviation"), ErrorCode::kConfig);
 }
 
+// A damaged file gives a typed error, or a model that can be listened with.
+TEST(LoadListenModel, SurvivesDamage) {
+  const TinyListen tiny(4);
+  const std::vector<std::byte> whole = tiny.file().bytes();
+  const std::vector<float> samples = tiny.sound(1000, 3);
+  Random random(11);
+  int errors = 0;
+  int models = 0;
+  for (int round = 0; round < 1500; ++round) {
+    std::vector<std::byte> bytes = whole;
+    // Most of the file is weights: the keys and the list of tensors are in front.
+    for (std::uint64_t i = 1 + random.below(2); i > 0; --i)
+      bytes[random.below(5000)] = static_cast<std::byte>(random.below(256));
+    if (random.below(10) == 0) bytes.resize(random.below(bytes.size()));
+    try {
+      const auto model = load_listen_model(
+          std::make_shared<const GgufFile>(GgufFile::from_bytes(bytes, "damaged.gguf")));
+      ++models;
+      if (model->sample_rate() < 1e5 && model->config().frame_window < 1000) {
+        Listener listener(model);
+        listener.accept(samples);
+        listener.finish();
+        listener.for_each([](const ListenEvent&) {});
+      }
+    } catch (const Error& error) {
+      EXPECT_FALSE(error.detail().where.empty());
+      ++errors;
+    }
+  }
+  EXPECT_GT(errors, 200);
+  EXPECT_GT(models, 200);
+}
+
 }  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice
