@@ -54,7 +54,7 @@ TEST(ListenerAllocations, AreZeroAfterConstruction) {
       static_cast<void>(listener.report());
       EXPECT_EQ(test::allocation_count() - before, 0) << (concurrent ? "threads" : "in turns");
       EXPECT_GT(words, 20);
-      EXPECT_GT(endpoints, 2);
+      EXPECT_GE(endpoints, 2);
     }
 }
 
