@@ -241,9 +241,7 @@ void endless(const Settings& settings, const std::shared_ptr<const ListenModel>&
         // of the clock that plays the audio against the audio
         .field("drift_ms", wall_ms - 1000 * static_cast<double>(samples_done) /
                                          model->sample_rate() / settings.speed)
-        .field("rows_waiting",
-               static_cast<double>(report.samples) / static_cast<double>(model->samples_per_row()) -
-                   static_cast<double>(report.source_rows))
+        .field("samples_waiting", report.samples_waiting)
         .field("resident_bytes", resident_bytes())
         .field("resident_growth_bytes", resident_bytes() - first_resident);
     before = report;

@@ -235,6 +235,7 @@ TEST(Listener, CountsItsWorkAndItsLatencies) {
     });
     const ListenerReport report = listener.report();
     EXPECT_EQ(report.samples, 40000);
+    EXPECT_EQ(report.samples_waiting, 0);
     EXPECT_DOUBLE_EQ(report.audio_ms, 10000);
     EXPECT_EQ(report.words, words);
     EXPECT_EQ(report.utterances, endpoints);

@@ -213,16 +213,18 @@ class ListenerEngine {
     }
     const std::int64_t begin = monotonic_ns();
     std::span<const float> row;
+    std::int64_t taken_in_all = 0;
     do {
       const std::size_t taken =
           std::min(samples.size(), static_cast<std::size_t>(model_->samples_wanted(front_end_)));
       row = model_->accept(samples.first(taken), front_end_);
       queue_.pop(taken);
+      taken_in_all += static_cast<std::int64_t>(taken);
       samples = queue_.front();
     } while (row.empty() && !samples.empty());
     if (!row.empty()) read(row);
     const std::int64_t end = monotonic_ns();
-    metrics_.on_source_work(end - begin, row.empty() ? 0 : 1);
+    metrics_.on_source_work(end - begin, taken_in_all, row.empty() ? 0 : 1);
     return Progress::kStepped;
   }
 

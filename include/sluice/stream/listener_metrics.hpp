@@ -16,6 +16,7 @@ namespace sluice {
 /// begin when samples were accepted.
 struct ListenerReport {
   std::int64_t samples = 0;          ///< accepted
+  std::int64_t samples_waiting = 0;  ///< of these not yet processed
   std::int64_t source_rows = 0;      ///< read
   std::int64_t words = 0;            ///< written
   std::int64_t utterances = 0;       ///< that have ended
@@ -61,9 +62,10 @@ class ListenerMetrics {
     target_busy_at_end_.store(get(target_busy_ns_), kRelaxed);
     input_end_ns_.store(now_ns, kRelaxed);
   }
-  /// The source side: a step ended that read so many rows.
-  void on_source_work(std::int64_t duration_ns, std::int64_t rows) noexcept {
+  /// The source side: a step ended that took so many samples and read so many rows.
+  void on_source_work(std::int64_t duration_ns, std::int64_t samples, std::int64_t rows) noexcept {
     add(source_busy_ns_, duration_ns);
+    add(samples_taken_, samples);
     add(source_rows_, rows);
   }
   /// The source side: a row was read, whose last sample was accepted at `arrival_ns`.
@@ -96,7 +98,10 @@ class ListenerMetrics {
 
   ListenerReport report(double sample_rate) const {
     ListenerReport report;
+    // In this order: what was taken had been accepted.
+    const std::int64_t taken = get(samples_taken_);
     report.samples = get(samples_);
+    report.samples_waiting = report.samples > taken ? report.samples - taken : 0;
     report.source_rows = get(source_rows_);
     report.words = get(words_);
     report.utterances = get(utterances_);
@@ -148,6 +153,7 @@ class ListenerMetrics {
   Counter target_busy_at_end_{0};
   // The source side.
   alignas(64) Counter source_busy_ns_{0};
+  Counter samples_taken_{0};
   Counter source_rows_{0};
   Counter late_rows_{0};
   // The target side.
