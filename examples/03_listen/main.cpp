@@ -141,7 +141,6 @@ int run(const Options& options) {
   if (silent) std::rethrow_exception(silent);
   if (options.stats) {
     const Outcome outcome{.report = listener.report(),
-                          .lags = view->lags(),
                           .cache_bytes = listener.engine().cache_bytes(),
                           .packets = counts.taken,
                           .late = counts.late,

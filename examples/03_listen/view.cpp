@@ -4,14 +4,12 @@
 #include <algorithm>
 #include <cmath>
 #include <iostream>
-#include <limits>
 #include <utility>
 
 #include <sys/ioctl.h>
 #include <unistd.h>
 
 #include "sluice/io/json.hpp"
-#include "sluice/stream/lag_scores.hpp"
 #include "support/report_text.hpp"
 #include "support/terminal.hpp"
 
@@ -166,33 +164,10 @@ void View::show(const ListenEvent& event) {
     case ListenEvent::Kind::kEnd: break;
     case ListenEvent::Kind::kWord:
       utterance_ += (utterance_.empty() ? "" : " ") + shown.text;
-      delays_.push_back(shown.audio_ms - utterance_start_ms_);
       break;
-    case ListenEvent::Kind::kEndpoint: {
-      shown.text = std::exchange(utterance_, {});
-      const double length = shown.audio_ms - utterance_start_ms_;
-      if (!delays_.empty() && length > 0) {
-        const sluice::LagScores scores =
-            sluice::lag_scores(delays_, {}, length, 0, sluice::LagSource::kMilliseconds);
-        sum_laal_ += scores.length_adaptive;
-        sum_start_ += scores.start_offset;
-        words_ += static_cast<double>(delays_.size());
-        seconds_ += length / 1000;
-        ++utterances_;
-      }
-      delays_.clear();
-      utterance_start_ms_ = shown.audio_ms;
-      break;
-    }
+    case ListenEvent::Kind::kEndpoint: shown.text = std::exchange(utterance_, {}); break;
   }
   put(shown);
-}
-
-Lags View::lags() const {
-  constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
-  if (utterances_ == 0) return {kNone, kNone, kNone, 0};
-  const auto count = static_cast<double>(utterances_);
-  return {sum_laal_ / count, sum_start_ / count, words_ / seconds_, utterances_};
 }
 
 std::unique_ptr<View> make_view(const Options& options, const ListenModel& model,
@@ -216,8 +191,8 @@ void print_stats(const Options& options, const ListenModel& model, const Outcome
                                       static_cast<double>(model.parameters()) * 1e-6));
   row("audio", format("%.2f s, %lld utterances, %lld words", r.audio_ms / 1000,
                       static_cast<long long>(r.utterances), static_cast<long long>(r.words)));
-  row("latency", latency_text(options.latency) + ": LAAL " + number(outcome.lags.laal_ms, "%.0f") +
-                     " ms, first word after " + number(outcome.lags.start_offset_ms, "%.0f") +
+  row("latency", latency_text(options.latency) + ": LAAL " + number(r.laal_ms, "%.0f") +
+                     " ms, first word after " + number(r.start_offset_ms, "%.0f") +
                      " ms of its utterance (without computing)");
   if (options.speed > 0 || options.input == "-") {
     row("first word", support::latency_text(r.first_word) + " from its end, by CTC's label");
@@ -266,8 +241,8 @@ std::string stats_json(const Options& options, const ListenModel& model, const O
                   {"first_word_ms", support::latency_json(r.first_word)},
                   {"word_ms", support::latency_json(r.word)},
                   {"speech_end_to_text_ms", support::latency_json(r.speech_end_to_text)},
-                  {"laal_ms", number(outcome.lags.laal_ms)},
-                  {"start_offset_ms", number(outcome.lags.start_offset_ms)},
+                  {"laal_ms", number(r.laal_ms)},
+                  {"start_offset_ms", number(r.start_offset_ms)},
                   {"packets", outcome.packets},
                   {"late_packets", outcome.late},
                   {"max_late_ms", outcome.max_late_ms},

@@ -6,7 +6,6 @@
 #include <memory>
 #include <span>
 #include <string>
-#include <vector>
 
 #include "options.hpp"
 
@@ -15,14 +14,6 @@
 #include "sluice/stream/listener_metrics.hpp"
 
 namespace listen {
-
-/// Lags of utterances, in milliseconds of audio; their means. Only utterances with words count.
-struct Lags {
-  double laal_ms = 0;
-  double start_offset_ms = 0;
-  double words_per_second = 0;
-  std::int64_t utterances = 0;
-};
 
 /// Gets every event, in order, on one thread.
 class View {
@@ -34,7 +25,6 @@ class View {
   void show(const sluice::ListenEvent& event);
   /// After the last event, or an error: leaves the terminal as it was.
   virtual void close() {}
-  Lags lags() const;
 
  protected:
   /// The word, partial text or whole utterance that an event stands for.
@@ -57,13 +47,6 @@ class View {
   const sluice::ListenModel& model_;
   std::int64_t start_ns_;
   std::string utterance_;
-  std::vector<double> delays_;  // of its words
-  double utterance_start_ms_ = 0;
-  double sum_laal_ = 0;
-  double sum_start_ = 0;
-  double words_ = 0;
-  double seconds_ = 0;
-  std::int64_t utterances_ = 0;
 };
 
 /// The view that the options ask for.
@@ -73,7 +56,6 @@ std::unique_ptr<View> make_view(const Options& options, const sluice::ListenMode
 /// --stats. late: packets that were handed over behind their time, of how many.
 struct Outcome {
   sluice::ListenerReport report;
-  Lags lags;
   std::int64_t cache_bytes = 0;
   std::int64_t packets = 0;
   std::int64_t late = 0;

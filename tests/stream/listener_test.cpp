@@ -21,6 +21,7 @@
 #include "sluice/core/random.hpp"
 #include "sluice/io/gguf.hpp"
 #include "sluice/model/load_listen_model.hpp"
+#include "sluice/stream/lag_scores.hpp"
 
 namespace sluice {
 namespace SLUICE_TEST_UNIT {
@@ -213,6 +214,7 @@ TEST(Listener, CountsItsWorkAndItsLatencies) {
   const std::vector<float> samples = tiny.sound(40000, 101);
   for (const bool concurrent : {false, true}) {
     ListenerOptions options = options_for(*model, {});
+    options.silence_ms = 0;  // so that each utterance begins where one ended
     options.concurrent = concurrent;
     Listener listener(model, options);
     EXPECT_TRUE(std::isnan(listener.report().real_time_factor));
@@ -220,8 +222,25 @@ TEST(Listener, CountsItsWorkAndItsLatencies) {
     std::int64_t words = 0;
     std::int64_t first_words = 0;
     std::int64_t endpoints = 0;
+    std::int64_t began = 0;  // the utterance, in samples
+    std::vector<double> delays;
+    double laal = 0;
+    double start_offset = 0;
+    std::int64_t with_words = 0;
     listener.finish();
     listener.for_each([&](const ListenEvent& event) {
+      if (event.kind == ListenEvent::Kind::kWord)
+        delays.push_back(static_cast<double>(event.samples - began) / 4);
+      if (event.kind == ListenEvent::Kind::kEndpoint) {
+        const double source = static_cast<double>(event.samples - began) / 4;
+        if (!delays.empty()) {
+          laal += lag_scores(delays, {}, source, 0, LagSource::kMilliseconds).length_adaptive;
+          start_offset += delays.front();
+          ++with_words;
+        }
+        began = event.samples;
+        delays.clear();
+      }
       words += event.kind == ListenEvent::Kind::kWord ? 1 : 0;
       first_words +=
           event.kind == ListenEvent::Kind::kWord && event.word == 0 && event.spoken_samples >= 0
@@ -244,6 +263,9 @@ TEST(Listener, CountsItsWorkAndItsLatencies) {
     EXPECT_EQ(report.row.count, report.source_rows);
     EXPECT_LE(report.late_rows, report.source_rows);
     EXPECT_GE(report.target_forwards, words);
+    ASSERT_GT(with_words, 1);
+    EXPECT_NEAR(report.laal_ms, laal / static_cast<double>(with_words), 1e-9 * laal);
+    EXPECT_NEAR(report.start_offset_ms, start_offset / static_cast<double>(with_words), 1e-6);
     EXPECT_GT(report.source_busy_ms, 0);
     EXPECT_NEAR(report.real_time_factor,
                 (report.source_busy_ms + report.target_busy_ms) / report.audio_ms, 1e-12);

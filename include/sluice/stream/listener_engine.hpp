@@ -168,6 +168,7 @@ class ListenerEngine {
         events_(options.event_capacity),
         counted_(kCounted),
         partial_(kPartial),
+        delays_(static_cast<std::size_t>(options.max_tokens)),
         metrics_(std::llround(1e6 * model_->milliseconds_per_row())),
         last_(model_->config().begin_token) {}
 
@@ -460,7 +461,10 @@ class ListenerEngine {
     if (word_pieces_ > 0) put_word(now);
     if (seen_ > 0) {
       put({.kind = ListenEvent::Kind::kEndpoint, .word = written_words_, .time_ns = now});
-      metrics_.on_utterance(sounding_ns_, written_words_);
+      metrics_.on_utterance(sounding_ns_,
+                            delays_.span().first(static_cast<std::size_t>(std::min(
+                                written_words_, static_cast<std::int64_t>(delays_.size())))),
+                            milliseconds(samples_ - start_samples_));
     }
     ++utterance_;
     begin_utterance();
@@ -471,8 +475,13 @@ class ListenerEngine {
     source_->close_reader(reader_);
   }
 
+  double milliseconds(std::int64_t samples) const {
+    return 1000 * static_cast<double>(samples) / model_->sample_rate();
+  }
+
   void begin_utterance() {
     target_.reset();
+    start_samples_ = samples_;
     seen_ = counted_words_ = awaited_words_ = written_words_ = word_pieces_ = 0;
     num_partial_ = first_partial_ = 0;
     sounding_ns_ = 0;
@@ -496,6 +505,8 @@ class ListenerEngine {
     }
     put(event);
     metrics_.on_word(now, event.spoken_ns, written_words_ == 0);
+    if (written_words_ < static_cast<std::int64_t>(delays_.size()))
+      delays_[static_cast<std::size_t>(written_words_)] = milliseconds(samples_ - start_samples_);
     ++written_words_;
     word_pieces_ = 0;
     // CTC's own form of the word gives way to it.
@@ -558,6 +569,7 @@ class ListenerEngine {
   SpscRing<ListenEvent> events_;
   Buffer<Counted> counted_;       // count n at n % kCounted
   Buffer<PartialPiece> partial_;  // a ring
+  Buffer<double> delays_;         // [max_tokens]; of the utterance's words, ms from its start
   ListenerMetrics metrics_;
 
   std::atomic<bool> input_ended_{false};
@@ -580,10 +592,11 @@ class ListenerEngine {
   std::int64_t num_partial_ = 0;
   std::int64_t utterance_ = 0;
   std::int64_t events_put_ = 0;
-  std::int64_t samples_ = 0;      // end of the newest row
-  std::int64_t end_samples_ = 0;  // all there were, at the end
-  std::int64_t sounding_ns_ = 0;  // arrival of the newest row with a label; 0: none
-  Token last_;                    // written, not yet fed
+  std::int64_t samples_ = 0;        // end of the newest row
+  std::int64_t start_samples_ = 0;  // where the utterance began
+  std::int64_t end_samples_ = 0;    // all there were, at the end
+  std::int64_t sounding_ns_ = 0;    // arrival of the newest row with a label; 0: none
+  Token last_;                      // written, not yet fed
   bool writing_ = false;
   bool finishing_ = false;  // every row of the utterance is seen
   bool full_ = false;       // no room for more text

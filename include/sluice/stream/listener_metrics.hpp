@@ -5,7 +5,9 @@
 #include <atomic>
 #include <cstdint>
 #include <limits>
+#include <span>
 
+#include "sluice/stream/lag_scores.hpp"
 #include "sluice/stream/latency_histogram.hpp"
 #include "sluice/stream/metrics.hpp"
 
@@ -34,6 +36,11 @@ struct ListenerReport {
   /// input ended; NaN until it has.
   double work_before_end = std::numeric_limits<double>::quiet_NaN();
   double target_work_before_end = std::numeric_limits<double>::quiet_NaN();
+  /// Means over utterances with words, in ms of audio, without computing (lag_scores.hpp): average
+  /// lagging with the utterance's own number of words for a reference (AL and LAAL are the same
+  /// then), and where in its utterance the first word was written.
+  double laal_ms = std::numeric_limits<double>::quiet_NaN();
+  double start_offset_ms = std::numeric_limits<double>::quiet_NaN();
   /// From the input's end to the last word.
   double end_to_last_word_ms = std::numeric_limits<double>::quiet_NaN();
   /// One value a source row: from the moment its last sample was accepted to its being read.
@@ -86,14 +93,20 @@ class ListenerMetrics {
     word_.record(now_ns - spoken_ns);
     if (first) first_word_.record(now_ns - spoken_ns);
   }
-  /// The target side: an utterance of so many words ended. sounding_ns: when its last row with a
-  /// label was accepted; 0: it had none.
-  void on_utterance(std::int64_t sounding_ns, std::int64_t words) noexcept {
+  /// The target side: an utterance of `source` ms ended. sounding_ns: when its last row with a
+  /// label was accepted; 0: it had none. delays: where its words were written, in ms from its
+  /// start.
+  void on_utterance(std::int64_t sounding_ns, std::span<const double> delays,
+                    double source) noexcept {
     add(utterances_, 1);
+    if (delays.empty()) return;
+    const double laal = mean_lag(delays, source, source / static_cast<double>(delays.size()));
+    add(utterances_with_words_, 1);
+    sum_laal_.store(sum_laal_.load(kRelaxed) + laal, kRelaxed);
+    sum_start_offset_.store(sum_start_offset_.load(kRelaxed) + delays.front(), kRelaxed);
     // The last word may be written before the last label, by less than its delay.
     const std::int64_t last = get(last_word_ns_);
-    if (sounding_ns != 0 && words > 0)
-      speech_end_to_text_.record(last > sounding_ns ? last - sounding_ns : 0);
+    if (sounding_ns != 0) speech_end_to_text_.record(last > sounding_ns ? last - sounding_ns : 0);
   }
 
   ListenerReport report(double sample_rate) const {
@@ -123,6 +136,10 @@ class ListenerMetrics {
         report.target_work_before_end =
             static_cast<double>(get(target_busy_at_end_)) / static_cast<double>(target);
       if (report.words > 0) report.end_to_last_word_ms = ms(get(last_word_ns_) - end);
+    }
+    if (const std::int64_t count = get(utterances_with_words_); count > 0) {
+      report.laal_ms = sum_laal_.load(kRelaxed) / static_cast<double>(count);
+      report.start_offset_ms = sum_start_offset_.load(kRelaxed) / static_cast<double>(count);
     }
     report.first_word = summarise(first_word_);
     report.word = summarise(word_);
@@ -161,6 +178,9 @@ class ListenerMetrics {
   Counter target_forwards_{0};
   Counter words_{0};
   Counter utterances_{0};
+  Counter utterances_with_words_{0};
+  std::atomic<double> sum_laal_{0};
+  std::atomic<double> sum_start_offset_{0};
   Counter last_word_ns_{0};
 };
 
