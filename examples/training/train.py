@@ -51,7 +51,9 @@ class Trainer:
         self.model = listening.Listener(sizes).to(self.device)
         self.run = listening.block
         if args.compile:
-            torch._dynamo.config.cache_size_limit = 64
+            for limit in ("recompile_limit", "cache_size_limit"):  # its name before and since PyTorch 2.6
+                if hasattr(torch._dynamo.config, limit):
+                    setattr(torch._dynamo.config, limit, 64)
             self.run = torch.compile(listening.block, dynamic=False)
         decay = [p for p in self.model.parameters() if p.ndim > 1]
         plain = [p for p in self.model.parameters() if p.ndim == 1]
