@@ -5,6 +5,7 @@
 #include <cmath>
 #include <iostream>
 #include <utility>
+#include <vector>
 
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -47,6 +48,7 @@ class JsonView : public View {
     }
     if (event.kind == ListenEvent::Kind::kWord) {
       object["word"] = event.word;
+      object["tokens"] = std::vector<sluice::Token>(event.tokens().begin(), event.tokens().end());
       object["spoken_ms"] = shown.spoken_ms < 0 ? Json() : ms(shown.spoken_ms);
     }
     if (event.kind == ListenEvent::Kind::kEndpoint) object["words"] = event.word;

@@ -195,7 +195,7 @@ class NaiveListener {
       const std::int64_t utterance =
           std::count_if(heard.begin(), heard.end(), [](const Heard& h) { return h.endpoint; });
       const Rows rows = source_rows(mels, base);
-      const std::size_t used = write(rows, base, rule, utterance, heard);
+      const std::size_t used = write(rows, base, samples.size(), rule, utterance, heard);
       if (used == 0) return heard;
       base += 4 * (used - 1) + 1;
     }
@@ -369,7 +369,8 @@ class NaiveListener {
   }
 
   /// One utterance; returns how many of the rows it took, 0: the sound ended with it.
-  std::size_t write(const Rows& rows, std::size_t base, const HearingRule& rule,
+  /// end: all samples, where what is written at the input's end stands.
+  std::size_t write(const Rows& rows, std::size_t base, std::size_t end, const HearingRule& rule,
                     std::int64_t utterance, std::vector<Heard>& heard) {
     if (rows.empty()) return 0;
     const auto window = static_cast<std::size_t>(m_.frame_window);
@@ -384,6 +385,7 @@ class NaiveListener {
     std::size_t awaited = 0;
     std::int64_t written = 0;
     std::vector<Token> word;
+    std::size_t now_at = 0;
     const auto put_word = [&] {
       const auto number = static_cast<std::size_t>(written);
       heard.push_back(
@@ -395,6 +397,7 @@ class NaiveListener {
       const Row hidden = trunk(rows[j], source, j + 1 > window ? j + 1 - window : 0, nullptr, 0, 0);
       clock.push_back(static_cast<std::size_t>(m_.hop) * (base + 4 * j) +
                       static_cast<std::size_t>(m_.frame_length));
+      now_at = clock.back();
       const Token now = best(product("listen.ctc.weight", hidden, "listen.ctc.bias"));
       blanks = now == blank ? blanks + 1 : 0;
       if (now != label && now != blank && m_.ends_word[static_cast<std::size_t>(now)])
@@ -412,6 +415,7 @@ class NaiveListener {
       for (const bool finished : {false, true}) {
         if (finished && !ended && !pause) break;
         if (finished && silence) break;  // nothing was said
+        if (finished && !pause) now_at = end;
         for (;;) {
           if (!finished) {
             const auto due = static_cast<std::size_t>(written + rule.wait_words);

@@ -94,7 +94,7 @@ struct ListenEvent {
   std::int64_t utterance = 0;
   std::int64_t word = 0;  ///< kWord: its number in the utterance, from 0
   /// Source clock, in samples since the stream's start: the end of the source row after which this
-  /// was decided; kEnd: all samples.
+  /// was decided; where that was the input's end, all samples.
   std::int64_t samples = 0;
   /// kWord: the end of the row whose CTC label ended the word, an estimate of where its sound ends
   /// (somewhat early); -1: CTC did not count it.
@@ -247,7 +247,7 @@ class ListenerEngine {
       case Row::Kind::kForget: begin_utterance(); break;
       case Row::Kind::kEnd:
         at_end_ = true;
-        end_samples_ = row.samples;
+        samples_ = row.samples;
         finish();
         break;
     }
@@ -469,7 +469,6 @@ class ListenerEngine {
     ++utterance_;
     begin_utterance();
     if (!at_end_) return;
-    samples_ = end_samples_;
     put({.kind = ListenEvent::Kind::kEnd, .time_ns = now});
     ended_ = true;
     source_->close_reader(reader_);
@@ -592,9 +591,8 @@ class ListenerEngine {
   std::int64_t num_partial_ = 0;
   std::int64_t utterance_ = 0;
   std::int64_t events_put_ = 0;
-  std::int64_t samples_ = 0;        // end of the newest row
+  std::int64_t samples_ = 0;        // end of the newest row, or of the input
   std::int64_t start_samples_ = 0;  // where the utterance began
-  std::int64_t end_samples_ = 0;    // all there were, at the end
   std::int64_t sounding_ns_ = 0;    // arrival of the newest row with a label; 0: none
   Token last_;                      // written, not yet fed
   bool writing_ = false;
