@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -140,19 +141,36 @@ struct Outcome {
   DuplexReport report;
 };
 
+/// What the model makes of a unit's tokens before its first layer. [tokens, hidden_size]
+std::vector<float> embeddings_of(const std::vector<Token>& unit) {
+  const std::int64_t width = model()->config().hidden_size;
+  std::vector<float> rows(unit.size() * static_cast<std::size_t>(width));
+  embed(model()->weights().embedding, unit, static_cast<float>(model()->config().embedding_scale),
+        {rows.data(), static_cast<std::int64_t>(unit.size()), width});
+  return rows;
+}
+
 /// The whole stream; concurrent runs feed from another thread, with pauses if `seed` is not 0.
+/// embedded: every so many units one is fed as embeddings; 0: none is.
 template <class Policy, class Layout = GroupedLayout>
 Outcome run(Policy policy, const DuplexOptions& options, const Units& units, std::uint64_t seed = 0,
-            Layout layout = GroupedLayout::group_positions(0.5)) {
+            Layout layout = GroupedLayout::group_positions(0.5), std::size_t embedded = 0) {
   Outcome result;
   const auto trace = std::make_shared<Trace>();
   Duplex<Traced<Policy>, float, float, Layout> duplex(
       model(), options, Traced<Policy>{std::move(policy), trace}, std::move(layout));
   const auto feed = [&] {
     Random random(seed + 1);
-    for (const auto& unit : units) {
+    for (std::size_t u = 0; u < units.size(); ++u) {
       if (seed != 0 && random.below(3) == 0) std::this_thread::sleep_for(200us * random.below(5));
-      if (duplex.feed(unit) != FeedStatus::kAccepted) return;
+      if (embedded == 0 || u % embedded != 0) {
+        if (duplex.feed(units[u]) != FeedStatus::kAccepted) return;
+        continue;
+      }
+      const std::vector<float> rows = embeddings_of(units[u]);
+      if (duplex.feed_embeddings({rows.data(), static_cast<std::int64_t>(units[u].size()),
+                                  model()->config().hidden_size}) != FeedStatus::kAccepted)
+        return;
     }
     duplex.end_input();
   };
@@ -229,6 +247,34 @@ TEST(Duplex, ConcurrentRunIsTheSequentialOneBitForBit) {
   expect_repeatable(HoldN(2, 5), bounded, "hold-n");
   expect_repeatable(AttentionGuided(0.1F, 2), full, "attention");
   expect_repeatable(SpeakOrSilence(7, 0.01F, 5), bounded, "speak or silence");
+}
+
+// A unit of embeddings is a unit of tokens whose embeddings they are, alone or among others.
+TEST(Duplex, EmbeddingsOfTokensAreTheTokensBitForBit) {
+  const Units units = random_units(14, 3);
+  DuplexOptions base = options(false);
+  base.source = sink_window(2, 7);
+  base.target = sink_window(1, 9);
+  base.queue_units = 64;
+  base.queue_tokens = base.queue_embeddings = 256;
+  const WaitK policy(2, FixedUnits{3});
+  const Outcome reference = run(policy, base, units);
+  EXPECT_FALSE(reference.reader.final_tokens.empty());
+  for (const std::size_t embedded : {std::size_t{1}, std::size_t{2}, std::size_t{3}})
+    for (const bool concurrent : {false, true}) {
+      DuplexOptions options = base;
+      options.concurrent = concurrent;
+      if (concurrent) options.queue_tokens = options.queue_embeddings = 4;
+      const Outcome found = run(policy, options, units, concurrent ? 2 : 0,
+                                GroupedLayout::group_positions(0.5), embedded);
+      EXPECT_EQ(found.reader.final_tokens, reference.reader.final_tokens) << embedded;
+      EXPECT_EQ(found.trace.entries, reference.trace.entries) << embedded;
+    }
+  // Joined units keep to their kind.
+  base.coalesce_units = 4;
+  const Outcome joined = run(policy, base, units, 0, GroupedLayout::group_positions(0.5), 3);
+  EXPECT_EQ(joined.report.units_read, reference.report.units_read);
+  EXPECT_EQ(joined.report.source_tokens, reference.report.source_tokens);
 }
 
 TEST(Duplex, RangeCallbackAndPollingGiveTheSame) {
@@ -414,6 +460,27 @@ ErrorCode code_of(Call&& call) {
 }
 
 using Stream = Duplex<WaitK<FixedUnits>, float>;
+
+TEST(DuplexHostile, RefusesEmbeddingsThatDoNotFit) {
+  const std::int64_t width = model()->config().hidden_size;
+  std::vector<float> rows(static_cast<std::size_t>(5 * width));
+  Stream none(model(), options(false), WaitK(1, FixedUnits{1}));
+  EXPECT_EQ(code_of([&] { none.feed_embeddings({rows.data(), 1, width}); }), ErrorCode::kConfig);
+  DuplexOptions with = options(false);
+  with.queue_embeddings = 3;
+  EXPECT_EQ(code_of([&] { Stream(model(), with, WaitK(1, FixedUnits{1})); }), ErrorCode::kConfig);
+  with.queue_embeddings = 4;
+  Stream duplex(model(), with, WaitK(1, FixedUnits{1}));
+  const auto refused = [&](std::int64_t count, std::int64_t cols) {
+    return code_of([&] { duplex.feed_embeddings({rows.data(), count, cols}); });
+  };
+  EXPECT_EQ(refused(0, width), ErrorCode::kShape);
+  EXPECT_EQ(refused(5, width), ErrorCode::kShape);
+  EXPECT_EQ(refused(1, width - 1), ErrorCode::kShape);
+  rows[static_cast<std::size_t>(width) + 2] = std::nanf("");
+  EXPECT_EQ(refused(2, width), ErrorCode::kFormat);
+  EXPECT_EQ(duplex.feed_embeddings({rows.data(), 1, width}), FeedStatus::kAccepted);
+}
 
 TEST(DuplexHostile, FeedingAfterTheEnd) {
   for (const bool concurrent : {false, true}) {

@@ -149,6 +149,59 @@ TEST(LocalAgreement, ConfirmsWhatTwoHypothesesBeginWith) {
   EXPECT_EQ(ask(policy, state(3, 4, true)), 'w');  // all of the source is there: final
 }
 
+// Tests C.2 and C.3 of frame-stream-algorithms.md: a b x | a b c y | a b c d | a b c d e (the
+// last), each without what is final by then.
+constexpr Token kA = 1, kB = 2, kC = 3, kD = 4, kX = 8, kY = 9;
+
+TEST(LocalAgreement, OfTwoAndThreeHypotheses) {
+  LocalAgreement two(8, 0);
+  EXPECT_EQ(offer(two, {kA, kB, kX}, 0), 0);
+  EXPECT_EQ(offer(two, {kA, kB, kC, kY}, 0), 2);
+  EXPECT_EQ(offer(two, {kC, kD}, 0), 1);
+  EXPECT_EQ(ask(two, state(kD, 4, true)), 'w');
+  LocalAgreement three(8, 0, 1, 3);
+  EXPECT_EQ(offer(three, {kA, kB, kX}, 0), 0);
+  EXPECT_EQ(offer(three, {kA, kB, kC, kY}, 0), 0);
+  EXPECT_EQ(offer(three, {kA, kB, kC, kD}, 0), 2);
+  // Two of what is left agree, the third, x, does not.
+  EXPECT_EQ(offer(three, {kC, kD}, 0), 1);
+  EXPECT_EQ(ask(three, state(kD, 4, true)), 'w');
+  // A copy has room for hypotheses of its own.
+  LocalAgreement copy = three;
+  three.reset();
+  EXPECT_EQ(offer(three, {kD}, 0), 0);
+  EXPECT_EQ(offer(copy, {kD}, 0), 1);
+}
+
+TEST(HoldN, OfOneAndTwoTokens) {
+  HoldN one(1, 8, 0);
+  EXPECT_EQ(offer(one, {kA, kB, kX}, 0), 2);
+  EXPECT_EQ(offer(one, {kC, kY}, 0), 1);
+  EXPECT_EQ(offer(one, {kD}, 0), 0);
+  EXPECT_EQ(ask(one, state(kD, 4, true)), 'w');
+  HoldN two(2, 8, 0);
+  EXPECT_EQ(offer(two, {kA, kB, kX}, 0), 1);
+  EXPECT_EQ(offer(two, {kB, kC, kY}, 0), 1);
+  EXPECT_EQ(offer(two, {kC, kD}, 0), 0);
+  EXPECT_EQ(ask(two, state(kC, 4, true)), 'w');
+}
+
+// Test C.1.
+TEST(WaitK, ReadsKUnitsMoreThanItHasWritten) {
+  const auto read = [](std::int64_t k, std::int64_t count, std::int64_t total, std::int64_t unit) {
+    std::vector<std::int64_t> result;
+    for (std::int64_t i = 0; i < count; ++i) result.push_back(wait_k_read(k, i, total, unit));
+    return result;
+  };
+  using Read = std::vector<std::int64_t>;
+  EXPECT_EQ(read(1, 6, 6, 1), (Read{1, 2, 3, 4, 5, 6}));
+  EXPECT_EQ(read(3, 6, 6, 1), (Read{3, 4, 5, 6, 6, 6}));
+  EXPECT_EQ(read(5, 6, 6, 1), (Read{5, 6, 6, 6, 6, 6}));
+  EXPECT_EQ(read(1, 5, 34, 8), (Read{8, 16, 24, 32, 34}));
+  EXPECT_EQ(read(3, 5, 34, 8), (Read{24, 32, 34, 34, 34}));
+  EXPECT_EQ(read(std::int64_t{1} << 62, 2, 34, 8), (Read{34, 34}));
+}
+
 TEST(HoldN, WithholdsTheLastTokens) {
   HoldN policy(2, 4, 0);
   EXPECT_EQ(offer(policy, {1, 2, 3}, 0), 1);
@@ -198,6 +251,20 @@ TEST(SpeakOrSilence, SpeaksWhenSilenceIsUnlikely) {
   EXPECT_EQ(ask(policy, asked), 's');
 }
 
+// Test C.10: the silence token is the first.
+TEST(SpeakOrSilence, OrTheMostProbableTokenAboveAThreshold) {
+  const auto silent = [](float threshold, const std::vector<double>& shares) {
+    std::vector<float> logits;
+    for (const double share : shares) logits.push_back(static_cast<float>(std::log(share)));
+    return SpeakOrSilence(0, threshold, 3, 1, SilenceRule::kMostProbable).stays_silent(logits);
+  };
+  EXPECT_TRUE(silent(.725F, {.80, .15, .05}));
+  EXPECT_FALSE(silent(.725F, {.70, .20, .10}));
+  EXPECT_TRUE(silent(0, {.70, .20, .10}));
+  EXPECT_FALSE(silent(.725F, {.30, .60, .10}));
+  EXPECT_FALSE(silent(0, {.30, .60, .10}));
+}
+
 template <class Make>
 void expect_refused(const char* where, Make&& make) {
   try {
@@ -217,6 +284,8 @@ TEST(Policies, RefuseOptionsThatMakeNoSense) {
   expect_refused("WaitK", [] { ReadUntilSeparator({1}, 0); });
   expect_refused("LocalAgreement", [] { LocalAgreement(0); });
   expect_refused("LocalAgreement", [] { LocalAgreement(5000); });
+  expect_refused("LocalAgreement", [] { LocalAgreement(5, 0, 1, 1); });
+  expect_refused("LocalAgreement", [] { LocalAgreement(5, 0, 1, 65); });
   expect_refused("HoldN", [] { HoldN(-1, 4); });
   expect_refused("HoldN", [] { HoldN(1, 4, 0, 0); });
   expect_refused("AttentionGuided", [] { AttentionGuided(0.0F, 1); });

@@ -37,7 +37,39 @@ TEST(UnitQueue, KeepsUnitsWholeAndInOrder) {
   EXPECT_EQ(queue.front(), nullptr);
 }
 
+TEST(UnitQueue, HoldsTokensAndEmbeddingsInOrder) {
+  UnitQueue queue(3, 2, 3, 2);
+  EXPECT_EQ(queue.max_rows(), 3);
+  const std::vector<float> rows{1, 2, 3, 4, 5, 6};
+  const auto of = [&](std::int64_t first, std::int64_t count) {
+    return MatrixView<const float>(rows.data() + 2 * first, count, 2);
+  };
+  EXPECT_TRUE(queue.try_push(of(0, 2), 10, false));
+  EXPECT_TRUE(queue.try_push(std::vector<Token>{7, 8}, 11, false));
+  EXPECT_FALSE(queue.try_push(std::vector<Token>{9}, 12, false));  // tokens
+  EXPECT_FALSE(queue.try_push(of(0, 2), 12, false));               // rows
+  ASSERT_TRUE(queue.front()->embedded);
+  std::vector<float> out(4);
+  queue.copy_front(MatrixView<float>(out.data(), 2, 2));
+  EXPECT_EQ(out, (std::vector<float>{1, 2, 3, 4}));
+  queue.pop();
+  EXPECT_TRUE(queue.try_push(of(1, 2), 13, true));  // over the ring's end
+  std::vector<Token> tokens(2);
+  ASSERT_FALSE(queue.front()->embedded);
+  queue.copy_front(tokens);
+  EXPECT_EQ(tokens, (std::vector<Token>{7, 8}));
+  queue.pop();
+  queue.copy_front(MatrixView<float>(out.data(), 2, 2));
+  EXPECT_EQ(out, (std::vector<float>{3, 4, 5, 6}));
+  EXPECT_TRUE(queue.front()->last);
+  queue.pop();
+  EXPECT_EQ(queue.front(), nullptr);
+  EXPECT_EQ(UnitQueue(1, 1).max_rows(), 0);
+}
+
 TEST(UnitQueue, RefusesSizesOutOfRange) {
+  EXPECT_THROW(UnitQueue(1, 1, 1, 0), Error);
+  EXPECT_THROW(UnitQueue(1, 1, -1, 1), Error);
   EXPECT_THROW(UnitQueue(0, 5), Error);
   EXPECT_THROW(UnitQueue(5, 0), Error);
   EXPECT_THROW(UnitQueue(5, std::int64_t{1} << 40), Error);

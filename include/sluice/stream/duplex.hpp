@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -24,6 +25,7 @@
 #include "sluice/core/error.hpp"
 #include "sluice/core/signal.hpp"
 #include "sluice/core/token.hpp"
+#include "sluice/core/view.hpp"
 #include "sluice/model/decoder.hpp"
 #include "sluice/position/group_layout.hpp"
 #include "sluice/stream/clock.hpp"
@@ -82,35 +84,24 @@ class Duplex {
   /// longer than max_unit_tokens, or a token outside the vocabulary; Error(kCapacity) when a full
   /// source cache could never hold it. Nothing was taken then.
   FeedStatus feed(std::span<const Token> unit, bool last = false) {
-    for (;;) {
-      const std::uint32_t seen = feeder_signal_.now();
-      const FeedStatus status = try_feed(unit, last);
-      if (status != FeedStatus::kFull || !options().concurrent) return status;
-      feeder_signal_.wait(seen);
-    }
+    return wait_until_taken([&] { return try_feed(unit, last); });
+  }
+  /// The same for a unit of embeddings (a frame of an encoder), [rows, hidden_size], already scaled
+  /// as the model wants them. Needs DuplexOptions::queue_embeddings.
+  /// \throws Error(kConfig) without it, Error(kFormat) for values that are not finite, and as
+  /// above.
+  FeedStatus feed_embeddings(MatrixView<const float> unit, bool last = false) {
+    return wait_until_taken([&] { return try_feed_embeddings(unit, last); });
   }
 
   /// feed() that does not wait. \throws as feed().
   FeedStatus try_feed(std::span<const Token> unit, bool last = false) {
     check(unit);
-    const std::lock_guard lock(feed_mutex_);
-    if (input_ended_)
-      throw Error(ErrorCode::kOrder, {"the input has ended", "Duplex::feed", "", "", ""});
-    const auto count = static_cast<std::int64_t>(unit.size());
-    const CacheOptions& source = options().source;
-    if (source.is_bounded() && fed_tokens_ + count > source.capacity)
-      throw Error(
-          ErrorCode::kCapacity,
-          {"the full source cache cannot hold that many tokens", "Duplex::feed", "unit",
-           "at most " + std::to_string(source.capacity - fed_tokens_), std::to_string(count)});
-    if (is_finished() || stopping()) return FeedStatus::kStopped;
-    const std::int64_t now = monotonic_ns();
-    if (!engine_.queue().try_push(unit, now, last)) return FeedStatus::kFull;
-    engine_.metrics().on_fed(now);
-    fed_tokens_ += count;
-    if (last) end_locked();
-    source_signal_.raise();
-    return FeedStatus::kAccepted;
+    return push(unit, static_cast<std::int64_t>(unit.size()), last);
+  }
+  FeedStatus try_feed_embeddings(MatrixView<const float> unit, bool last = false) {
+    check(unit);
+    return push(unit, unit.rows, last);
   }
 
   /// Nothing follows. What was fed is still read; the policy learns it at the READ that finds
@@ -223,21 +214,70 @@ class Duplex {
 
   bool stopping() const noexcept { return stopping_.load(std::memory_order_acquire); }
 
-  void check(std::span<const Token> unit) const {
-    const auto fail = [](const std::string& field, const std::string& expected,
-                         std::int64_t found) {
-      throw Error(ErrorCode::kShape,
-                  {"unit does not fit", "Duplex::feed", field, expected, std::to_string(found)});
-    };
-    const auto count = static_cast<std::int64_t>(unit.size());
+  template <class TryFeed>
+  FeedStatus wait_until_taken(TryFeed&& try_feed) {
+    for (;;) {
+      const std::uint32_t seen = feeder_signal_.now();
+      const FeedStatus status = try_feed();
+      if (status != FeedStatus::kFull || !options().concurrent) return status;
+      feeder_signal_.wait(seen);
+    }
+  }
+
+  template <class Unit>
+  FeedStatus push(const Unit& unit, std::int64_t count, bool last) {
+    const std::lock_guard lock(feed_mutex_);
+    if (input_ended_)
+      throw Error(ErrorCode::kOrder, {"the input has ended", "Duplex::feed", "", "", ""});
+    const CacheOptions& source = options().source;
+    if (source.is_bounded() && fed_tokens_ + count > source.capacity)
+      throw Error(
+          ErrorCode::kCapacity,
+          {"the full source cache cannot hold that many tokens", "Duplex::feed", "unit",
+           "at most " + std::to_string(source.capacity - fed_tokens_), std::to_string(count)});
+    if (is_finished() || stopping()) return FeedStatus::kStopped;
+    const std::int64_t now = monotonic_ns();
+    if (!engine_.queue().try_push(unit, now, last)) return FeedStatus::kFull;
+    engine_.metrics().on_fed(now);
+    fed_tokens_ += count;
+    if (last) end_locked();
+    source_signal_.raise();
+    return FeedStatus::kAccepted;
+  }
+
+  [[noreturn]] static void does_not_fit(const std::string& field, const std::string& expected,
+                                        std::int64_t found) {
+    throw Error(ErrorCode::kShape,
+                {"unit does not fit", "Duplex::feed", field, expected, std::to_string(found)});
+  }
+  void check_count(std::int64_t count, const char* what) const {
     if (count < 1 || count > options().max_unit_tokens)
-      fail("unit",
-           "1 to max_unit_tokens = " + std::to_string(options().max_unit_tokens) + " tokens",
-           count);
+      does_not_fit("unit",
+                   "1 to max_unit_tokens = " + std::to_string(options().max_unit_tokens) + what,
+                   count);
+  }
+  void check(std::span<const Token> unit) const {
+    check_count(static_cast<std::int64_t>(unit.size()), " tokens");
     const std::int64_t vocab = engine_.model().config().vocab_size;
     for (std::size_t i = 0; i < unit.size(); ++i)
       if (unit[i] < 0 || unit[i] >= vocab)
-        fail("unit[" + std::to_string(i) + "]", "0 to " + std::to_string(vocab - 1), unit[i]);
+        does_not_fit("unit[" + std::to_string(i) + "]", "0 to " + std::to_string(vocab - 1),
+                     unit[i]);
+  }
+  void check(MatrixView<const float> unit) const {
+    if (options().queue_embeddings == 0)
+      throw Error(ErrorCode::kConfig, {"no room for embeddings", "Duplex::feed_embeddings", "queue_embeddings",
+                                       "at least max_unit_tokens", "0"});
+    check_count(unit.rows, " rows");
+    const std::int64_t width = engine_.model().config().hidden_size;
+    if (unit.cols != width) does_not_fit("columns", std::to_string(width), unit.cols);
+    for (std::int64_t r = 0; r < unit.rows; ++r)
+      for (std::int64_t c = 0; c < width; ++c)
+        if (!std::isfinite(unit.row(r)[c]))
+          throw Error(ErrorCode::kFormat,
+                      {"an embedding is no number", "Duplex::feed_embeddings",
+                       "unit[" + std::to_string(r) + ", " + std::to_string(c) + "]",
+                       "a finite value", std::to_string(unit.row(r)[c])});
   }
 
   void end_locked() {

@@ -60,6 +60,9 @@ struct DuplexOptions {
   /// Source that was fed and not yet read: feed() blocks beyond it.
   std::int64_t queue_units = 1024;
   std::int64_t queue_tokens = 8192;
+  /// The same for units fed as embeddings (frames of an encoder), in rows; 0: units are tokens
+  /// alone. Both kinds may be mixed: a question between frames.
+  std::int64_t queue_embeddings = 0;
   /// How far the source may be read ahead of what the target has seen. 0: 4 * max_unit_tokens.
   std::int64_t max_lead_tokens = 0;
   std::int64_t max_lead_units = 1024;
@@ -158,9 +161,14 @@ class DuplexEngine {
                           options.target_threads, DecoderWorkspace::kDefaultSegments,
                           options.activations),
         sampler_(options.sampler, model_->config().vocab_size),
-        queue_(options.queue_units, options.queue_tokens),
+        queue_(options.queue_units, options.queue_tokens, options.queue_embeddings,
+               options.queue_embeddings > 0 ? model_->config().hidden_size : 0),
         units_(static_cast<std::size_t>(options.max_lead_units)),
         unit_tokens_(static_cast<std::size_t>(options.max_unit_tokens * options.coalesce_units)),
+        unit_rows_(options.queue_embeddings > 0
+                       ? unit_tokens_.size() *
+                             static_cast<std::size_t>(model_->config().hidden_size)
+                       : 0),
         positions_(explicit_positions()
                        ? static_cast<std::size_t>(
                              std::max(source_->cache().max_chunk(), target_->cache().max_chunk()))
@@ -202,9 +210,14 @@ class DuplexEngine {
     std::int64_t units = 0;
     std::int64_t tokens = 0;
     std::array<UnitEnd, kMostCoalesced> ends;
-    while (unit != nullptr && units < options_.coalesce_units && units < unit_room &&
-           tokens + unit->tokens <= token_room) {
-      queue_.copy_front(unit_tokens_.span().subspan(static_cast<std::size_t>(tokens)));
+    const bool embedded = unit->embedded;
+    const std::int64_t width = model_->config().hidden_size;
+    while (unit != nullptr && unit->embedded == embedded && units < options_.coalesce_units &&
+           units < unit_room && tokens + unit->tokens <= token_room) {
+      if (embedded)
+        queue_.copy_front({unit_rows_.data() + tokens * width, unit->tokens, width});
+      else
+        queue_.copy_front(unit_tokens_.span().subspan(static_cast<std::size_t>(tokens)));
       tokens += unit->tokens;
       ends[static_cast<std::size_t>(units++)] = {source_->cache().total() + tokens,
                                                  unit->arrival_ns, unit->last};
@@ -213,8 +226,13 @@ class DuplexEngine {
     }
     if (units == 0) return Progress::kNeedsRoom;
     const std::int64_t begin = monotonic_ns();
-    feed_group(*source_, unit_tokens_.span().first(static_cast<std::size_t>(tokens)),
-               GroupReader<Key, Value>{.own_group = kSourceGroup}, source_workspace_, source_team_);
+    DecoderInput input;
+    if (embedded)
+      input.embeddings = {unit_rows_.data(), tokens, width};
+    else
+      input.tokens = unit_tokens_.span().first(static_cast<std::size_t>(tokens));
+    feed_group(*source_, input, GroupReader<Key, Value>{.own_group = kSourceGroup},
+               source_workspace_, source_team_);
     const std::int64_t end = monotonic_ns();
     metrics_.on_source_work(end - begin, end, tokens);
     for (std::int64_t u = 0; u < units; ++u)
@@ -313,6 +331,10 @@ class DuplexEngine {
     if (options.output_capacity < kMostOutputs + 1)
       fail("output_capacity", "at least " + std::to_string(kMostOutputs + 1),
            options.output_capacity);
+    if (options.queue_embeddings != 0 && options.queue_embeddings < options.max_unit_tokens)
+      fail("queue_embeddings",
+           "0 or at least max_unit_tokens = " + std::to_string(options.max_unit_tokens),
+           options.queue_embeddings);
     if (options.queue_tokens < options.max_unit_tokens)
       fail("queue_tokens", "at least max_unit_tokens = " + std::to_string(options.max_unit_tokens),
            options.queue_tokens);
@@ -394,18 +416,22 @@ class DuplexEngine {
            options_.end_tokens.end();
   }
 
-  /// Appends tokens to a group in chunks and publishes them.
-  void feed_group(Group<Key, Value>& group, std::span<const Token> tokens,
+  /// Appends tokens or embeddings to a group in chunks and publishes them.
+  void feed_group(Group<Key, Value>& group, const DecoderInput& whole,
                   const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
                   ThreadTeam& team) {
-    for (std::size_t done = 0; done < tokens.size();) {
-      const std::size_t count =
-          std::min(tokens.size() - done, static_cast<std::size_t>(group.cache().max_chunk()));
-      DecoderInput input{tokens.subspan(done, count)};
+    for (std::int64_t done = 0; done < whole.count();) {
+      const std::int64_t count = std::min(whole.count() - done, group.cache().max_chunk());
+      DecoderInput input;
+      if (whole.embeddings.rows > 0)
+        input.embeddings = whole.embeddings.middle_rows(done, count);
+      else
+        input.tokens =
+            whole.tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count));
       if constexpr (explicit_positions()) {
-        for (std::size_t t = 0; t < count; ++t)
-          positions_[t] = on_all_axes(layout_.place(group.id(), 1));
-        input.positions = std::span<const Position3>(positions_.data(), count);
+        for (std::int64_t t = 0; t < count; ++t)
+          positions_[static_cast<std::size_t>(t)] = on_all_axes(layout_.place(group.id(), 1));
+        input.positions = positions_.span().first(static_cast<std::size_t>(count));
       }
       model_->forward(input, group.cache(), reader, workspace, team);
       group.cache().commit();
@@ -444,7 +470,7 @@ class DuplexEngine {
     reader.bidirectional = options_.bidirectional_prefix && count > 1;
     reader.probe = probe();
     const std::int64_t begin = monotonic_ns();
-    feed_group(*target_, to_feed_, reader, target_workspace_, target_team_);
+    feed_group(*target_, DecoderInput{to_feed_}, reader, target_workspace_, target_team_);
     to_feed_ = {};
     model_->logits(target_workspace_.hidden_states().rows - 1,
                    {logits_.data(), 1, static_cast<std::int64_t>(logits_.size())},
@@ -596,6 +622,7 @@ class DuplexEngine {
   UnitQueue queue_;
   Buffer<UnitEnd> units_;        // [max_lead_units], unit u at u % max_lead_units
   Buffer<Token> unit_tokens_;    // the source side's
+  Buffer<float> unit_rows_;      // the same for embeddings, [max tokens, hidden_size]
   Buffer<Position3> positions_;  // of a chunk, for layouts that depend on the order
   SpscRing<DuplexOutput> outputs_;
   Buffer<Token> provisional_;

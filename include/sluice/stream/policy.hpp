@@ -183,6 +183,16 @@ struct WordUnits {
   }
 };
 
+/// wait-k's g(i) (Ma et al., arXiv 1810.08398, section 3): of `total` source elements those that
+/// are read when target unit i (from 0) is written, k + i units of `unit` elements each: 1 for
+/// words, the frames of a fixed stride for speech.
+constexpr std::int64_t wait_k_read(std::int64_t k, std::int64_t i, std::int64_t total,
+                                   std::int64_t unit = 1) {
+  // A huge k must not overflow.
+  const std::int64_t units = (total + unit - 1) / unit;
+  return k >= units - i ? total : std::min((k + i) * unit, total);
+}
+
 /// wait-k (Ma et al., arXiv 1810.08398; group position encoding, arXiv 2505.16983): the target
 /// begins when k source units are read beside the first `prompt_units`, and then reads one unit for
 /// each that it writes. At the end of a unit that is seen only from the next unit's first token the
@@ -281,31 +291,60 @@ class HypothesisPolicy {
 
 }  // namespace detail
 
-/// Local agreement (Liu et al., arXiv 2005.11185; n = 2): what the hypotheses of the last two
-/// source units begin with alike is final.
+/// Local agreement (Liu et al., arXiv 2005.11185, where n = 2): what the hypotheses of the last n
+/// source units begin with alike is final; nothing before there are n of them.
 class LocalAgreement : public detail::HypothesisPolicy<LocalAgreement> {
  public:
-  /// longest: tokens of a hypothesis; end_token closes one early (-1: none).
-  /// \throws Error(kConfig) unless 1 <= longest <= 4096, first_units >= 1.
-  explicit LocalAgreement(std::int64_t longest, Token end_token = -1, std::int64_t first_units = 1)
+  /// longest: tokens of a hypothesis; end_token closes one early (-1: none); n: hypotheses that
+  /// must agree. \throws Error(kConfig) unless 1 <= longest <= 4096, first_units >= 1, 2 <= n
+  /// <= 64.
+  explicit LocalAgreement(std::int64_t longest, Token end_token = -1, std::int64_t first_units = 1,
+                          std::int64_t n = 2)
       : HypothesisPolicy("LocalAgreement", longest, first_units, end_token),
-        previous_(static_cast<std::size_t>(longest)) {}
+        row_(static_cast<std::size_t>(longest)),
+        held_(static_cast<std::size_t>(checked(n) - 1)),
+        previous_(held_.size() * row_) {}
 
+  /// hypothesis: what follows the tokens that are final.
   std::int64_t confirm(std::span<const Token> hypothesis) {
-    std::size_t agreed = 0;
-    while (agreed < held_ && agreed < hypothesis.size() && previous_[agreed] == hypothesis[agreed])
-      ++agreed;
-    held_ = hypothesis.size() - agreed;
-    std::copy(hypothesis.begin() + static_cast<std::ptrdiff_t>(agreed), hypothesis.end(),
-              previous_.begin());
+    std::size_t agreed = seen_ < held_.size() ? 0 : hypothesis.size();
+    for (std::size_t h = 0; h < held_.size(); ++h) {
+      const Token* const earlier = previous_.data() + h * row_;
+      const std::size_t most = std::min(agreed, held_[h]);
+      agreed = 0;
+      while (agreed < most && earlier[agreed] == hypothesis[agreed]) ++agreed;
+    }
+    // The oldest makes room; what became final leaves the others.
+    const std::size_t oldest = seen_++ % held_.size();
+    held_[oldest] = hypothesis.size();
+    std::copy(hypothesis.begin(), hypothesis.end(),
+              previous_.begin() + static_cast<std::ptrdiff_t>(oldest * row_));
+    for (std::size_t h = 0; h < held_.size() && agreed > 0; ++h) {
+      const auto first = previous_.begin() + static_cast<std::ptrdiff_t>(h * row_);
+      std::copy(first + static_cast<std::ptrdiff_t>(agreed),
+                first + static_cast<std::ptrdiff_t>(held_[h]), first);
+      held_[h] -= agreed;
+    }
     return static_cast<std::int64_t>(agreed);
   }
 
-  void reset() { held_ = 0; }
+  void reset() {
+    seen_ = 0;
+    std::fill(held_.begin(), held_.end(), std::size_t{0});
+  }
 
  private:
-  std::vector<Token> previous_;  // [longest]; the last hypothesis, without what became final
-  std::size_t held_ = 0;         // its tokens
+  static std::int64_t checked(std::int64_t n) {
+    if (n < 2 || n > 64)
+      throw Error(ErrorCode::kConfig,
+                  {"option out of range", "LocalAgreement", "n", "2 to 64", std::to_string(n)});
+    return n;
+  }
+
+  std::size_t row_;
+  std::vector<std::size_t> held_;  // [n - 1]; tokens of each hypothesis
+  std::vector<Token> previous_;    // [n - 1, longest]; hypotheses without what became final
+  std::size_t seen_ = 0;           // hypotheses
 };
 
 /// hold-n (Liu et al., arXiv 2005.11185): the last n tokens of each hypothesis are withheld.
@@ -366,15 +405,29 @@ class AttentionGuided {
   std::int64_t layer_;
 };
 
+/// When SpeakOrSilence stays silent.
+enum class SilenceRule : std::uint8_t {
+  kThreshold,  ///< the silence token's probability exceeds the threshold (the paper)
+  /// It is the most probable token and its probability is not below the threshold (the released
+  /// code, which sets it to 0 below and takes the most probable token then; 0: the most probable).
+  kMostProbable,
+};
+
 /// Speak or stay silent at each frame (VideoLLM-online, arXiv 2406.11816, section 3.3): where a
 /// turn could begin, the stream is silent while the probability of the silence token exceeds
-/// `threshold`; a turn ends with that token. Either way the next frame is read then.
+/// `threshold` (see SilenceRule); a turn ends with that token. Either way the next frame is read
+/// then.
 class SpeakOrSilence {
  public:
   /// longest: tokens of a turn.
   /// \throws Error(kConfig) unless 0 <= threshold <= 1, longest >= 1, silence >= 0.
-  SpeakOrSilence(Token silence, float threshold, std::int64_t longest, std::int64_t first_units = 1)
-      : silence_(silence), threshold_(threshold), longest_(longest), first_units_(first_units) {
+  SpeakOrSilence(Token silence, float threshold, std::int64_t longest, std::int64_t first_units = 1,
+                 SilenceRule rule = SilenceRule::kThreshold)
+      : silence_(silence),
+        threshold_(threshold),
+        longest_(longest),
+        first_units_(first_units),
+        rule_(rule) {
     if (!(threshold >= 0.0F && threshold <= 1.0F))
       throw Error(ErrorCode::kConfig, {"option out of range", "SpeakOrSilence", "threshold",
                                        "0 to 1", std::to_string(threshold)});
@@ -390,8 +443,8 @@ class SpeakOrSilence {
       return state.units_read < first_units_ && !state.source_ended ? Decision::read()
                                                                     : Decision::write();
     const bool begins = in_turn_ == 0;
-    const bool silent = begins ? probability(state.logits, silence_) > threshold_
-                               : *state.candidate == silence_ || in_turn_ >= longest_;
+    const bool silent =
+        begins ? stays_silent(state.logits) : *state.candidate == silence_ || in_turn_ >= longest_;
     if (silent) {
       in_turn_ = 0;
       return state.source_ended ? Decision::stop() : Decision::read();
@@ -401,6 +454,17 @@ class SpeakOrSilence {
   }
 
   void reset() { in_turn_ = 0; }
+
+  /// Whether nothing is said at a frame with these logits.
+  bool stays_silent(std::span<const float> logits) const {
+    const float share = probability(logits, silence_);
+    switch (rule_) {
+      case SilenceRule::kThreshold: return share > threshold_;
+      case SilenceRule::kMostProbable: break;
+    }
+    const float own = logits[static_cast<std::size_t>(silence_)];
+    return share >= threshold_ && *std::max_element(logits.begin(), logits.end()) == own;
+  }
 
   /// softmax(logits)[token].
   static float probability(std::span<const float> logits, Token token) {
@@ -412,6 +476,7 @@ class SpeakOrSilence {
   float threshold_;
   std::int64_t longest_;
   std::int64_t first_units_;
+  SilenceRule rule_;
   std::int64_t in_turn_ = 0;
 };
 

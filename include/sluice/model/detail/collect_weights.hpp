@@ -88,6 +88,26 @@ class WeightCollector {
     return to_floats(*tensor);
   }
 
+  /// A matrix in its stored type, from the tensor `stem`.weight. \throws Error(kFormat, kShape).
+  WeightMatrix matrix(const std::string& stem, std::int64_t rows, std::int64_t cols) {
+    const FileTensor* tensor = storage_->file->find_tensor(stem + ".weight");
+    if (tensor == nullptr) missing(stem + ".weight");
+    expect_shape(*tensor, {rows, cols});
+    const void* data = tensor->data;
+    const bool plain = block_shape(tensor->type).values == 1;
+    const auto alignment =
+        plain ? static_cast<std::uintptr_t>(block_shape(tensor->type).bytes) : std::uintptr_t{1};
+    if (reinterpret_cast<std::uintptr_t>(data) % alignment != 0) {
+      storage_->copies.emplace_back(tensor->bytes);
+      std::memcpy(storage_->copies.back().data(), data, tensor->bytes);
+      data = storage_->copies.back().data();
+    }
+    return {tensor->type, data, rows, cols};
+  }
+
+  /// Keeps every matrix that was given out alive.
+  std::shared_ptr<const void> storage() const { return storage_; }
+
   bool has(const std::string& name) const {
     return !name.empty() && storage_->file->find_tensor(name + ".weight") != nullptr;
   }
@@ -123,22 +143,6 @@ class WeightCollector {
     };
     throw Error(ErrorCode::kShape, {"tensor does not fit the model", where_, tensor.name,
                                     text(shape), text(tensor.shape)});
-  }
-
-  WeightMatrix matrix(const std::string& stem, std::int64_t rows, std::int64_t cols) {
-    const FileTensor* tensor = storage_->file->find_tensor(stem + ".weight");
-    if (tensor == nullptr) missing(stem + ".weight");
-    expect_shape(*tensor, {rows, cols});
-    const void* data = tensor->data;
-    const bool plain = block_shape(tensor->type).values == 1;
-    const auto alignment =
-        plain ? static_cast<std::uintptr_t>(block_shape(tensor->type).bytes) : std::uintptr_t{1};
-    if (reinterpret_cast<std::uintptr_t>(data) % alignment != 0) {
-      storage_->copies.emplace_back(tensor->bytes);
-      std::memcpy(storage_->copies.back().data(), data, tensor->bytes);
-      data = storage_->copies.back().data();
-    }
-    return {tensor->type, data, rows, cols};
   }
 
   std::vector<float> optional_vector(const std::string& stem, const char* suffix,

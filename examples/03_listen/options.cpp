@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MIT
+#include "options.hpp"
+
+#include <charconv>
+#include <cstdlib>
+#include <iostream>
+#include <map>
+#include <stdexcept>
+#include <string_view>
+#include <system_error>
+
+#include <CLI/CLI.hpp>
+
+#include "sluice/core/version.hpp"
+#include "support/command_line.hpp"
+
+namespace listen {
+
+namespace {
+
+using sluice::Activations;
+using sluice::ListenerOptions;
+using sluice::SampleEncoding;
+using support::number;
+using support::whole_number;
+
+constexpr std::int64_t kMostWords = 1000;
+constexpr double kMostDelay = 60000;
+
+int fail(const std::string& message) {
+  std::cerr << "listen: " << message << "\nlisten --help lists the options.\n";
+  return 2;
+}
+
+template <class Value>
+CLI::IsMember one_of(const std::map<std::string, Value>& names) {
+  std::vector<std::string> result;
+  for (const auto& [name, value] : names) result.push_back(name);
+  return CLI::IsMember(result);
+}
+
+const std::map<std::string, SampleEncoding> kEncodings{
+    {"u8", SampleEncoding::kU8},   {"s16", SampleEncoding::kS16}, {"s24", SampleEncoding::kS24},
+    {"s32", SampleEncoding::kS32}, {"f32", SampleEncoding::kF32}, {"f64", SampleEncoding::kF64}};
+const std::map<std::string, Activations> kActivations{
+    {"float32", Activations::kFloat32}, {"bf16", Activations::kBf16}, {"int8", Activations::kInt8}};
+
+}  // namespace
+
+Latency parse_latency(const std::string& text) {
+  Latency latency;
+  if (text == "all") {
+    latency.words = ListenerOptions::kWholeUtterance;
+    return latency;
+  }
+  const char* const end = text.data() + text.size();
+  double value = 0;
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  const std::string_view unit(stop, static_cast<std::size_t>(end - stop));
+  const bool whole = value >= 1 && value <= static_cast<double>(kMostWords) &&
+                     value == static_cast<double>(static_cast<std::int64_t>(value));
+  if (error == std::errc() && unit == "ms" && value >= 0 && value <= kMostDelay)
+    latency.milliseconds = value;
+  else if (error == std::errc() && unit.empty() && whole)
+    latency.words = static_cast<std::int64_t>(value);
+  else
+    throw std::invalid_argument("expected a number of words from 1 to " +
+                                std::to_string(kMostWords) +
+                                ", milliseconds such as 240ms, or all, found '" + text + "'");
+  return latency;
+}
+
+std::string latency_text(const Latency& latency) {
+  if (latency.words == ListenerOptions::kWholeUtterance) return "all";
+  if (!latency.milliseconds) return std::to_string(latency.words);
+  std::string text = std::to_string(*latency.milliseconds);
+  text.erase(text.find_last_not_of('0') + 1);
+  if (text.back() == '.') text.pop_back();
+  return text + "ms";
+}
+
+std::variant<Options, int> parse_options(int argc, char** argv) {
+  Options o;
+  o.command = support::join_command(argc, argv);
+  std::string latency = "1", encoding = "s16", activations = "float32";
+  bool real_time = false;
+
+  CLI::App app{
+      "Writes down what is said while it is said: English, one speaker, on one or two CPU cores.\n"
+      "Words appear on stdout when they are final; on a terminal the words to come are shown "
+      "behind\n"
+      "them, dim, and rewritten. Everything else is on stderr.\n\n"
+      "A small model, trained on synthetic speech alone: see MODEL_CARD.md for what it can do."};
+  app.name("listen");
+  app.set_version_flag("--version", "listen (sluice " + std::to_string(SLUICE_VERSION_MAJOR) + "." +
+                                        std::to_string(SLUICE_VERSION_MINOR) + "." +
+                                        std::to_string(SLUICE_VERSION_PATCH) + ")");
+  app.footer(
+      "Examples:\n"
+      "  listen talk.wav                                     a file, as fast as it goes\n"
+      "  listen --real-time --timestamps talk.wav            as if it were spoken now\n"
+      "  arecord -q -t raw -f S16_LE -r 16000 - | listen -   a microphone (ALSA)\n"
+      "  parec --raw --format=s16le --rate=16000 --channels=1 | listen -   (PulseAudio, PipeWire)\n"
+      "  ffmpeg -v error -i talk.mp3 -f s16le -ar 16000 -ac 1 - | listen -\n"
+      "Exit status: 0 done (also when the reader of stdout went away), 1 an error, 2 a wrong flag "
+      "or\n"
+      "value, 130 after Ctrl-C and 143 after SIGTERM. An option given twice counts the last time.");
+  app.get_formatter()->column_width(32);
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+
+  const char* group = "Audio";
+  const auto option = [&](const std::string& name, auto& target, const std::string& text) {
+    return app.add_option(name, target, text)->group(group);
+  };
+  const auto with_default = [&](const std::string& name, auto& target, const std::string& text) {
+    return option(name, target, text)->capture_default_str();
+  };
+  const auto flag = [&](const std::string& name, bool& target, const std::string& text) {
+    return app.add_flag(name, target, text)->group(group);
+  };
+
+  with_default("file", o.input, "audio file (WAV, FLAC, ...), or - for raw samples on stdin");
+  with_default("--rate", o.raw.sample_rate, "samples a second, of raw audio")
+      ->check(whole_number(1000, 768000));
+  with_default("--channels", o.raw.channels, "channels of raw audio; their mean is heard")
+      ->check(whole_number(1, 64));
+  with_default("--encoding", encoding,
+               "samples of raw audio, little endian:\n"
+               "u8, s16, s24, s32, f32 or f64")
+      ->check(one_of(kEncodings));
+  flag("--real-time", real_time, "play a file at the speed at which it was spoken");
+  option("--speed", o.speed, "the same so many times as fast")
+      ->check(number(0.01, 1000, "a factor from 0.01 to 1000"));
+  with_default("--packet-ms", o.packet_ms, "audio that is handed over at a time")
+      ->check(number(0.1, 10000, "milliseconds from 0.1 to 10000"));
+
+  group = "Listening";
+  option("-m,--model", o.model,
+         "GGUF file; without it $SLUICE_LISTEN_MODEL, else the one that\n"
+         "comes with this example");
+  with_default("-l,--latency", latency,
+               "when a word is final: once so many words were heard from it on\n"
+               "(1, 3, 5, ...), so many milliseconds after it was heard (240ms),\n"
+               "or when the speaker pauses (all)");
+  with_default("--endpoint-ms", o.endpoint_ms, "a pause that ends an utterance; 0: none does")
+      ->check(number(0, 1e6, "milliseconds from 0 to 1e6"));
+  with_default("--max-utterance-ms", o.max_utterance_ms,
+               "an utterance ends after so long at the latest; 0: never")
+      ->check(number(0, 1e6, "milliseconds from 0 to 1e6"));
+
+  group = "Work";
+  with_default("--source-threads", o.source_threads, "threads that listen")
+      ->check(whole_number(1, 1024));
+  with_default("--target-threads", o.target_threads, "threads that write")
+      ->check(whole_number(1, 1024));
+  flag("--sequential", o.sequential, "listen and write in turns on one thread: the same words");
+  with_default("--activations", activations, "arithmetic: float32 (exact), bf16 or int8 (faster)")
+      ->check(one_of(kActivations));
+
+  group = "Output";
+  flag("-t,--timestamps", o.timestamps,
+       "a line a word: when it was spoken, when it was final, the word");
+  flag("-j,--json", o.json, "an object a line: partial, word, endpoint, end");
+  flag("-s,--stats", o.stats, "figures at the end, on stderr (with --json an object more)");
+  flag("--plain", o.plain, "final words only, also on a terminal");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& success) {
+    return app.exit(success);
+  } catch (const CLI::ParseError& error) {
+    return fail(error.what());
+  }
+  try {
+    o.latency = parse_latency(latency);
+  } catch (const std::invalid_argument& error) {
+    return fail(std::string("--latency: ") + error.what());
+  }
+  if (real_time && o.speed == 0) o.speed = 1;
+  if (o.input == "-" && o.speed > 0) return fail("--real-time: stdin sets its own pace");
+  o.encoding = kEncodings.at(encoding);
+  o.activations = kActivations.at(activations);
+  if (o.model.empty()) {
+    const char* const named = std::getenv("SLUICE_LISTEN_MODEL");
+    o.model = named != nullptr && *named != '\0' ? named : SLUICE_LISTEN_MODEL_FILE;
+  }
+  return o;
+}
+
+}  // namespace listen
