@@ -29,6 +29,8 @@
 #include "sluice/cache/frame_store.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/head_map.hpp"
+#include "sluice/cache/kind_kv_cache.hpp"
+#include "sluice/cache/kind_retention.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/page_pool.hpp"
@@ -36,6 +38,8 @@
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/score_policy.hpp"
 #include "sluice/cache/segment.hpp"
+#include "sluice/cache/segment_rule.hpp"
+#include "sluice/cache/span_finder.hpp"
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
