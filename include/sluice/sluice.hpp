@@ -64,8 +64,12 @@
 #include "sluice/nn/weight_matrix.hpp"
 
 #include "sluice/model/cache_plan.hpp"
+#include "sluice/model/conformer.hpp"
 #include "sluice/model/decoder.hpp"
 #include "sluice/model/decoder_config.hpp"
+#include "sluice/model/moonshine_encoder.hpp"
+#include "sluice/model/named_tensors.hpp"
+#include "sluice/model/vision_encoder.hpp"
 
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/deadline.hpp"
