@@ -18,7 +18,7 @@ namespace watch {
 using sluice::Error;
 using sluice::ErrorCode;
 
-void Pictures::Close::operator()(std::FILE* file) const {
+void CloseFile::operator()(std::FILE* file) const {
   if (file != stdin) std::fclose(file);
   if (child > 0) {
     ::kill(child, SIGTERM);
@@ -33,7 +33,7 @@ Pictures Pictures::generated(const PictureFormat& format, std::int64_t most) {
 Pictures Pictures::from_stdin(const PictureFormat& format, std::int64_t most) {
   Pictures pictures(format, most);
   pictures.name_ = "stdin";
-  pictures.file_ = {stdin, Close{}};
+  pictures.file_ = {stdin, CloseFile{}};
   return pictures;
 }
 
@@ -63,7 +63,7 @@ Pictures Pictures::from_video(const std::string& path, const PictureFormat& form
   ::close(ends[1]);
   Pictures pictures(format, most);
   pictures.name_ = path;
-  pictures.file_ = {::fdopen(ends[0], "rb"), Close{child}};
+  pictures.file_ = {::fdopen(ends[0], "rb"), CloseFile{child}};
   return pictures;
 }
 

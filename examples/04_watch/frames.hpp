@@ -31,6 +31,12 @@ struct PictureFormat {
   double pictures_per_second() const { return fps / static_cast<double>(frames); }
 };
 
+/// Ends the program behind a pipe too.
+struct CloseFile {
+  pid_t child = 0;
+  void operator()(std::FILE* file) const;
+};
+
 /// A sluice::MergingSource: picture i is complete at i / pictures_per_second(); of two that are
 /// joined, the newer one stays.
 class Pictures {
@@ -56,17 +62,13 @@ class Pictures {
   bool merge(Frame& into, Frame& next) const;
 
  private:
-  struct Close {
-    pid_t child = 0;
-    void operator()(std::FILE* file) const;
-  };
   Pictures(const PictureFormat& format, std::int64_t most) : format_(format), most_(most) {}
 
   PictureFormat format_;
   std::int64_t most_;
   std::int64_t next_ = 0;
   std::string name_;
-  std::unique_ptr<std::FILE, Close> file_;  // null: generated
+  std::unique_ptr<std::FILE, CloseFile> file_;  // null: generated
 };
 
 }  // namespace watch

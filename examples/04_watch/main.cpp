@@ -180,7 +180,7 @@ int run(const Options& options) {
   const sluice::VisionEncoder encoder = [&] {
     if (!options.encoder.empty()) {
       const sluice::SafetensorsFile file(options.encoder);
-      const bool inside = file.has("visual.patch_embed.proj.weight");
+      const bool inside = file.contains("visual.patch_embed.proj.weight");
       const sluice::NamedTensors tensors = sluice::read_tensors(file, inside ? "visual." : "");
       return sluice::VisionEncoder(config_of(tensors, options.encoder_heads), tensors);
     }

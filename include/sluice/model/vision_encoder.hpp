@@ -139,8 +139,10 @@ class VisionEncoder {
     /// \throws Error(kConfig) unless both are positive. Allocates.
     Workspace(const VisionEncoder& encoder, std::int64_t rows, std::int64_t cols, int team_size)
         : rows_(rows), cols_(cols) {
-      detail::require_positive(rows, "VisionEncoder::Workspace", "rows");
-      detail::require_positive(cols, "VisionEncoder::Workspace", "cols");
+      for (const auto& [name, value] : {std::pair{"rows", rows}, std::pair{"cols", cols}})
+        if (value < 1)
+          throw Error(ErrorCode::kConfig, {"value out of range", "VisionEncoder::Workspace", name,
+                                           "at least 1", std::to_string(value)});
       const VisionEncoderConfig& c = encoder.config_;
       const std::int64_t merge = c.merge;
       const std::int64_t patches = rows * cols * merge * merge;

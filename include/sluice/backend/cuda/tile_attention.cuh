@@ -424,7 +424,7 @@ class TileAttentionPlan {
     rows_ = Buffer<float, cuda>(static_cast<std::size_t>((1 + max_places) * max_tokens) * kHeadDim);
     rotated_ = Buffer<std::uint16_t, cuda>(static_cast<std::size_t>(max_places) * rows * kHeadDim);
     parts_ = static_cast<std::int64_t>(
-        std::max<std::size_t>(2 * rows, static_cast<std::size_t>(num_qo_heads) * kMostSplits));
+        std::max<std::size_t>(8 * rows, static_cast<std::size_t>(num_qo_heads) * kMostSplits));
     partial_out_ = Buffer<float, cuda>(static_cast<std::size_t>(parts_) * kHeadDim);
     partial_state_ = Buffer<float2, cuda>(static_cast<std::size_t>(parts_));
     check_cuda(cudaFuncSetAttribute(detail::tile_attention_kernel<Element, kHeadDim>,
