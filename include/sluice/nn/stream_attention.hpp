@@ -92,7 +92,7 @@ enum class FramePositions {
 struct FrameAttentionConfig {
   std::int64_t width = 0;
   std::int64_t num_heads = 1;
-  FrameVisibility visibility;
+  FrameVisibility visibility = {};
   FramePositions positions = FramePositions::kNone;
   std::int64_t max_positions = 5000;  ///< kAbsoluteKey: rows of the model's table
   double sm_scale = 0.0;              ///< 0: 1 / sqrt(head_dim)

@@ -177,7 +177,9 @@ class FrameScratch {
   std::vector<float> values_;
 };
 
-// Rows that came in and have not left yet, at most `capacity` of them, oldest first.
+// Rows that came in and have not left yet, at most `capacity` of them, oldest first. How many there
+// are follows from what the branches hold. Restored bytes may say otherwise, so no call trusts the
+// count: a full queue loses its oldest row, and an empty one gives rows of before.
 class FrameQueue {
  public:
   FrameQueue() = default;
@@ -187,17 +189,16 @@ class FrameQueue {
   std::int64_t size() const { return size_; }
   void clear() { first_ = size_ = 0; }
   void push(MatrixView<const float> rows) {
-    SLUICE_ASSERT(rows.cols == width_ && size_ + rows.rows <= capacity_);
-    for (std::int64_t t = 0; t < rows.rows; ++t, ++size_)
-      std::copy_n(rows.row(t), width_, values_.data() + slot(size_) * width_);
+    SLUICE_ASSERT(rows.cols == width_);
+    for (std::int64_t t = 0; t < rows.rows; ++t) {
+      if (size_ == capacity_) pop(1);
+      std::copy_n(rows.row(t), width_, values_.data() + slot(size_++) * width_);
+    }
   }
   // Row `index` behind the oldest.
-  const float* row(std::int64_t index) const {
-    SLUICE_ASSERT(index < size_);
-    return values_.data() + slot(index) * width_;
-  }
+  const float* row(std::int64_t index) const { return values_.data() + slot(index) * width_; }
   void pop(std::int64_t count) {
-    SLUICE_ASSERT(count <= size_);
+    count = std::min(count, size_);
     first_ = slot(count);
     size_ -= count;
   }
@@ -223,9 +224,7 @@ class FrameQueue {
   }
 
  private:
-  std::int64_t slot(std::int64_t index) const {
-    return capacity_ == 0 ? 0 : (first_ + index) % capacity_;
-  }
+  std::int64_t slot(std::int64_t index) const { return (first_ + index) % capacity_; }
 
   std::int64_t capacity_ = 0;
   std::int64_t width_ = 0;
@@ -525,9 +524,8 @@ class StreamParallel {
   }
 
   std::int64_t merge(State& state, MatrixView<float> out) const {
-    std::int64_t rows = state.queues[0].size();
+    std::int64_t rows = out.rows;
     for (const detail::FrameQueue& queue : state.queues) rows = std::min(rows, queue.size());
-    SLUICE_ASSERT(rows <= out.rows);
     for (std::int64_t t = 0; t < rows; ++t) {
       float* target = out.row(t);
       for (std::size_t b = 0; b < branches_.size(); ++b) {

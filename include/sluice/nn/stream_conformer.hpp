@@ -36,14 +36,14 @@ inline std::vector<float> projected_zeros(const std::vector<float>& bias) {
 /// The parts of a convolution module. A batch normalisation is a FrameAffine; models that stream
 /// have a FrameNorm in its place.
 struct ConformerConvolution {
-  WeightMatrix expand;                ///< [2 width, width], PyTorch's pointwise_conv1
-  std::vector<float> expand_bias;     ///< [2 width] or empty
-  WeightMatrix depthwise;             ///< [width, kernel]
-  std::vector<float> depthwise_bias;  ///< [width] or empty
-  StreamKernelConfig time;            ///< of the depthwise convolution
+  WeightMatrix expand = {};                ///< [2 width, width], PyTorch's pointwise_conv1
+  std::vector<float> expand_bias = {};     ///< [2 width] or empty
+  WeightMatrix depthwise = {};             ///< [width, kernel]
+  std::vector<float> depthwise_bias = {};  ///< [width] or empty
+  StreamKernelConfig time = {};            ///< of the depthwise convolution
   ConformerStart start = ConformerStart::kZeros;
-  WeightMatrix project;             ///< [width, width], pointwise_conv2
-  std::vector<float> project_bias;  ///< [width] or empty
+  WeightMatrix project = {};             ///< [width, width], pointwise_conv2
+  std::vector<float> project_bias = {};  ///< [width] or empty
 };
 
 /// Puts the module together with `norm` behind the depthwise convolution. Its state is the

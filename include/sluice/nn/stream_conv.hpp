@@ -101,7 +101,7 @@ struct StreamConv1dConfig {
   std::int64_t in_channels = 1;
   std::int64_t out_channels = 1;
   std::int64_t groups = 1;  ///< in_channels: depthwise
-  StreamKernelConfig time;
+  StreamKernelConfig time = {};
   /// The frame before the first, [in_channels]; empty for zeros. Conformers that were trained with
   /// another one exist (see conformer_convolution).
   std::vector<float> initial = {};
@@ -237,7 +237,7 @@ struct StreamConv2dConfig {
   std::int64_t in_channels = 1;
   std::int64_t out_channels = 1;
   std::int64_t groups = 1;  ///< 1, or in_channels = out_channels: depthwise
-  StreamKernelConfig time;
+  StreamKernelConfig time = {};
   std::int64_t features = 1;  ///< of the input frame
   std::int64_t feature_kernel = 1;
   std::int64_t feature_stride = 1;
