@@ -18,11 +18,12 @@ die() {
   exit 1
 }
 
-# Packages that every build needs, and those of the tests and benchmarks.
+# Packages that every build needs, and those of the tests and benchmarks (ffmpeg: videos are read
+# through it).
 build_packages='g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libpcre2-dev
   libutf8proc-dev libcli11-dev'
 # shellcheck disable=SC2034
-test_packages="$build_packages libgtest-dev libbenchmark-dev python3"
+test_packages="$build_packages libsndfile1-dev libgtest-dev libbenchmark-dev python3 ffmpeg"
 
 # need_packages PACKAGE...: installs the Debian packages that are missing, and says which.
 need_packages() {

@@ -6,6 +6,9 @@ include_guard()
 set(SLUICE_IO_HEADER_REGEX
     "/sluice/(io/.*|model/load[^/]*|model/detail/collect_weights)\\.hpp$")
 
+# Those of them that need sluice::audio.
+set(SLUICE_AUDIO_HEADER_REGEX "/sluice/io/sound_file\\.hpp$")
+
 # sluice_find_part(<PART> <found> "<package>|<version>|<Debian package>"...)
 #
 # Looks for the packages of an optional part as SLUICE_<PART> asks: OFF looks for nothing, AUTO

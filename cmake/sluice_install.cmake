@@ -12,6 +12,11 @@ if(TARGET sluice_io)
   install(EXPORT sluiceIoTargets NAMESPACE sluice:: DESTINATION ${package_dir})
   install(FILES cmake/FindPCRE2.cmake cmake/Findutf8proc.cmake DESTINATION ${package_dir})
 endif()
+if(TARGET sluice_audio)
+  install(TARGETS sluice_audio EXPORT sluiceAudioTargets FILE_SET HEADERS)
+  install(EXPORT sluiceAudioTargets NAMESPACE sluice:: DESTINATION ${package_dir})
+  install(FILES cmake/FindSndFile.cmake DESTINATION ${package_dir})
+endif()
 
 configure_package_config_file(
   cmake/sluiceConfig.cmake.in ${PROJECT_BINARY_DIR}/sluiceConfig.cmake

@@ -75,27 +75,27 @@ with_fixed_addresses() {
 jobs=$(build_jobs)
 
 release() {
-  configure release -D SLUICE_IO=ON -D SLUICE_TESTS=ON -D SLUICE_BENCH=ON -D SLUICE_EXAMPLES=ON \
-    -D SLUICE_WERROR=ON &&
+  configure release -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON -D SLUICE_BENCH=ON \
+    -D SLUICE_EXAMPLES=ON -D SLUICE_WERROR=ON &&
     build release &&
     ctest --preset release --parallel "$jobs"
 }
 
 portable() {
-  configure portable -D SLUICE_IO=ON -D SLUICE_TESTS=ON -D SLUICE_BENCH=OFF \
+  configure portable -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON -D SLUICE_BENCH=OFF \
     -D SLUICE_EXAMPLES=OFF -D SLUICE_WERROR=ON &&
     build portable sluice_kernel_tests &&
     ctest --preset portable --parallel "$jobs" --label-regex '^kernels$'
 }
 
 sanitizers() {
-  configure asan -D SLUICE_IO=ON -D SLUICE_TESTS=ON &&
+  configure asan -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON &&
     build asan &&
     without_model env UBSAN_OPTIONS=print_stacktrace=1 ctest --preset asan --parallel "$jobs"
 }
 
 threads() {
-  configure tsan -D SLUICE_IO=ON -D SLUICE_TESTS=ON &&
+  configure tsan -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON &&
     build tsan &&
     without_model ctest --preset tsan
 }

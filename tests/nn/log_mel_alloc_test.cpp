@@ -26,10 +26,10 @@ TEST(LogMelAllocations, AreNone) {
     std::vector<float> rows(10 * 80);
     const std::int64_t before = sluice::test::allocation_count();
     for (int i = 0; i < 20; ++i) {
-      front_end.step(samples, {rows.data(), 10, 80}, state);
-      copy.copy_from(state);
+      front_end.step(samples, state, {rows.data(), 10, 80});
+      copy = state;
     }
-    front_end.flush({rows.data(), 10, 80}, state);
+    front_end.flush(state, {rows.data(), 10, 80});
     front_end.reset(state);
     EXPECT_EQ(sluice::test::allocation_count(), before);
   }

@@ -10,6 +10,7 @@
 
 #include <gtest/gtest.h>
 
+#include "sluice/nn/stream_window.hpp"
 #include "support/property.hpp"
 
 namespace sluice {
@@ -254,7 +255,7 @@ std::vector<float> run(const LogMel& front_end, const std::vector<float>& sample
     const std::int64_t expected =
         front_end.frames_in_step(static_cast<std::int64_t>(length), state);
     const std::int64_t count =
-        front_end.step(std::span(samples).subspan(done, length), view(expected), state);
+        front_end.step(std::span(samples).subspan(done, length), state, view(expected));
     EXPECT_EQ(count, expected);
     rows.insert(rows.end(), piece_rows.begin(), piece_rows.end());
     done += length;
@@ -262,7 +263,7 @@ std::vector<float> run(const LogMel& front_end, const std::vector<float>& sample
     EXPECT_EQ(state.frames(), front_end.frames_of(state.samples()));
   }
   const std::int64_t expected = front_end.frames_in_flush(state);
-  EXPECT_EQ(front_end.flush(view(expected), state), expected);
+  EXPECT_EQ(front_end.flush(state, view(expected)), expected);
   rows.insert(rows.end(), piece_rows.begin(), piece_rows.end());
   return rows;
 }
@@ -311,7 +312,6 @@ TEST(LogMel, CountsFrames) {
   EXPECT_EQ(centred_end.samples_needed(6), 1160);
   const LogMel whisper(LogMelConfig::whisper_running_maximum());
   EXPECT_EQ(whisper.samples_needed(0), 201);
-  EXPECT_EQ(whisper.samples_needed(1), 360);
 }
 
 TEST(LogMel, PreEmphasisOverTheStreamAndInsideFrames) {
@@ -410,11 +410,43 @@ TEST(LogMel, EndlessStreamsHoldOneWindow) {
   const std::vector<float> samples = speech_like(1000, 9);
   std::vector<float> rows(8 * 80);
   for (int i = 0; i < 100; ++i) {
-    front_end.step(samples, {rows.data(), 8, 80}, state);
+    front_end.step(samples, state, {rows.data(), 8, 80});
     ByteWriter now;
     front_end.save(state, now);
     EXPECT_LE(now.size(), start.size() + 401 * sizeof(float));
   }
+}
+
+// What it declares to chains of layers is what it does.
+TEST(LogMel, TimingIsTrue) {
+  for (const Named& setting : settings()) {
+    const LogMel front_end(setting.config);
+    const StreamTiming timing = front_end.timing();
+    for (std::int64_t samples = 0; samples < 1500; ++samples) {
+      ASSERT_EQ(timing.outputs_after(samples), front_end.frames_of(samples)) << setting.name;
+      ASSERT_EQ(timing.outputs_at_end(samples), front_end.frames_at_end(samples))
+          << setting.name << ", " << samples << " samples";
+    }
+  }
+  // WeNet: two convolutions (3, 2) without padding over edge-snipped frames; NeMo: centred frames.
+  const StreamTiming valid = StreamKernelConfig::valid(3, 2).timing();
+  const StreamTiming wenet[] = {LogMel(LogMelConfig::kaldi()).timing(), valid, valid};
+  EXPECT_EQ(latency_of(wenet).first_output, 1360);
+  EXPECT_EQ(last_input(wenet, 15) + 1, 10960);
+  EXPECT_EQ(latency_of(LogMel(LogMelConfig::nemo())).first_output, 200);
+}
+
+TEST(LogMel, TakesAColumnOfSamples) {
+  const LogMel front_end(LogMelConfig::kaldi());
+  const std::vector<float> samples = speech_like(1000, 2);
+  std::vector<float> spread(3000, 1e9F);
+  for (std::size_t i = 0; i < 1000; ++i) spread[3 * i] = samples[i];
+  std::vector<float> rows(80 * 80);
+  LogMel::State state = front_end.make_state();
+  const std::int64_t count = front_end.step(MatrixView<const float>(spread.data(), 1000, 1, 3),
+                                            state, {rows.data(), 80, 80});
+  rows.resize(static_cast<std::size_t>(80 * count));
+  EXPECT_EQ(rows, run_whole(front_end, samples));
 }
 
 // --- Snapshots -----------------------------------------------------------------------------------
@@ -428,21 +460,20 @@ TEST(LogMel, SnapshotsContinueBitForBit) {
     const MatrixView<float> out(rows.data(), 2001, mels);
     for (const std::size_t cut : {0U, 1U, 150U, 201U, 777U, 2000U}) {
       LogMel::State first = front_end.make_state();
-      front_end.step(std::span(samples).first(cut), out, first);
+      front_end.step(std::span(samples).first(cut), first, out);
       ByteWriter writer;
       front_end.save(first, writer);
       LogMel::State second = front_end.make_state();
-      front_end.step(std::span(samples).first(500), out, second);  // overwritten
-      LogMel::State third = front_end.make_state();
-      third.copy_from(first);
+      front_end.step(std::span(samples).first(500), second, out);  // overwritten
+      LogMel::State third = first;
       ByteReader reader(writer.bytes());
-      front_end.restore(second, reader);
+      front_end.restore(reader, second);
       reader.expect_end();
 
       std::vector<std::vector<float>> endings;
       for (LogMel::State* state : {&first, &second, &third}) {
-        std::int64_t count = front_end.step(std::span(samples).subspan(cut), out, *state);
-        count += front_end.flush(out.middle_rows(count, 2001 - count), *state);
+        std::int64_t count = front_end.step(std::span(samples).subspan(cut), *state, out);
+        count += front_end.flush(*state, out.middle_rows(count, 2001 - count));
         endings.emplace_back(rows.begin(), rows.begin() + count * mels);
       }
       EXPECT_EQ(endings[1], endings[0]) << setting.name << " at " << cut;
@@ -457,12 +488,12 @@ TEST(LogMel, DamagedSnapshotsAreRefused) {
   const LogMel front_end(config);
   LogMel::State state = front_end.make_state();
   std::vector<float> rows(80 * 80);
-  front_end.step(speech_like(900, 1), {rows.data(), 80, 80}, state);
+  front_end.step(speech_like(900, 1), state, {rows.data(), 80, 80});
   ByteWriter writer;
   front_end.save(state, writer);
   for (std::size_t size = 0; size < writer.size(); ++size) {
     ByteReader reader(writer.bytes().first(size));
-    const auto error = test::error_of([&] { front_end.restore(state, reader); });
+    const auto error = test::error_of([&] { front_end.restore(reader, state); });
     ASSERT_TRUE(error) << size;
     EXPECT_EQ(error->code(), ErrorCode::kFormat);
   }
@@ -472,7 +503,7 @@ TEST(LogMel, DamagedSnapshotsAreRefused) {
     std::vector<std::byte> bytes(writer.bytes().begin(), writer.bytes().end());
     std::copy(wrong.bytes().begin(), wrong.bytes().end(), bytes.begin());
     ByteReader reader(bytes);
-    EXPECT_TRUE(test::error_of([&] { front_end.restore(state, reader); })) << samples;
+    EXPECT_TRUE(test::error_of([&] { front_end.restore(reader, state); })) << samples;
   }
 }
 

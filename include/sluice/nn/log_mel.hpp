@@ -21,6 +21,8 @@
 #include "sluice/core/memory.hpp"
 #include "sluice/core/view.hpp"
 #include "sluice/nn/detail/real_fft.hpp"
+#include "sluice/nn/stream_layer.hpp"
+#include "sluice/nn/stream_timing.hpp"
 
 namespace sluice {
 
@@ -91,8 +93,8 @@ struct LogMelConfig {
   LogKind log = LogKind::kLnPlus;
   double log_floor = 1e-8;  ///< in units of energy, above 0
   MelNormaliser normaliser = MelNormaliser::kNone;
-  std::vector<float> mean;       ///< [num_mels], for kFixed
-  std::vector<float> deviation;  ///< [num_mels], for kFixed, above 0
+  std::vector<float> mean = {};       ///< [num_mels], for kFixed
+  std::vector<float> deviation = {};  ///< [num_mels], for kFixed, above 0
 
   /// NVIDIA NeMo's FastConformer models ("normalize: NA"): centred with zeros, pre-emphasis over
   /// the stream, symmetric Hann, Slaney filters over the whole band, ln(x + 2^-24), no dither.
@@ -194,13 +196,15 @@ struct RunningMaximumNormaliser {
 ///
 ///     LogMel front_end(LogMelConfig::kaldi());
 ///     LogMel::State state = front_end.make_state();
-///     rows = front_end.step(samples, features, state);  // and again
-///     rows = front_end.flush(features, state);          // at the end
+///     rows = front_end.step(samples, state, features);  // and again
+///     rows = front_end.flush(state, features);          // at the end
+///
+/// It is a StreamLayer whose input frames are single samples, so a chain that begins with it states
+/// its latency in samples.
 class LogMel {
  public:
   /// What one stream keeps: at most one window and one sample of audio, counters, what the
-  /// normaliser has seen, and work space. Made by make_state(). Movable; copy_from() copies it, and
-  /// LogMel::save() and restore() take it through bytes: what follows is bit for bit the same.
+  /// normaliser has seen, and room to work in. Made by make_state(); a copy is a snapshot.
   class State {
    public:
     State() = default;
@@ -208,32 +212,21 @@ class LogMel {
     std::int64_t samples() const noexcept { return samples_; }  ///< accepted since the start
     std::int64_t frames() const noexcept { return frames_; }    ///< given out since the start
 
-    /// Precondition: both were made by LogMel objects of one configuration. Allocates nothing.
-    void copy_from(const State& other) noexcept {
-      SLUICE_ASSERT(history_.size() == other.history_.size() && mels_.size() == other.mels_.size());
-      std::copy_n(other.history_.data(), other.history_.size(), history_.data());
-      std::copy_n(other.cumulative_.data(), other.cumulative_.size(), cumulative_.data());
-      maximum_ = other.maximum_;
-      first_ = other.first_;
-      samples_ = other.samples_;
-      frames_ = other.frames_;
-    }
-
    private:
     friend class LogMel;
     std::size_t held() const noexcept { return static_cast<std::size_t>(samples_ - first_); }
 
-    Buffer<float> history_;                    // samples first_ .. samples_ - 1
-    Buffer<CumulativeNormaliser> cumulative_;  // [num_mels], or none
+    std::vector<float> history_;                    // samples first_ .. samples_ - 1
+    std::vector<CumulativeNormaliser> cumulative_;  // [num_mels], or none
     RunningMaximumNormaliser maximum_;
     std::int64_t first_ = 0;
     std::int64_t samples_ = 0;
     std::int64_t frames_ = 0;
-    // Work space, without meaning between calls.
-    Buffer<double> frame_;  // [fft_size], zeros behind the window
-    Buffer<double> work_;   // [fft work]
-    Buffer<double> power_;  // [fft_size / 2 + 1]
-    Buffer<double> mels_;   // [num_mels]
+    // Without meaning between calls.
+    std::vector<double> frame_;  // [fft_size], zeros behind the window
+    std::vector<double> work_;   // [fft work]
+    std::vector<double> power_;  // [fft_size / 2 + 1]
+    std::vector<double> mels_;   // [num_mels]
   };
 
   /// \throws Error(kConfig) naming the field.
@@ -246,8 +239,8 @@ class LogMel {
       left_ = config_.fft_size / 2 - (config_.fft_size - config_.window_length) / 2;
     ahead_ = config_.window_length - left_;
     if (drops_last()) ahead_ = std::max(ahead_, config_.hop_length);
-    if (config_.framing == Framing::kCentredReflected) first_need_ = left_ + 1;
-    first_need_ = std::max(first_need_, ahead_);
+    // The first frame mirrors left_ samples around sample 0.
+    if (config_.framing == Framing::kCentredReflected) ahead_ = std::max(ahead_, left_ + 1);
     make_filters();
   }
 
@@ -256,11 +249,11 @@ class LogMel {
 
   /// Frame t is given out once so many samples have been accepted (or at the end).
   std::int64_t samples_needed(std::int64_t frame) const noexcept {
-    return std::max(frame * config_.hop_length + ahead_, first_need_);
+    return frame * config_.hop_length + ahead_;
   }
   /// Frames complete after `samples` samples while the stream goes on.
   std::int64_t frames_of(std::int64_t samples) const noexcept {
-    return samples < first_need_ ? 0 : 1 + (samples - ahead_) / config_.hop_length;
+    return samples < ahead_ ? 0 : 1 + (samples - ahead_) / config_.hop_length;
   }
   /// Frames of a stream that ends after `samples` samples; 0 if there is none.
   std::int64_t frames_at_end(std::int64_t samples) const noexcept {
@@ -268,6 +261,33 @@ class LogMel {
     if (samples == 0) return 0;
     return samples / config_.hop_length + (config_.drop_last_frame ? 0 : 1);
   }
+  /// What a StreamLayer declares: in samples, and at most so many rows.
+  std::int64_t in_width() const noexcept { return 1; }
+  std::int64_t out_width() const noexcept { return config_.num_mels; }
+  std::int64_t max_outputs(std::int64_t samples) const noexcept {
+    return timing().max_outputs(samples);
+  }
+  std::int64_t max_flush_outputs() const noexcept { return timing().max_flush_outputs(); }
+  StreamTiming timing() const noexcept {
+    const bool remembers = config_.normaliser == MelNormaliser::kCumulative ||
+                           config_.normaliser == MelNormaliser::kRunningMaximum;
+    // Behind the end stand as many samples as make frames_at_end() of the frames.
+    std::int64_t end_padding = 0;
+    if (config_.framing != Framing::kEdgeSnipped)
+      end_padding = ahead_ - (config_.drop_last_frame ? config_.hop_length : 0);
+    return {.stride = config_.hop_length,
+            .left = remembers ? kUnboundedFrames : left_,
+            .right = ahead_ - 1,
+            .end_padding = end_padding};
+  }
+  std::size_t state_bytes() const noexcept {
+    std::size_t bytes = static_cast<std::size_t>(left_ + ahead_ + 1) * sizeof(float) +
+                        3 * sizeof(std::int64_t) + sizeof(double);
+    if (config_.normaliser == MelNormaliser::kCumulative)
+      bytes += static_cast<std::size_t>(num_mels()) * sizeof(CumulativeNormaliser);
+    return bytes;
+  }
+
   /// Rows that step() will write for `samples` more samples, and flush() now.
   std::int64_t frames_in_step(std::int64_t samples, const State& state) const noexcept {
     return frames_of(state.samples_ + samples) - state.frames_;
@@ -280,13 +300,13 @@ class LogMel {
   State make_state() const {
     State state;
     // From one sample before the next frame's start to what completes it.
-    state.history_ = Buffer<float>(static_cast<std::size_t>(left_ + ahead_ + 1));
+    state.history_.resize(static_cast<std::size_t>(left_ + ahead_ + 1));
     if (config_.normaliser == MelNormaliser::kCumulative)
-      state.cumulative_ = Buffer<CumulativeNormaliser>(static_cast<std::size_t>(num_mels()));
-    state.frame_ = Buffer<double>(static_cast<std::size_t>(config_.fft_size));
-    state.work_ = Buffer<double>(static_cast<std::size_t>(fft_.work_size()));
-    state.power_ = Buffer<double>(static_cast<std::size_t>(config_.fft_size / 2 + 1));
-    state.mels_ = Buffer<double>(static_cast<std::size_t>(num_mels()));
+      state.cumulative_.resize(static_cast<std::size_t>(num_mels()));
+    state.frame_.resize(static_cast<std::size_t>(config_.fft_size));
+    state.work_.resize(static_cast<std::size_t>(fft_.work_size()));
+    state.power_.resize(static_cast<std::size_t>(config_.fft_size / 2 + 1));
+    state.mels_.resize(static_cast<std::size_t>(num_mels()));
     return state;
   }
 
@@ -294,7 +314,7 @@ class LogMel {
   void reset(State& state) const noexcept {
     state.first_ = state.samples_ = state.frames_ = 0;
     state.maximum_ = {};
-    for (CumulativeNormaliser& mel : state.cumulative_.span()) mel = {};
+    for (CumulativeNormaliser& mel : state.cumulative_) mel = {};
   }
 
   /// Appends a state to bytes. Precondition: flush() was not called.
@@ -303,7 +323,7 @@ class LogMel {
     out.write(state.samples_);
     out.write_span(std::span<const float>(state.history_.data(), state.held()));
     out.write(state.maximum_.maximum);
-    for (const CumulativeNormaliser& mel : state.cumulative_.span()) {
+    for (const CumulativeNormaliser& mel : state.cumulative_) {
       out.write(mel.mean);
       out.write(mel.squares);
     }
@@ -311,7 +331,7 @@ class LogMel {
 
   /// Reads what save() wrote with the same configuration into a state that make_state() made.
   /// \throws Error(kFormat); the state is then to be reset.
-  void restore(State& state, ByteReader& in) const {
+  void restore(ByteReader& in, State& state) const {
     reset(state);
     const std::size_t begin = in.offset();
     const auto samples = in.read<std::int64_t>("samples");
@@ -319,9 +339,10 @@ class LogMel {
       in.fail_at(begin, "sample count out of range", "samples",
                  "0 to " + std::to_string(kMaxSamples), std::to_string(samples));
     const std::int64_t first = first_kept(frames_of(samples));
-    in.read_span("history", state.history_.span().first(static_cast<std::size_t>(samples - first)));
+    in.read_span("history",
+                 std::span(state.history_).first(static_cast<std::size_t>(samples - first)));
     state.maximum_.maximum = in.read<double>("maximum");
-    for (CumulativeNormaliser& mel : state.cumulative_.span()) {
+    for (CumulativeNormaliser& mel : state.cumulative_) {
       mel.mean = in.read<double>("mean");
       mel.squares = in.read<double>("squares");
     }
@@ -333,9 +354,9 @@ class LogMel {
   /// Accepts samples and writes the frames that they complete to the first rows of `out`.
   /// samples: [any number], none changes nothing. out: [at least frames_in_step(), num_mels].
   /// Returns the rows written. Allocates nothing. A NaN gives NaN in the frames that hold it, and
-  /// with kCumulative in all that follow (io/audio_source.hpp keeps NaN out).
-  std::int64_t step(std::span<const float> samples, MatrixView<float> out,
-                    State& state) const noexcept {
+  /// with kCumulative in all that follow (io/audio_input.hpp keeps NaN out).
+  std::int64_t step(std::span<const float> samples, State& state,
+                    MatrixView<float> out) const noexcept {
     SLUICE_ASSERT(out.rows >= frames_in_step(static_cast<std::int64_t>(samples.size()), state));
     std::int64_t rows = 0;
     while (!samples.empty()) {
@@ -350,9 +371,21 @@ class LogMel {
     return rows;
   }
 
+  /// The same for a column of samples, [samples, 1], as any StreamLayer takes it.
+  std::int64_t step(MatrixView<const float> in, State& state,
+                    MatrixView<float> out) const noexcept {
+    SLUICE_ASSERT(in.cols == 1);
+    if (in.stride == 1 || in.rows == 0)
+      return step(std::span(in.data, static_cast<std::size_t>(in.rows)), state, out);
+    std::int64_t rows = 0;
+    for (std::int64_t i = 0; i < in.rows; ++i)
+      rows += step(std::span(in.row(i), 1), state, out.middle_rows(rows, out.rows - rows));
+    return rows;
+  }
+
   /// Ends the stream: writes the frames that reach behind its last sample. out: [at least
   /// frames_in_flush(), num_mels]. Returns the rows written. Only reset() may follow.
-  std::int64_t flush(MatrixView<float> out, State& state) const noexcept {
+  std::int64_t flush(State& state, MatrixView<float> out) const noexcept {
     const std::int64_t rows = frames_in_flush(state);
     SLUICE_ASSERT(out.rows >= rows);
     for (std::int64_t row = 0; row < rows; ++row) write_frame(state, state.samples_, out.row(row));
@@ -570,7 +603,7 @@ class LogMel {
         for (std::size_t m = 0; m < state.mels_.size(); ++m)
           state.mels_[m] = state.cumulative_[m](state.mels_[m], state.frames_);
         break;
-      case MelNormaliser::kRunningMaximum: state.maximum_(state.mels_.span()); break;
+      case MelNormaliser::kRunningMaximum: state.maximum_(state.mels_); break;
     }
   }
 
@@ -581,7 +614,8 @@ class LogMel {
   std::vector<double> weights_;  // of all filters, one behind the other
   std::int64_t left_ = 0;        // samples of a frame before its time t H
   std::int64_t ahead_ = 0;       // samples from t H on that complete frame t
-  std::int64_t first_need_ = 0;  // samples that complete the first frame
 };
+
+static_assert(StreamLayer<LogMel>);
 
 }  // namespace sluice

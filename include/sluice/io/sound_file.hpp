@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+/// Compressed audio through libsndfile: FLAC, Ogg Vorbis and Opus, MP3, AIFF and what else it
+/// reads. Needs the target sluice::audio.
+#pragma once
+
+#include <sndfile.h>
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "sluice/core/error.hpp"
+#include "sluice/io/audio_input.hpp"
+#include "sluice/io/byte_source.hpp"
+#include "sluice/io/wav.hpp"
+
+namespace sluice {
+
+/// A sound file that libsndfile decodes. Movable, not copyable.
+class SoundFileReader final : public AudioReader {
+ public:
+  /// \throws Error(kIo) if the file cannot be opened; kFormat with libsndfile's reason if it cannot
+  /// be read.
+  explicit SoundFileReader(std::string path) : name_(std::move(path)) {
+    ByteSource::open(name_);  // says why a file cannot be opened; libsndfile does not
+    SF_INFO info{};
+    file_.reset(sf_open(name_.c_str(), SFM_READ, &info));
+    if (file_ == nullptr)
+      throw Error(ErrorCode::kFormat,
+                  {"not a sound file that libsndfile reads", name_, "", "", sf_strerror(nullptr)});
+    format_ = {info.samplerate, info.channels};
+    detail::check_audio_format(format_, "SoundFileReader");
+    // Streams of unknown length promise the largest number there is.
+    if (info.frames < (sf_count_t{1} << 60)) promised_ = info.frames;
+  }
+
+  AudioFormat format() const override { return format_; }
+  const std::string& name() const override { return name_; }
+
+  /// \throws Error(kFormat) if the file ends before the frames that its header promises, after
+  /// those that are there; or if its content is damaged where libsndfile notices.
+  std::int64_t read(std::int64_t frames, float* out) override {
+    const sf_count_t count = sf_readf_float(file_.get(), out, frames);
+    if (const int code = sf_error(file_.get()); code != SF_ERR_NO_ERROR)
+      throw Error(ErrorCode::kFormat, {"damaged audio", name_, "frame " + std::to_string(read_), "",
+                                       sf_error_number(code)});
+    read_ += count;
+    if (count == 0 && frames > 0 && read_ < promised_)
+      throw Error(ErrorCode::kFormat,
+                  {"truncated audio", name_, "samples", std::to_string(promised_) + " frames",
+                   std::to_string(read_) + " frames"});
+    return count;
+  }
+
+ private:
+  struct Close {
+    void operator()(SNDFILE* file) const noexcept { sf_close(file); }
+  };
+  std::string name_;
+  std::unique_ptr<SNDFILE, Close> file_;
+  AudioFormat format_;
+  std::int64_t promised_ = 0;
+  std::int64_t read_ = 0;
+};
+
+/// Any audio file as a model wants it: WAV by our own reader, everything else through libsndfile;
+/// "-" is WAV on standard input. \throws Error as the readers and AudioInput.
+inline AudioInput open_audio(const std::string& path, AudioInputConfig config = {}) {
+  if (path == "-") return open_wav(ByteSource::standard_input(), config);
+  ByteSource source = ByteSource::open(path);
+  std::array<std::byte, 12> front{};
+  source.read(front);
+  if (std::memcmp(front.data(), "RIFF", 4) == 0 && std::memcmp(front.data() + 8, "WAVE", 4) == 0)
+    return open_wav(path, config);
+  return AudioInput(std::make_unique<SoundFileReader>(path), config);
+}
+
+}  // namespace sluice
