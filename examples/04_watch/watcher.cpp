@@ -97,6 +97,13 @@ Watcher::Watcher(const sluice::Decoder& decoder, const sluice::VisionEncoder& en
             .cols = config.cols,
             .frame_step = sluice::time_step(config.seconds_per_frame)},
       positions_(static_cast<std::size_t>(grid_.num_tokens())),
+      patch_rows_({.width = config.cols * encoder.config().merge * encoder.config().patch_size,
+                   .height = config.rows * encoder.config().merge * encoder.config().patch_size,
+                   .patch = encoder.config().patch_size,
+                   .temporal_patch = encoder.config().grid_frames,
+                   .merge = encoder.config().merge}),
+      picture_(patch_rows_.make_state()),
+      patches_(static_cast<std::size_t>(patch_rows_.rows_per_grid() * patch_rows_.row_width())),
       logits_(static_cast<std::size_t>(decoder.config().vocab_size)),
       random_(config.seed) {
   const sluice::VisionEncoderConfig& vision = encoder.config();
@@ -105,8 +112,6 @@ Watcher::Watcher(const sluice::Decoder& decoder, const sluice::VisionEncoder& en
         sluice::ErrorCode::kShape,
         {"the encoder is of another decoder", "Watcher", "out_width",
          std::to_string(decoder.config().hidden_size), std::to_string(vision.out_width)});
-  patches_.resize(static_cast<std::size_t>(grid_.num_tokens() * vision.merge * vision.merge *
-                                           vision.patch_values()));
   said_.reserve(static_cast<std::size_t>(config.retention.max_reply));
 }
 
@@ -130,11 +135,12 @@ void Watcher::read_text(sluice::SpanRole role, std::span<const Token> tokens) {
 FrameTimes Watcher::see(std::span<const std::uint8_t> pixels, std::int64_t reply) {
   FrameTimes times;
   times.begin = sluice::monotonic_ns();
-  const sluice::VisionEncoderConfig& vision = encoder_.config();
-  const sluice::MatrixView<float> patches(
-      patches_.data(), static_cast<std::int64_t>(patches_.size()) / vision.patch_values(),
-      vision.patch_values());
-  sluice::cut_patches(vision, pixels, config_.rows, config_.cols, patches);
+  const sluice::MatrixView<float> patches(patches_.data(), patch_rows_.rows_per_grid(),
+                                          patch_rows_.row_width());
+  const auto bytes = static_cast<std::size_t>(patch_rows_.frame_bytes());
+  for (std::size_t at = 0; at + bytes <= pixels.size(); at += bytes)
+    patch_rows_.accept(pixels.subspan(at, bytes), picture_);
+  patch_rows_.read(picture_, 0, patches);
   const sluice::MatrixView<const float> seen = encoder_.encode(patches, encoder_workspace_, team_);
   times.encoded = sluice::monotonic_ns();
 

@@ -13,6 +13,7 @@
 #include "sluice/core/random.hpp"
 #include "sluice/model/decoder.hpp"
 #include "sluice/model/vision_encoder.hpp"
+#include "sluice/nn/patch_embedding.hpp"
 #include "sluice/position/vision_positions.hpp"
 
 namespace watch {
@@ -67,6 +68,8 @@ class Watcher {
   sluice::VisionEncoder::Workspace encoder_workspace_;
   sluice::VisionGrid grid_;
   std::vector<sluice::Position3> positions_;
+  sluice::PatchRows patch_rows_;
+  sluice::PatchRows::State picture_;
   std::vector<float> patches_;
   std::vector<float> logits_;
   std::vector<sluice::Token> said_;

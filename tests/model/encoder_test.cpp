@@ -307,26 +307,4 @@ TEST(VisionEncoder, RefusesWhatDoesNotFit) {
   EXPECT_TRUE(refused([](VisionEncoderConfig& c) { c.patch_size = 0; }));
 }
 
-TEST(VisionEncoder, CutsPatchesInTheOrderOfTokens) {
-  VisionEncoderConfig config = small_vision();
-  config.patch_size = 2;
-  config.window_size = 0;
-  // A pixel tells where it is: 2 x 1 tokens, 8 x 4 pixels, 2 frames.
-  std::vector<std::uint8_t> frames(2 * 8 * 4 * 3);
-  for (std::size_t i = 0; i < frames.size(); ++i) frames[i] = static_cast<std::uint8_t>(i);
-  std::vector<float> patches(static_cast<std::size_t>(8 * config.patch_values()));
-  const MatrixView<float> out(patches.data(), 8, config.patch_values());
-  cut_patches(config, frames, 2, 1, out, {0, 0, 0}, {1, 1, 1});
-  for (std::int64_t p = 0; p < 8; ++p)
-    for (std::int64_t i = 0; i < config.patch_values(); ++i) {
-      const std::int64_t token = p / 4;
-      const std::int64_t y = token * 4 + p % 4 / 2 * 2 + i / 2 % 2;
-      const std::int64_t x = p % 2 * 2 + i % 2;
-      const std::int64_t at = ((i / 4 % 2 * 8 + y) * 4 + x) * 3 + i / 8;
-      EXPECT_NEAR(out.row(p)[i] * 255, static_cast<double>(frames[static_cast<std::size_t>(at)]),
-                  1e-3)
-          << p << ", " << i;
-    }
-}
-
 }  // namespace SLUICE_TEST_UNIT

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -211,8 +210,8 @@ class VisionEncoder {
   };
 
   /// Encodes one grid. patches: [tokens * merge^2, patch_values()], the merge^2 patches of a token
-  /// side by side, tokens row by row. Returns [tokens, out_width], valid until the workspace is
-  /// used again. Allocates nothing.
+  /// side by side, tokens row by row: what PatchRows cuts (nn/patch_embedding.hpp). Returns
+  /// [tokens, out_width], valid until the workspace is used again. Allocates nothing.
   MatrixView<const float> encode(MatrixView<const float> patches, Workspace& w,
                                  ThreadTeam& team) const {
     const VisionEncoderConfig& c = config_;
@@ -379,42 +378,5 @@ class VisionEncoder {
   PackedLinear merger_first_;
   PackedLinear merger_second_;
 };
-
-/// Cuts frames into patches as VisionEncoder::encode() wants them. frames: [grid_frames, height,
-/// width, 3] 8-bit RGB, height = rows * merge * patch_size and width likewise; each value becomes
-/// (value / 255 - mean) / deviation of its channel. patches: [rows * cols * merge^2,
-/// patch_values()].
-inline void cut_patches(const VisionEncoderConfig& config, std::span<const std::uint8_t> frames,
-                        std::int64_t rows, std::int64_t cols, MatrixView<float> patches,
-                        const std::array<float, 3>& mean = {0.48145466F, 0.4578275F, 0.40821073F},
-                        const std::array<float, 3>& deviation = {0.26862954F, 0.26130258F,
-                                                                 0.27577711F}) {
-  const std::int64_t size = config.patch_size;
-  const std::int64_t merge = config.merge;
-  const std::int64_t height = rows * merge * size;
-  const std::int64_t width = cols * merge * size;
-  SLUICE_ASSERT(
-      config.channels == 3 &&
-      static_cast<std::int64_t>(frames.size()) == config.grid_frames * height * width * 3 &&
-      patches.rows == rows * cols * merge * merge && patches.cols == config.patch_values());
-  for (std::int64_t p = 0; p < patches.rows; ++p) {
-    const std::int64_t token = p / (merge * merge);
-    const std::int64_t top = (token / cols * merge + p % (merge * merge) / merge) * size;
-    const std::int64_t left = (token % cols * merge + p % merge) * size;
-    float* to = patches.row(p);
-    for (std::int64_t channel = 0; channel < 3; ++channel) {
-      const float scale = 1 / (255 * deviation[static_cast<std::size_t>(channel)]);
-      const float shift =
-          mean[static_cast<std::size_t>(channel)] / deviation[static_cast<std::size_t>(channel)];
-      for (std::int64_t frame = 0; frame < config.grid_frames; ++frame)
-        for (std::int64_t y = 0; y < size; ++y) {
-          const std::uint8_t* from =
-              frames.data() + ((frame * height + top + y) * width + left) * 3 + channel;
-          for (std::int64_t x = 0; x < size; ++x)
-            *to++ = static_cast<float>(from[3 * x]) * scale - shift;
-        }
-    }
-  }
-}
 
 }  // namespace sluice
