@@ -4,6 +4,7 @@
 /// the same books as the CPU.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string_view>
@@ -14,6 +15,7 @@ namespace sluice {
 
 /// What a cached token is, for retention per kind and for visibility functors.
 enum class TokenKind : std::uint8_t { kText, kVision, kAudio, kPinned };
+inline constexpr std::size_t kNumTokenKinds = 4;
 
 constexpr std::string_view to_string(TokenKind kind) {
   switch (kind) {
