@@ -9,6 +9,8 @@
 #include "sluice/backend/cuda/decode_step.cuh"
 #include "sluice/backend/cuda/decoder.cuh"
 #include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/kind_decoder.cuh"
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
+#include "sluice/backend/cuda/tile_attention.cuh"

@@ -29,6 +29,8 @@
 #include "sluice/cache/frame_store.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/head_map.hpp"
+#include "sluice/cache/kind_kv_cache.hpp"
+#include "sluice/cache/kind_retention.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/page_pool.hpp"
@@ -36,6 +38,8 @@
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/score_policy.hpp"
 #include "sluice/cache/segment.hpp"
+#include "sluice/cache/segment_rule.hpp"
+#include "sluice/cache/span_finder.hpp"
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
@@ -74,9 +78,13 @@
 #include "sluice/nn/weight_matrix.hpp"
 
 #include "sluice/model/cache_plan.hpp"
+#include "sluice/model/conformer.hpp"
 #include "sluice/model/decoder.hpp"
 #include "sluice/model/decoder_config.hpp"
 #include "sluice/model/listen_model.hpp"
+#include "sluice/model/moonshine_encoder.hpp"
+#include "sluice/model/named_tensors.hpp"
+#include "sluice/model/vision_encoder.hpp"
 
 #include "sluice/stream/attention_policy.hpp"
 #include "sluice/stream/block_beam.hpp"

@@ -114,9 +114,6 @@ struct ReaderPlace {
   Position ceiling = kNoCeiling;
 };
 
-/// Says whether tokens fit.
-enum class CacheStatus : std::uint8_t { kOk, kFull };
-
 /// Bookkeeping of one token stream in a fixed number of slots.
 ///
 /// Slots 0 .. num_sink_tokens-1 hold the sinks; every later token goes round a ring of the other

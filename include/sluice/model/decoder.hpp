@@ -25,6 +25,7 @@
 #include "sluice/attention/selective_cache.hpp"
 #include "sluice/attention/variant.hpp"
 #include "sluice/cache/group.hpp"
+#include "sluice/cache/kind_kv_cache.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/core/config.hpp"
@@ -228,6 +229,19 @@ class Decoder {
   template <RotaryElement Key, RotaryElement Value = Key>
   RetrievalKvCache<Key, Value> make_retrieval_cache(const RetrievalConfig& config) const {
     return RetrievalKvCache<Key, Value>(kv_shape(), config_.num_qo_heads, config, rotaries());
+  }
+
+  /// A cache that keeps text and frames by kind, for one conversation with this model about a video
+  /// (StreamingVLM). The model must outlive it. A workspace needs room for its segments.
+  /// \throws what KindKvCache throws, Error(kUnsupported) for a model with trained windows.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  KindKvCache<Key, Value> make_kind_cache(const KindRetentionConfig& config) const {
+    for (const DecoderLayerConfig& layer : config_.layers)
+      if (layer.window_size < kUnlimitedWindow)
+        throw Error(ErrorCode::kUnsupported,
+                    {"layers with trained windows have no kinds", "Decoder::make_kind_cache",
+                     "window_size", "none", std::to_string(layer.window_size)});
+    return KindKvCache<Key, Value>(kv_shape(), config, rotaries());
   }
 
   /// Pages for the streams of this model that share them, each with a PagedKvCache of its own. The

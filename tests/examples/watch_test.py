@@ -1,0 +1,146 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Runs watch as its users do: made-up frames, pipes, clocks, models, wrong flags.
+
+    watch_test.py --watch PROGRAM --make-tiny-model PROGRAM --encoder FILE [unittest arguments]
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+
+PROGRAM = MODEL = ENCODER = FOLDER = None
+FRAME = 64 * 64 * 3  # 4 x 4 tokens of 2 x 2 patches of 8 pixels
+
+
+def run(*arguments, stdin=b""):
+    return subprocess.run([PROGRAM, *map(str, arguments)], input=stdin, capture_output=True,
+                          timeout=120, check=False)
+
+
+def records(*arguments, stdin=b""):
+    done = run("--json", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr.decode()
+    lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert lines[-1]["kind"] == "report"
+    return lines[:-1], lines[-1]
+
+
+class Watch(unittest.TestCase):
+    def test_every_picture_gets_a_reply(self):
+        pictures, report = records("-n", 30, "--reply", 3)
+        self.assertEqual([p["index"] for p in pictures], list(range(30)))
+        self.assertTrue(all(len(p["tokens"]) == 3 for p in pictures))
+        self.assertEqual(report["pictures_watched"], 30)
+        self.assertGreater(report["sustained_fps"], 0)
+
+    def test_the_same_seed_says_the_same(self):
+        first, second = (records("-n", 12, "--seed", 5)[0] for _ in range(2))
+        self.assertEqual([p["tokens"] for p in first], [p["tokens"] for p in second])
+        other = records("-n", 12, "--seed", 6)[0]
+        self.assertNotEqual([p["tokens"] for p in first], [p["tokens"] for p in other])
+
+    def test_memory_is_bounded_by_kind(self):
+        arguments = ["--fps", 8, "--vision-window", 2, "--text-sinks", 8, "--text-window", 16]
+        _, short = records("-n", 40, *arguments)
+        _, long = records("-n", 120, *arguments)
+        self.assertEqual(short["cache_bytes"], long["cache_bytes"])
+        for kinds in (short["cache"], long["cache"]):
+            self.assertEqual(kinds["vision"]["tokens"], 2 * 8 * 16)
+            self.assertEqual(kinds["text"]["tokens"], 16 + 2 * 8 * 2)
+            self.assertEqual(kinds["pinned"]["tokens"], 4 + 8 + 2)
+            for kind in kinds.values():
+                self.assertLessEqual(kind["bytes"], kind["reserved_bytes"])
+
+    def test_frames_from_a_pipe(self):
+        frames = b"".join(bytes([7 * i]) * FRAME for i in range(5))
+        pictures, _ = records("-i", "-", stdin=frames)
+        self.assertEqual(len(pictures), 5)
+        done = run("-i", "-", stdin=frames + b"half a frame")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("cut short", done.stderr.decode())
+        self.assertEqual(run("-i", "-").returncode, 1)  # nothing came
+
+    def test_real_time(self):
+        pictures, report = records("-n", 20, "--real-time", "--fps", 40, "--reply", 1)
+        self.assertEqual(len(pictures), 20)
+        self.assertGreaterEqual(report["seconds"], 19 / 40)
+        deadlines = report["deadlines"]
+        self.assertLessEqual(deadlines["misses"], 20)
+        self.assertGreaterEqual(deadlines["jitter_ms"], 0)
+
+    def test_frames_are_dropped_or_joined_when_late(self):
+        # Ten thousand a second is too fast for anybody.
+        for late, counter in (("drop-oldest", "dropped"), ("drop-newest", "dropped"),
+                              ("coalesce", "coalesced")):
+            pictures, report = records("-n", 200, "--real-time", "--fps", 1000, "--reply", 8,
+                                       "--late", late)
+            self.assertEqual(len(pictures) + report[counter], 200, late)
+            indices = [p["index"] for p in pictures]
+            self.assertEqual(indices, sorted(set(indices)))
+        pictures, report = records("-n", 50, "--real-time", "--fps", 1000)
+        self.assertEqual(len(pictures), 50)
+
+    def test_work_is_shed(self):
+        pictures, report = records("-n", 150, "--real-time", "--fps", 1000, "--shed", "skip")
+        self.assertEqual(len(pictures) + report["skipped"], 150)
+        self.assertGreater(report["skipped"], 0)
+        pictures, report = records("-n", 60, "--real-time", "--fps", 1000, "--reply", 8, "--shed",
+                                   "shorten")
+        self.assertGreater(report["shortened"], 0)
+        self.assertTrue(any(len(p["tokens"]) < 8 for p in pictures))
+
+    def test_a_loaded_decoder_speaks(self):
+        done = run("-m", MODEL, "-n", 5)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        self.assertIn("pictures in", done.stdout.decode("utf-8", "replace"))
+
+    def test_an_encoder_of_another_width_is_refused(self):
+        done = run("--encoder", ENCODER, "--encoder-heads", 3, "-n", 2)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("out_width", done.stderr.decode())
+        self.assertEqual(run("--encoder", FOLDER / "absent.safetensors").returncode, 1)
+
+    @unittest.skipUnless(shutil.which("ffmpeg"), "needs ffmpeg")
+    def test_a_video(self):
+        film = FOLDER / "film.mp4"
+        subprocess.run(["ffmpeg", "-v", "error", "-f", "lavfi", "-i",
+                        "testsrc=duration=2:size=96x96:rate=10", "-y", film], check=True)
+        pictures, _ = records("-i", film, "--fps", 5)
+        self.assertIn(len(pictures), (9, 10, 11))
+        self.assertEqual(run("-i", FOLDER / "absent.mp4").returncode, 1)
+
+    def test_wrong_flags(self):
+        for arguments in (["--fps", "0"], ["--late", "never"], ["-n", "0"], ["--rows", "x"]):
+            done = run(*arguments)
+            self.assertEqual(done.returncode, 2, arguments)
+            self.assertEqual(done.stdout, b"")
+            self.assertNotEqual(done.stderr, b"")
+
+    def test_help(self):
+        done = run("--help")
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("--vision-window", done.stdout.decode())
+
+
+def main():
+    global PROGRAM, MODEL, ENCODER, FOLDER
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--watch", required=True)
+    parser.add_argument("--make-tiny-model", required=True)
+    parser.add_argument("--encoder", required=True)
+    options, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        FOLDER = pathlib.Path(folder)
+        PROGRAM, MODEL, ENCODER = options.watch, str(FOLDER / "tiny.gguf"), options.encoder
+        subprocess.run([options.make_tiny_model, MODEL], check=True, stdout=subprocess.DEVNULL)
+        unittest.main(argv=[sys.argv[0], *rest])
+
+
+if __name__ == "__main__":
+    main()
