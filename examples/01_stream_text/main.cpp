@@ -12,6 +12,7 @@
 
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
+#include "sluice/model/load_head_map.hpp"
 #include "sluice/model/load_model.hpp"
 
 namespace {
@@ -28,8 +29,17 @@ int run(const sluice::LoadedModel& model, const Options& options) {
   return Runner<Element>(model, options).run();
 }
 
-int run(const Options& options) {
+/// The head map that --heads names.
+sluice::HeadMap load_heads(const Options& options, const sluice::DecoderConfig& config) {
+  if (options.heads.ends_with(".json"))
+    return sluice::load_head_map(options.heads, config, options.cache.capacity);
+  return sluice::load_duo_attention(options.heads, {.sparsity = options.sparsity});
+}
+
+int run(Options options) {
   const sluice::LoadedModel model = sluice::load_model(options.model);
+  if (!options.heads.empty() && options.cache.policy == sluice::CachePolicy::kPerHead)
+    options.cache.heads = load_heads(options, model.decoder->config());
   try {
     print_setting(model, options);
     switch (options.kv_type) {

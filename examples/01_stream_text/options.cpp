@@ -92,17 +92,26 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   group = "Cache";
   with_default("--policy", policy,
                "what is kept: sink-window (StreamingLLM), window (no sinks), full (all,\n"
-               "up to --capacity), recompute (the window rebuilt for every token)")
-      ->check(CLI::IsMember({"sink-window", "window", "full", "recompute"}));
+               "up to --capacity), recompute (the window rebuilt for every token),\n"
+               "per-head (what --heads says of each KV head)")
+      ->check(CLI::IsMember({"sink-window", "window", "full", "recompute", "per-head"}));
+  CLI::Option* const heads_option =
+      option("--heads", o.heads,
+             "head map of per-head: a .json of our form, a DuoAttention folder or .tsv");
+  CLI::Option* const sparsity_option =
+      with_default("--sparsity", o.sparsity, "share of streaming heads of a DuoAttention map")
+          ->check(number(0, 1, "a number from 0 to 1"));
   CLI::Option* const sinks_option =
       with_default("--sinks", o.cache.num_sink_tokens, "first tokens kept for ever (sink-window)")
           ->check(whole_number(0, 1 << 30));
   CLI::Option* const window_option =
       with_default("--window", o.cache.window_size,
-                   "keys a token sees besides the sinks, its own included (all but full)")
+                   "keys a token sees besides the sinks, its own included (all but full and\n"
+                   "per-head)")
           ->check(whole_number(1, 1 << 30));
   CLI::Option* const capacity_option =
-      with_default("--capacity", o.cache.capacity, "tokens that --policy full can hold")
+      with_default("--capacity", o.cache.capacity,
+                   "tokens that --policy full can hold, and full heads of per-head")
           ->check(whole_number(1, 1 << 30));
   with_default("--position", position,
                "where a query sees the kept tokens: in-cache (contiguous ranks) or\n"
@@ -213,8 +222,9 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;
   o.cache.position_rule =
       position == "in-text" ? sluice::PositionRule::kInText : sluice::PositionRule::kInCache;
-  for (const auto value : {sluice::CachePolicy::kSinkWindow, sluice::CachePolicy::kWindow,
-                           sluice::CachePolicy::kFull, sluice::CachePolicy::kRecompute})
+  for (const auto value :
+       {sluice::CachePolicy::kSinkWindow, sluice::CachePolicy::kWindow, sluice::CachePolicy::kFull,
+        sluice::CachePolicy::kRecompute, sluice::CachePolicy::kPerHead})
     if (policy == sluice::to_string(value)) o.cache.policy = value;
 
   o.predict = predict;
@@ -238,8 +248,12 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       o.notes.push_back(given->get_name() + " has no effect with --policy " + policy);
   };
   idle(sinks_option, kept == CachePolicy::kSinkWindow);
-  idle(window_option, kept != CachePolicy::kFull);
-  idle(capacity_option, kept == CachePolicy::kFull);
+  idle(window_option, kept != CachePolicy::kFull && kept != CachePolicy::kPerHead);
+  idle(capacity_option, kept == CachePolicy::kFull || kept == CachePolicy::kPerHead);
+  idle(heads_option, kept == CachePolicy::kPerHead);
+  idle(sparsity_option, kept == CachePolicy::kPerHead);
+  if (kept == CachePolicy::kPerHead && o.heads.empty())
+    return fail("--heads: --policy per-head needs a head map");
 
   const std::int64_t chunk = o.cache.chunk_size;
   if ((kept == CachePolicy::kSinkWindow || kept == CachePolicy::kWindow) &&

@@ -35,6 +35,8 @@ struct Options {
   sluice::SamplerOptions sampler;
 
   sluice::CacheOptions cache;
+  std::string heads;      // --policy per-head: the head map's file or folder
+  double sparsity = 0.5;  // of a DuoAttention map: share of streaming heads
   KvType kv_type = KvType::kF16;
   int threads = 1;
   sluice::Activations activations = sluice::Activations::kFloat32;

@@ -39,9 +39,18 @@ std::string cache_text(const Options& options) {
       return policy + ", up to " + std::to_string(cache.capacity) + " tokens";
     case CachePolicy::kRecompute:
       return policy + ", " + std::to_string(cache.window_size) + " tokens, rebuilt every time";
-    case CachePolicy::kPerHead: break;
+    case CachePolicy::kPerHead:
+      return policy + ", " + std::to_string(cache.heads.num_full()) + " of " +
+             std::to_string(cache.heads.num_layers() * cache.heads.num_kv_heads()) +
+             " KV heads keep all, up to " + std::to_string(cache.capacity) + " tokens";
   }
   return policy;
+}
+
+/// Null where a file says what each head keeps, or nothing leaves.
+Json window_json(const sluice::CacheOptions& cache) {
+  const bool windowed = cache.policy != CachePolicy::kFull && cache.policy != CachePolicy::kPerHead;
+  return windowed ? Json(cache.window_size) : Json();
 }
 
 std::string_view key_form(const Options& options) {
@@ -59,8 +68,8 @@ Json setting_json(const sluice::LoadedModel& model, const Options& options) {
           {"weight_types", facts.types},
           {"policy", to_string(cache.policy)},
           {"sinks", cache.policy == CachePolicy::kSinkWindow ? cache.num_sink_tokens : 0},
-          {"window", cache.policy == CachePolicy::kFull ? Json() : Json(cache.window_size)},
-          {"capacity", cache.policy == CachePolicy::kFull ? Json(cache.capacity) : Json()},
+          {"window", window_json(cache)},
+          {"capacity", cache.is_bounded() ? Json(cache.capacity) : Json()},
           {"position", to_string(cache.position_rule)},
           {"keys", key_form(options)},
           {"kv_type", to_string(options.kv_type)},
@@ -179,7 +188,7 @@ Json perplexity_json(const sluice::LoadedModel& model, const Options& options,
   return {{"kind", "perplexity"},
           {"policy", to_string(cache.policy)},
           {"sinks", cache.policy == CachePolicy::kSinkWindow ? cache.num_sink_tokens : 0},
-          {"window", cache.policy == CachePolicy::kFull ? Json() : Json(cache.window_size)},
+          {"window", window_json(cache)},
           {"tokens", scores.tokens},
           {"ppl", scores.perplexity},
           {"nll_mean", scores.nll_mean()},

@@ -99,7 +99,7 @@ class Runner {
 
   /// How many of `wanted` more tokens a full cache has room for; others have room for ever.
   std::int64_t room_for(std::int64_t wanted) const {
-    if (options_.cache.policy != sluice::CachePolicy::kFull) return wanted;
+    if (!options_.cache.is_bounded()) return wanted;
     return std::min(wanted, options_.cache.capacity - session_.cache().total());
   }
 

@@ -26,6 +26,7 @@
 #include "sluice/position/rotary.hpp"
 #include "sluice/position/vision_positions.hpp"
 
+#include "sluice/cache/element_stream.hpp"
 #include "sluice/cache/frame_store.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/head_map.hpp"
@@ -41,6 +42,7 @@
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/group_mask.hpp"
+#include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/observed_attention.hpp"
 #include "sluice/attention/page_bounds.hpp"
 #include "sluice/attention/query_directions.hpp"

@@ -4,6 +4,7 @@
 /// passes between the two.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string_view>
@@ -15,6 +16,7 @@ namespace sluice {
 
 /// What a cached token is, for retention per kind and for visibility functors.
 enum class TokenKind : std::uint8_t { kText, kVision, kAudio, kPinned };
+inline constexpr std::size_t kNumTokenKinds = 4;
 
 constexpr std::string_view to_string(TokenKind kind) {
   switch (kind) {
