@@ -40,14 +40,17 @@ struct Policy {
   Chunks chunks;
 };
 
-inline constexpr std::array<Policy, 10> kPolicies{{
+inline constexpr std::array<Policy, 12> kPolicies{{
     {"full", "everything, whatever the budget", Chunks::kExact},
     {"window", "the newest", Chunks::kExact},
     {"sink-window", "4 sinks and the newest (StreamingLLM)", Chunks::kExact},
     {"per-head", "what --heads says, or every other KV head everything (DuoAttention)",
      Chunks::kExact},
     {"snap-kv", "what the last 32 queries attend to, and the newest 32", Chunks::kSelecting},
+    {"snap-kv-ranks", "the same, read at their ranks: positions stay small for ever",
+     Chunks::kSelecting},
     {"h2o", "half by all attention so far, half the newest", Chunks::kSelecting},
+    {"h2o-ranks", "the same, read at their ranks", Chunks::kSelecting},
     {"q-filters", "half by the key's direction, half the newest", Chunks::kSelecting},
     {"sir-llm", "4 sinks, half by surprisal, half the newest, at their ranks", Chunks::kSelecting},
     {"quest", "everything; a single token reads the pages of 16 with the best bounds",
@@ -133,12 +136,18 @@ auto with_cache(std::string_view policy, const Setting& s, Visit&& visit) {
   const std::int64_t growth =
       std::clamp(s.growth == 0 ? 2 * s.chunk : s.growth, s.chunk, s.chunk + s.budget / 4);
   const std::int64_t budget = s.budget - (growth - s.chunk);
-  if (policy == "snap-kv")
-    return scored(sluice::ScorePolicy::snap_kv(budget, growth, s.chunk,
-                                               std::min<std::int64_t>(32, budget / 2)));
-  if (policy == "h2o") {
+  const sluice::PositionRule rule =
+      policy.ends_with("-ranks") ? sluice::PositionRule::kInCache : sluice::PositionRule::kInText;
+  if (policy.starts_with("snap-kv")) {
+    sluice::ScorePolicy snap_kv = sluice::ScorePolicy::snap_kv(
+        budget, growth, s.chunk, std::min<std::int64_t>(32, budget / 2));
+    snap_kv.position_rule = rule;
+    return scored(snap_kv);
+  }
+  if (policy.starts_with("h2o")) {
     sluice::ScorePolicy h2o = sluice::ScorePolicy::h2o(budget / 2, budget - budget / 2, s.chunk);
     h2o.growth = growth;
+    h2o.position_rule = rule;
     return scored(h2o);
   }
   if (policy == "q-filters")

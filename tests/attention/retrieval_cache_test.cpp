@@ -155,6 +155,20 @@ TEST(RetrievalCache, DamageOnDiskIsAnErrorAndTheStreamGoesOn) {
   EXPECT_EQ(error->code(), ErrorCode::kFormat);
   cache.rollback();
   cache.end_question();
+  // The same where loads overlap attention: the step that needs the frame throws.
+  cache.overlap_loads(true);
+  cache.begin_question(frames);
+  store(cache, rows(0, 1, 6, 0), rows(0, 1, 4, 0));
+  EXPECT_NO_THROW(cache.select(0, {{zeros.data(), 1, 2, 3}, 20, 0}));
+  std::vector<std::byte> record(static_cast<std::size_t>(cache.store().record_bytes()));
+  EXPECT_TRUE(cache.load_one(record));
+  EXPECT_FALSE(cache.load_one(record));
+  std::array<Segment<float>, 16> late;
+  const auto later = error_of([&] { cache.late_segments(0, 1, late); });
+  ASSERT_TRUE(later);
+  EXPECT_EQ(later->code(), ErrorCode::kFormat);
+  cache.rollback();
+  cache.end_question();
   store(cache, rows(20, 2, 6, 0.1F), rows(20, 2, 4, 0.1F));
   cache.commit();
   EXPECT_EQ(cache.frames(), 7);
