@@ -14,6 +14,7 @@
 #include "sluice/core/error.hpp"
 #include "sluice/model/load_head_map.hpp"
 #include "sluice/model/load_model.hpp"
+#include "sluice/stream/session.hpp"
 
 namespace {
 
@@ -26,7 +27,8 @@ int fail(const char* message, int status) {
 
 template <class Element>
 int run(const sluice::LoadedModel& model, const Options& options) {
-  return Runner<Element>(model, options).run();
+  using Session = sluice::Session<Element>;
+  return Runner<Session>(model, options, Session(model.decoder, session_options(options))).run();
 }
 
 /// The head map that --heads names.
@@ -42,6 +44,7 @@ int run(Options options) {
     options.cache.heads = load_heads(options, model.decoder->config());
   try {
     print_setting(model, options);
+    if (options.choosing != Choosing::kNone) return run_choosing(model, options);
     switch (options.kv_type) {
       case KvType::kF32: return run<float>(model, options);
       case KvType::kF16: return run<sluice::f16>(model, options);

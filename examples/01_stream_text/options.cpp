@@ -36,6 +36,18 @@ std::string_view to_string(KvType type) {
   return "unknown";
 }
 
+std::string_view to_string(Choosing policy) {
+  switch (policy) {
+    case Choosing::kNone: return "none";
+    case Choosing::kSnapKv: return "snap-kv";
+    case Choosing::kH2O: return "h2o";
+    case Choosing::kSirLlm: return "sir-llm";
+    case Choosing::kQuest: return "quest";
+    case Choosing::kTidalDecode: return "tidal-decode";
+  }
+  return "unknown";
+}
+
 std::variant<Options, int> parse_options(int argc, char** argv) {
   Options o;
   o.command = support::join_command(argc, argv);
@@ -93,8 +105,11 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   with_default("--policy", policy,
                "what is kept: sink-window (StreamingLLM), window (no sinks), full (all,\n"
                "up to --capacity), recompute (the window rebuilt for every token),\n"
-               "per-head (what --heads says of each KV head)")
-      ->check(CLI::IsMember({"sink-window", "window", "full", "recompute", "per-head"}));
+               "per-head (what --heads says of each KV head); snap-kv, h2o, sir-llm\n"
+               "(--window entries a head, chosen by attention or surprisal); quest,\n"
+               "tidal-decode (all, of which a token reads --window)")
+      ->check(CLI::IsMember({"sink-window", "window", "full", "recompute", "per-head", "snap-kv",
+                             "h2o", "sir-llm", "quest", "tidal-decode"}));
   CLI::Option* const heads_option =
       option("--heads", o.heads,
              "head map of per-head: a .json of our form, a DuoAttention folder or .tsv");
@@ -227,6 +242,21 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
         sluice::CachePolicy::kRecompute, sluice::CachePolicy::kPerHead})
     if (policy == sluice::to_string(value)) o.cache.policy = value;
 
+  for (const Choosing value : {Choosing::kSnapKv, Choosing::kH2O, Choosing::kSirLlm,
+                               Choosing::kQuest, Choosing::kTidalDecode})
+    if (policy == to_string(value)) o.choosing = value;
+  const bool chooses = o.choosing != Choosing::kNone;
+  if (chooses) o.cache.policy = sluice::CachePolicy::kFull;
+  if (chooses && kv_type != "f16")
+    return fail("--kv-type: expected f16 with --policy " + policy + ", found " + kv_type);
+  if (chooses && keys != "rotated")
+    return fail("--keys: expected rotated with --policy " + policy + ", found " + keys);
+  if (chooses && o.cache.window_size < 64)
+    return fail("--window: expected at least 64 with --policy " + policy + ", found " +
+                std::to_string(o.cache.window_size));
+  if (chooses && position == "in-cache" && keeps_all(o.choosing))
+    o.cache.position_rule = sluice::PositionRule::kInText;  // a full cache knows no other
+
   o.predict = predict;
   if (chat) {
     o.mode = Mode::kChat;
@@ -247,9 +277,10 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
     if (given->count() > 0 && !acts)
       o.notes.push_back(given->get_name() + " has no effect with --policy " + policy);
   };
-  idle(sinks_option, kept == CachePolicy::kSinkWindow);
-  idle(window_option, kept != CachePolicy::kFull && kept != CachePolicy::kPerHead);
-  idle(capacity_option, kept == CachePolicy::kFull || kept == CachePolicy::kPerHead);
+  idle(sinks_option, kept == CachePolicy::kSinkWindow || o.choosing == Choosing::kSirLlm);
+  idle(window_option, chooses || (kept != CachePolicy::kFull && kept != CachePolicy::kPerHead));
+  idle(capacity_option, chooses ? keeps_all(o.choosing)
+                                : kept == CachePolicy::kFull || kept == CachePolicy::kPerHead);
   idle(heads_option, kept == CachePolicy::kPerHead);
   idle(sparsity_option, kept == CachePolicy::kPerHead);
   if (kept == CachePolicy::kPerHead && o.heads.empty())
