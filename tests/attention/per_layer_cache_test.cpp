@@ -492,13 +492,13 @@ void expect_kivi_streams(const RetentionConfig& retention, std::int64_t length,
 }
 
 TEST(Kivi, RandomStreams) {
-  RetentionConfig full = RetentionConfig::full(130, 20);
-  expect_kivi_streams<2>(full, 130, 1);
-  expect_kivi_streams<4>(full, 130, 2);
+  RetentionConfig full = RetentionConfig::full(100, 20);
+  expect_kivi_streams<2>(full, 100, 1);
+  expect_kivi_streams<4>(full, 100, 2);
   RetentionConfig window = RetentionConfig::sink_window(3, 50, 7);
   window.position_rule = PositionRule::kInText;
-  expect_kivi_streams<2>(window, 260, 3);
-  expect_kivi_streams<4>(window, 260, 4);
+  expect_kivi_streams<2>(window, 130, 3);
+  expect_kivi_streams<4>(window, 130, 4);
 }
 
 /// A state goes on bit for bit where it was taken: copies, checkpoints, snapshots.
