@@ -426,22 +426,23 @@ def draw_switch(records, folder):
 
 
 def draw_policies(records, folder):
-    """Perplexity and memory of each policy, side by side; one colour a budget."""
+    """Perplexity and memory of each policy, side by side; one colour a length and budget."""
     made, (left, right) = figure(2, width=5.6)
     names = list(dict.fromkeys(record["policy"] for record in records))[::-1]
-    budgets = sorted({record["budget"] for record in records})
-    height = 0.8 / len(budgets)
-    for index, budget in enumerate(budgets):
-        chosen = {record["policy"]: record for record in records if record["budget"] == budget}
-        places = [row + (index - (len(budgets) - 1) / 2) * height for row in range(len(names))]
+    runs = sorted({(record["tokens"], record["budget"]) for record in records})
+    height = 0.8 / len(runs)
+    for index, run in enumerate(runs):
+        chosen = {record["policy"]: record for record in records
+                  if (record["tokens"], record["budget"]) == run}
+        places = [row + (index - (len(runs) - 1) / 2) * height for row in range(len(names))]
         for axis, value in ((left, lambda r: r["perplexity"]),
                             (right, lambda r: r["cache_bytes"] / 1e6)):
             axis.barh(places, [value(chosen[name]) if name in chosen else 0 for name in names],
-                      height, label=f"{thousands(budget)} entries a head",
+                      height, label=f"{thousands(run[0])} tokens, {thousands(run[1])} entries",
                       color=[ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS][index])
     best = min(record["perplexity"] for record in records)
     left.set_xlim(left=0.9 * best)
-    left.set_xlabel(f"perplexity over {thousands(max(r['tokens'] for r in records))} tokens")
+    left.set_xlabel("perplexity")
     right.set_xscale("log")
     right.set_xlabel("MB of keys and values (log scale)")
     for axis in (left, right):

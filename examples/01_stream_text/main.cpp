@@ -12,7 +12,9 @@
 
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
+#include "sluice/model/load_head_map.hpp"
 #include "sluice/model/load_model.hpp"
+#include "sluice/stream/session.hpp"
 
 namespace {
 
@@ -25,13 +27,24 @@ int fail(const char* message, int status) {
 
 template <class Element>
 int run(const sluice::LoadedModel& model, const Options& options) {
-  return Runner<Element>(model, options).run();
+  using Session = sluice::Session<Element>;
+  return Runner<Session>(model, options, Session(model.decoder, session_options(options))).run();
 }
 
-int run(const Options& options) {
+/// The head map that --heads names.
+sluice::HeadMap load_heads(const Options& options, const sluice::DecoderConfig& config) {
+  if (options.heads.ends_with(".json"))
+    return sluice::load_head_map(options.heads, config, options.cache.capacity);
+  return sluice::load_duo_attention(options.heads, {.sparsity = options.sparsity});
+}
+
+int run(Options options) {
   const sluice::LoadedModel model = sluice::load_model(options.model);
+  if (!options.heads.empty() && options.cache.policy == sluice::CachePolicy::kPerHead)
+    options.cache.heads = load_heads(options, model.decoder->config());
   try {
     print_setting(model, options);
+    if (options.choosing != Choosing::kNone) return run_choosing(model, options);
     switch (options.kv_type) {
       case KvType::kF32: return run<float>(model, options);
       case KvType::kF16: return run<sluice::f16>(model, options);

@@ -36,6 +36,18 @@ std::string_view to_string(KvType type) {
   return "unknown";
 }
 
+std::string_view to_string(Choosing policy) {
+  switch (policy) {
+    case Choosing::kNone: return "none";
+    case Choosing::kSnapKv: return "snap-kv";
+    case Choosing::kH2O: return "h2o";
+    case Choosing::kSirLlm: return "sir-llm";
+    case Choosing::kQuest: return "quest";
+    case Choosing::kTidalDecode: return "tidal-decode";
+  }
+  return "unknown";
+}
+
 std::variant<Options, int> parse_options(int argc, char** argv) {
   Options o;
   o.command = support::join_command(argc, argv);
@@ -92,17 +104,29 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   group = "Cache";
   with_default("--policy", policy,
                "what is kept: sink-window (StreamingLLM), window (no sinks), full (all,\n"
-               "up to --capacity), recompute (the window rebuilt for every token)")
-      ->check(CLI::IsMember({"sink-window", "window", "full", "recompute"}));
+               "up to --capacity), recompute (the window rebuilt for every token),\n"
+               "per-head (what --heads says of each KV head); snap-kv, h2o, sir-llm\n"
+               "(--window entries a head, chosen by attention or surprisal); quest,\n"
+               "tidal-decode (all, of which a token reads --window)")
+      ->check(CLI::IsMember({"sink-window", "window", "full", "recompute", "per-head", "snap-kv",
+                             "h2o", "sir-llm", "quest", "tidal-decode"}));
+  CLI::Option* const heads_option =
+      option("--heads", o.heads,
+             "head map of per-head: a .json of our form, a DuoAttention folder or .tsv");
+  CLI::Option* const sparsity_option =
+      with_default("--sparsity", o.sparsity, "share of streaming heads of a DuoAttention map")
+          ->check(number(0, 1, "a number from 0 to 1"));
   CLI::Option* const sinks_option =
       with_default("--sinks", o.cache.num_sink_tokens, "first tokens kept for ever (sink-window)")
           ->check(whole_number(0, 1 << 30));
   CLI::Option* const window_option =
       with_default("--window", o.cache.window_size,
-                   "keys a token sees besides the sinks, its own included (all but full)")
+                   "keys a token sees besides the sinks, its own included (all but full and\n"
+                   "per-head)")
           ->check(whole_number(1, 1 << 30));
   CLI::Option* const capacity_option =
-      with_default("--capacity", o.cache.capacity, "tokens that --policy full can hold")
+      with_default("--capacity", o.cache.capacity,
+                   "tokens that --policy full can hold, and full heads of per-head")
           ->check(whole_number(1, 1 << 30));
   with_default("--position", position,
                "where a query sees the kept tokens: in-cache (contiguous ranks) or\n"
@@ -213,9 +237,25 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;
   o.cache.position_rule =
       position == "in-text" ? sluice::PositionRule::kInText : sluice::PositionRule::kInCache;
-  for (const auto value : {sluice::CachePolicy::kSinkWindow, sluice::CachePolicy::kWindow,
-                           sluice::CachePolicy::kFull, sluice::CachePolicy::kRecompute})
+  for (const auto value :
+       {sluice::CachePolicy::kSinkWindow, sluice::CachePolicy::kWindow, sluice::CachePolicy::kFull,
+        sluice::CachePolicy::kRecompute, sluice::CachePolicy::kPerHead})
     if (policy == sluice::to_string(value)) o.cache.policy = value;
+
+  for (const Choosing value : {Choosing::kSnapKv, Choosing::kH2O, Choosing::kSirLlm,
+                               Choosing::kQuest, Choosing::kTidalDecode})
+    if (policy == to_string(value)) o.choosing = value;
+  const bool chooses = o.choosing != Choosing::kNone;
+  if (chooses) o.cache.policy = sluice::CachePolicy::kFull;
+  if (chooses && kv_type != "f16")
+    return fail("--kv-type: expected f16 with --policy " + policy + ", found " + kv_type);
+  if (chooses && keys != "rotated")
+    return fail("--keys: expected rotated with --policy " + policy + ", found " + keys);
+  if (chooses && o.cache.window_size < 64)
+    return fail("--window: expected at least 64 with --policy " + policy + ", found " +
+                std::to_string(o.cache.window_size));
+  if (chooses && position == "in-cache" && keeps_all(o.choosing))
+    o.cache.position_rule = sluice::PositionRule::kInText;  // a full cache knows no other
 
   o.predict = predict;
   if (chat) {
@@ -237,9 +277,14 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
     if (given->count() > 0 && !acts)
       o.notes.push_back(given->get_name() + " has no effect with --policy " + policy);
   };
-  idle(sinks_option, kept == CachePolicy::kSinkWindow);
-  idle(window_option, kept != CachePolicy::kFull);
-  idle(capacity_option, kept == CachePolicy::kFull);
+  idle(sinks_option, kept == CachePolicy::kSinkWindow || o.choosing == Choosing::kSirLlm);
+  idle(window_option, chooses || (kept != CachePolicy::kFull && kept != CachePolicy::kPerHead));
+  idle(capacity_option, chooses ? keeps_all(o.choosing)
+                                : kept == CachePolicy::kFull || kept == CachePolicy::kPerHead);
+  idle(heads_option, kept == CachePolicy::kPerHead);
+  idle(sparsity_option, kept == CachePolicy::kPerHead);
+  if (kept == CachePolicy::kPerHead && o.heads.empty())
+    return fail("--heads: --policy per-head needs a head map");
 
   const std::int64_t chunk = o.cache.chunk_size;
   if ((kept == CachePolicy::kSinkWindow || kept == CachePolicy::kWindow) &&

@@ -19,6 +19,14 @@ enum class Mode { kGenerate, kPerplexity, kChat };
 enum class KvType { kF32, kF16, kBF16 };
 enum class Format { kText, kJson };
 
+/// Policies that look at queries or likelihoods, beside those of CachePolicy.
+enum class Choosing { kNone, kSnapKv, kH2O, kSirLlm, kQuest, kTidalDecode };
+std::string_view to_string(Choosing policy);
+/// Whether it keeps everything and reads little of it, or keeps --window entries a head.
+inline bool keeps_all(Choosing policy) {
+  return policy == Choosing::kQuest || policy == Choosing::kTidalDecode;
+}
+
 inline constexpr std::int64_t kForEver = -1;
 
 struct Options {
@@ -35,6 +43,9 @@ struct Options {
   sluice::SamplerOptions sampler;
 
   sluice::CacheOptions cache;
+  Choosing choosing = Choosing::kNone;  // else cache.policy says kFull
+  std::string heads;                    // --policy per-head: the head map's file or folder
+  double sparsity = 0.5;                // of a DuoAttention map: share of streaming heads
   KvType kv_type = KvType::kF16;
   int threads = 1;
   sluice::Activations activations = sluice::Activations::kFloat32;

@@ -28,6 +28,10 @@ using support::resident_bytes;
 
 std::string cache_text(const Options& options) {
   const sluice::CacheOptions& cache = options.cache;
+  if (options.choosing != Choosing::kNone)
+    return std::string(to_string(options.choosing)) + ", " + std::to_string(cache.window_size) +
+           (keeps_all(options.choosing) ? " entries read of up to " + std::to_string(cache.capacity)
+                                        : " entries a head");
   const std::string policy(to_string(cache.policy));
   switch (cache.policy) {
     case CachePolicy::kSinkWindow:
@@ -39,9 +43,30 @@ std::string cache_text(const Options& options) {
       return policy + ", up to " + std::to_string(cache.capacity) + " tokens";
     case CachePolicy::kRecompute:
       return policy + ", " + std::to_string(cache.window_size) + " tokens, rebuilt every time";
-    case CachePolicy::kPerHead: break;
+    case CachePolicy::kPerHead:
+      return policy + ", " + std::to_string(cache.heads.num_full()) + " of " +
+             std::to_string(cache.heads.num_layers() * cache.heads.num_kv_heads()) +
+             " KV heads keep all, up to " + std::to_string(cache.capacity) + " tokens";
   }
   return policy;
+}
+
+/// Null where a file says what each head keeps, or nothing leaves.
+Json window_json(const Options& options) {
+  const sluice::CacheOptions& cache = options.cache;
+  if (options.choosing != Choosing::kNone) return cache.window_size;
+  const bool windowed = cache.policy != CachePolicy::kFull && cache.policy != CachePolicy::kPerHead;
+  return windowed ? Json(cache.window_size) : Json();
+}
+
+std::string_view policy_name(const Options& options) {
+  return options.choosing != Choosing::kNone ? to_string(options.choosing)
+                                             : to_string(options.cache.policy);
+}
+/// Whether the stream ends when --capacity tokens are held.
+bool is_bounded(const Options& options) {
+  return options.choosing == Choosing::kNone ? options.cache.is_bounded()
+                                             : keeps_all(options.choosing);
 }
 
 std::string_view key_form(const Options& options) {
@@ -57,10 +82,10 @@ Json setting_json(const sluice::LoadedModel& model, const Options& options) {
           {"parameters", facts.parameters},
           {"weight_bytes", facts.bytes},
           {"weight_types", facts.types},
-          {"policy", to_string(cache.policy)},
+          {"policy", policy_name(options)},
           {"sinks", cache.policy == CachePolicy::kSinkWindow ? cache.num_sink_tokens : 0},
-          {"window", cache.policy == CachePolicy::kFull ? Json() : Json(cache.window_size)},
-          {"capacity", cache.policy == CachePolicy::kFull ? Json(cache.capacity) : Json()},
+          {"window", window_json(options)},
+          {"capacity", is_bounded(options) ? Json(cache.capacity) : Json()},
           {"position", to_string(cache.position_rule)},
           {"keys", key_form(options)},
           {"kv_type", to_string(options.kv_type)},
@@ -92,7 +117,11 @@ std::string_view to_string(Ending ending) {
 }
 
 std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
-  return support::cache_bytes(model, options.cache, options.kv_type == KvType::kF32 ? 4 : 2);
+  sluice::CacheOptions held = options.cache;
+  // As many entries as a window of them, or everything.
+  if (options.choosing != Choosing::kNone && !keeps_all(options.choosing))
+    held.policy = CachePolicy::kWindow;
+  return support::cache_bytes(model, held, options.kv_type == KvType::kF32 ? 4 : 2);
 }
 
 void print_setting(const sluice::LoadedModel& model, const Options& options) {
@@ -177,9 +206,9 @@ Json perplexity_json(const sluice::LoadedModel& model, const Options& options,
   meta.erase("kind");
   const sluice::CacheOptions& cache = options.cache;
   return {{"kind", "perplexity"},
-          {"policy", to_string(cache.policy)},
+          {"policy", policy_name(options)},
           {"sinks", cache.policy == CachePolicy::kSinkWindow ? cache.num_sink_tokens : 0},
-          {"window", cache.policy == CachePolicy::kFull ? Json() : Json(cache.window_size)},
+          {"window", window_json(options)},
           {"tokens", scores.tokens},
           {"ppl", scores.perplexity},
           {"nll_mean", scores.nll_mean()},

@@ -13,6 +13,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "chat.hpp"
@@ -34,17 +35,28 @@
 
 namespace stream_text {
 
-/// One session and what the options ask of it. Element: what keys and values are stored as.
-template <sluice::RotaryElement Element>
+inline sluice::SessionOptions session_options(const Options& options) {
+  return {.cache = options.cache,
+          .sampler = options.sampler,
+          .num_threads = options.threads,
+          .team = nullptr,
+          .activations = options.activations};
+}
+
+/// The program over one of the caches that look at queries. \throws as Runner.
+int run_choosing(const sluice::LoadedModel& model, const Options& options);
+
+/// One session and what the options ask of it.
+template <class Session>
 class Runner {
  public:
-  /// \throws sluice::Error(kConfig) for cache options that do not fit together; kIo and kFormat for
-  /// a snapshot that cannot be continued.
-  Runner(const sluice::LoadedModel& model, const Options& options)
+  /// Takes over the session. \throws sluice::Error(kIo, kFormat) for a snapshot that cannot be
+  /// continued.
+  Runner(const sluice::LoadedModel& model, const Options& options, Session&& session)
       : model_(model),
         options_(options),
         tokenizer_(*model.tokenizer),
-        session_(model.decoder, session_options(options)),
+        session_(std::move(session)),
         output_(options.format),
         detokenizer_(tokenizer_) {
     piece_.reserve(3 * tokenizer_.max_bytes() + 3);
@@ -77,14 +89,6 @@ class Runner {
   }
 
  private:
-  static sluice::SessionOptions session_options(const Options& options) {
-    return {.cache = options.cache,
-            .sampler = options.sampler,
-            .num_threads = options.threads,
-            .team = nullptr,
-            .activations = options.activations};
-  }
-
   bool recomputes() const { return options_.cache.policy == sluice::CachePolicy::kRecompute; }
 
   std::int64_t steps_to_come() const {
@@ -99,7 +103,9 @@ class Runner {
 
   /// How many of `wanted` more tokens a full cache has room for; others have room for ever.
   std::int64_t room_for(std::int64_t wanted) const {
-    if (options_.cache.policy != sluice::CachePolicy::kFull) return wanted;
+    if constexpr (requires { session_.cache().room_behind(0); })
+      return std::min(wanted, session_.cache().room_behind(session_.cache().total()));
+    if (!options_.cache.is_bounded()) return wanted;
     return std::min(wanted, options_.cache.capacity - session_.cache().total());
   }
 
@@ -395,7 +401,7 @@ class Runner {
   const sluice::LoadedModel& model_;
   const Options& options_;
   const sluice::Tokenizer& tokenizer_;
-  sluice::Session<Element> session_;
+  Session session_;
   Output output_;
   sluice::StreamingDetokenizer detokenizer_;
   std::optional<StepLog> log_;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <iostream>
+#include <limits>
 #include <memory>
 #include <new>
 #include <span>
@@ -67,6 +68,12 @@ std::vector<Token> read_tokens(const sluice::Tokenizer& tokenizer, const std::st
   return tokens;
 }
 
+/// The token from which a policy reads one by one.
+std::int64_t singles(const std::string& policy, const Setting& setting) {
+  return chunks_of(policy) == Chunks::kSingle ? setting.budget
+                                              : std::numeric_limits<std::int64_t>::max();
+}
+
 void compare(const Options& options, const sluice::LoadedModel& model,
              std::span<const Token> tokens, sluice::ThreadTeam& team) {
   const double budget_share =
@@ -83,11 +90,13 @@ void compare(const Options& options, const sluice::LoadedModel& model,
     support::Progress progress(name);
     const Measured m = with_cache(name, options.setting, [&](auto& cache) {
       Stream stream(*model.decoder, cache, team, options.chosen());
-      return measure(stream, cache, tokens, options.setting.budget, [&](std::size_t done) {
-        progress.show(static_cast<std::int64_t>(done),
-                      static_cast<double>(done) / static_cast<double>(tokens.size()));
-        return support::caught_signal() == 0;
-      });
+      return measure(stream, cache, tokens, options.setting.budget, singles(name, options.setting),
+                     [&](std::size_t done) {
+                       progress.show(
+                           static_cast<std::int64_t>(done),
+                           static_cast<double>(done) / static_cast<double>(tokens.size()));
+                       return support::caught_signal() == 0;
+                     });
     });
     progress.clear();
     if (support::caught_signal() != 0) return;
@@ -97,6 +106,7 @@ void compare(const Options& options, const sluice::LoadedModel& model,
                                  {"tokens", tokens.size()},
                                  {"budget", options.setting.budget},
                                  {"chunk", options.setting.chunk},
+                                 {"growth", options.setting.growth},
                                  {"perplexity", m.perplexity},
                                  {"late_perplexity", m.late_perplexity},
                                  {"entries", m.entries},
@@ -155,7 +165,11 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
       const std::string answer = with_cache(name, setting, [&](auto& cache) {
         Stream stream(*model.decoder, cache, team, options.chosen());
         std::vector<double> ignored;
-        stream.read(text, ignored);
+        const auto whole =
+            static_cast<std::size_t>(std::min(singles(name, setting), setting.tokens));
+        const std::size_t in_chunks = std::min(text.size(), whole);
+        stream.read(std::span(text).first(in_chunks), ignored);
+        stream.read(std::span(text).subspan(in_chunks), ignored, 1);
         return tokenizer.decode(stream.write(kAnswer));
       });
       progress.clear();
@@ -170,7 +184,8 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
       line += format(" %lld |", static_cast<long long>(right));
       if (options.json)
         support::write_stdout(
-            Json{{"policy", name},
+            Json{{"kind", "passkey"},
+                 {"policy", name},
                  {"passkey_depth", static_cast<double>(place) / static_cast<double>(tokens.size())},
                  {"digits_recalled", right},
                  {"tokens", text.size()},
@@ -239,9 +254,19 @@ int main(int argc, char** argv) {
   app.add_option("-b,--budget", options.setting.budget, "entries of a KV head")
       ->capture_default_str()
       ->check(support::whole_number(16, 1 << 24));
-  app.add_option("-c,--chunk", options.setting.chunk, "tokens read at once")
+  app.add_option(
+         "-c,--chunk", options.setting.chunk,
+         "tokens read at once: exact for full, window, sink-window and per-head; scored policies "
+         "select at the ends of chunks; quest and tidal-decode act in single tokens, so "
+         "what is beyond the budget is read one by one")
       ->capture_default_str()
       ->check(support::whole_number(1, 4096));
+  app.add_option(
+         "-g,--growth", options.setting.growth,
+         "entries that a scored policy takes in before it selects again, which it keeps fewer of; "
+         "0: two chunks")
+      ->capture_default_str()
+      ->check(support::whole_number(0, 1 << 20));
   app.add_option("-p,--policies", options.names, "which ones, by name")
       ->delimiter(',')
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)

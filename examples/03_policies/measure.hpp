@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -34,13 +35,14 @@ class Stream {
                    activations),
         logits_(static_cast<std::size_t>(cache.max_chunk() * vocab())) {}
 
-  /// Reads tokens; appends the negative log-likelihood of each, given all before it, to `nll` (of a
-  /// stream's first token: 0). Caches that score by it are told (SirLLM: a segment's first token,
-  /// whose likelihood nobody knows, gets the largest of the segment).
-  void read(std::span<const sluice::Token> tokens, std::vector<double>& nll) {
+  /// Reads tokens, at most `most` at once; appends the negative log-likelihood of each, given all
+  /// before it, to `nll` (of a stream's first token: 0). Caches that score by it are told (SirLLM:
+  /// a segment's first token, whose likelihood nobody knows, gets the largest of the segment).
+  void read(std::span<const sluice::Token> tokens, std::vector<double>& nll,
+            std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
     for (std::size_t done = 0; done < tokens.size();) {
-      const std::size_t count =
-          std::min(tokens.size() - done, static_cast<std::size_t>(cache_.max_chunk()));
+      const std::size_t count = std::min(
+          tokens.size() - done, static_cast<std::size_t>(std::min(most, cache_.max_chunk())));
       const std::span<const sluice::Token> chunk = tokens.subspan(done, count);
       const std::size_t first = nll.size();
       nll.push_back(has_next_ ? sluice::negative_log_likelihood(next(), chunk[0]) : 0.0);
@@ -55,7 +57,10 @@ class Stream {
         if (!has_next_) scores[0] = *std::max_element(scores.begin(), scores.end());
         if (cache_.policy().source == sluice::ScoreSource::kGiven) cache_.give_scores(scores);
       }
-      cache_.commit();
+      if constexpr (requires { cache_.commit(team_); })
+        cache_.commit(team_);
+      else
+        cache_.commit();
       last_row_ = rows - 1;
       has_next_ = true;
       done += count;
@@ -124,18 +129,24 @@ std::int64_t entries_of(const Cache& cache) {
   return most;
 }
 
-/// Reads `tokens` and then a few one by one. progress(tokens read) is called now and then and says
+/// Reads `tokens`, those from `singles` on one by one, and the last few so in any case.
+/// progress(tokens read) is called now and then and says
 /// whether to go on.
 template <class Cache, class Progress>
 Measured measure(Stream<Cache>& stream, const Cache& cache, std::span<const sluice::Token> tokens,
-                 std::int64_t budget, Progress&& progress) {
+                 std::int64_t budget, std::int64_t singles, Progress&& progress) {
   constexpr std::size_t kSteps = 33;
-  constexpr std::size_t kPiece = 512;
+  constexpr std::size_t kPiece = 64;
   const std::size_t chunked = tokens.size() - std::min(tokens.size() - 1, kSteps);
   std::vector<double> nll;
   const std::int64_t begin = sluice::monotonic_ns();
-  for (std::size_t done = 0; done < chunked && progress(done); done = nll.size())
-    stream.read(tokens.subspan(done, std::min(kPiece, chunked - done)), nll);
+  for (std::size_t done = 0; done < chunked && progress(done); done = nll.size()) {
+    const auto whole = static_cast<std::size_t>(std::max<std::int64_t>(0, singles));
+    const bool single = done >= whole;
+    const std::size_t end = single ? chunked : std::min(chunked, whole);
+    stream.read(tokens.subspan(done, std::min(kPiece, end - done)), nll,
+                single ? 1 : cache.max_chunk());
+  }
   const double seconds = static_cast<double>(sluice::monotonic_ns() - begin) * 1e-9;
   Measured m;
   m.tokens_per_s = static_cast<double>(nll.size()) / seconds;

@@ -27,31 +27,55 @@
 
 namespace policies {
 
+/// What cutting a text into chunks means to a policy.
+enum class Chunks {
+  kExact,      ///< nothing: any chunks give what single tokens give, to rounding
+  kSelecting,  ///< entries are selected at the ends of chunks, when `growth` is used up
+  kSingle,     ///< it acts in single tokens alone: what is beyond the budget is read one by one
+};
+
 struct Policy {
   std::string_view name;
   std::string_view keeps;
+  Chunks chunks;
 };
 
-inline constexpr std::array<Policy, 10> kPolicies{{
-    {"full", "everything, whatever the budget"},
-    {"window", "the newest"},
-    {"sink-window", "4 sinks and the newest (StreamingLLM)"},
-    {"per-head", "what --heads says, or every other KV head everything (DuoAttention)"},
-    {"snap-kv", "what the last 32 queries attend to, and the newest 32"},
-    {"h2o", "half by all attention so far, half the newest"},
-    {"q-filters", "half by the key's direction, half the newest"},
-    {"sir-llm", "4 sinks, half by surprisal, half the newest, at their ranks"},
-    {"quest", "everything; a single token reads the pages of 16 with the best bounds"},
-    {"tidal-decode", "everything; a single token reads what layers 2 and 13 chose"},
+inline constexpr std::array<Policy, 12> kPolicies{{
+    {"full", "everything, whatever the budget", Chunks::kExact},
+    {"window", "the newest", Chunks::kExact},
+    {"sink-window", "4 sinks and the newest (StreamingLLM)", Chunks::kExact},
+    {"per-head", "what --heads says, or every other KV head everything (DuoAttention)",
+     Chunks::kExact},
+    {"snap-kv", "what the last 32 queries attend to, and the newest 32", Chunks::kSelecting},
+    {"snap-kv-ranks", "the same, read at their ranks: positions stay small for ever",
+     Chunks::kSelecting},
+    {"h2o", "half by all attention so far, half the newest", Chunks::kSelecting},
+    {"h2o-ranks", "the same, read at their ranks", Chunks::kSelecting},
+    {"q-filters", "half by the key's direction, half the newest", Chunks::kSelecting},
+    {"sir-llm", "4 sinks, half by surprisal, half the newest, at their ranks", Chunks::kSelecting},
+    {"quest", "everything; a single token reads the pages of 16 with the best bounds",
+     Chunks::kSingle},
+    {"tidal-decode", "everything; a single token reads what layers 2 and 13 chose",
+     Chunks::kSingle},
 }};
+
+inline Chunks chunks_of(std::string_view policy) {
+  for (const Policy& known : kPolicies)
+    if (known.name == policy) return known.chunks;
+  return Chunks::kExact;
+}
 
 /// What all policies of a run share.
 struct Setting {
   const sluice::Decoder* model = nullptr;
   std::int64_t budget = 512;  ///< entries of a KV head
   std::int64_t chunk = 32;    ///< tokens read at once
-  std::int64_t tokens = 0;    ///< of the whole stream, for caches that keep it
-  sluice::HeadMap heads{};    ///< empty: every other head full
+  /// Entries that scored policies take in before they select again, at least `chunk`; what exceeds
+  /// a chunk is taken from their budget, a quarter of it at most, so that all policies hold as many
+  /// entries. 0: two chunks.
+  std::int64_t growth = 0;
+  std::int64_t tokens = 0;  ///< of the whole stream, for caches that keep it
+  sluice::HeadMap heads{};  ///< empty: every other head full
   std::vector<float> filters{};
 };
 
@@ -109,13 +133,25 @@ auto with_cache(std::string_view policy, const Setting& s, Visit&& visit) {
     return plain(options);
   }
   // Storage holds the budget and one chunk more, as a window's does.
-  if (policy == "snap-kv")
-    return scored(sluice::ScorePolicy::snap_kv(s.budget, s.chunk, s.chunk,
-                                               std::min<std::int64_t>(32, s.budget / 2)));
-  if (policy == "h2o")
-    return scored(sluice::ScorePolicy::h2o(s.budget / 2, s.budget - s.budget / 2, s.chunk));
+  const std::int64_t growth =
+      std::clamp(s.growth == 0 ? 2 * s.chunk : s.growth, s.chunk, s.chunk + s.budget / 4);
+  const std::int64_t budget = s.budget - (growth - s.chunk);
+  const sluice::PositionRule rule =
+      policy.ends_with("-ranks") ? sluice::PositionRule::kInCache : sluice::PositionRule::kInText;
+  if (policy.starts_with("snap-kv")) {
+    sluice::ScorePolicy snap_kv = sluice::ScorePolicy::snap_kv(
+        budget, growth, s.chunk, std::min<std::int64_t>(32, budget / 2));
+    snap_kv.position_rule = rule;
+    return scored(snap_kv);
+  }
+  if (policy.starts_with("h2o")) {
+    sluice::ScorePolicy h2o = sluice::ScorePolicy::h2o(budget / 2, budget - budget / 2, s.chunk);
+    h2o.growth = growth;
+    h2o.position_rule = rule;
+    return scored(h2o);
+  }
   if (policy == "q-filters")
-    return scored(sluice::ScorePolicy::q_filters(s.budget, s.budget / 2, s.chunk, s.chunk));
+    return scored(sluice::ScorePolicy::q_filters(budget, budget / 2, growth, s.chunk));
   if (policy == "quest") {
     auto cache = model.make_page_select_cache<sluice::f16>(sluice::PageSelection::quest(s.budget),
                                                            s.tokens, s.chunk);
@@ -129,9 +165,11 @@ auto with_cache(std::string_view policy, const Setting& s, Visit&& visit) {
     auto cache = model.make_token_select_cache<sluice::f16>(selection, s.tokens, s.chunk);
     return visit(cache);
   }
-  const std::int64_t recent = (s.budget - kSinks) / 2;
-  return scored(
-      sluice::ScorePolicy::sir_llm(kSinks, recent, s.budget - kSinks - recent, 1.0, s.chunk));
+  const std::int64_t recent = (budget - kSinks) / 2;
+  sluice::ScorePolicy sir_llm =
+      sluice::ScorePolicy::sir_llm(kSinks, recent, budget - kSinks - recent, 1.0, s.chunk);
+  sir_llm.growth = growth;
+  return scored(sir_llm);
 }
 
 }  // namespace policies

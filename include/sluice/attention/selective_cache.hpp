@@ -22,6 +22,7 @@
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
+#include "sluice/core/byte_stream.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -82,6 +83,8 @@ class SelectiveCache {
   /// Bytes of keys and values.
   std::size_t bytes() const { return cache_.bytes(); }
   CacheStatus status(std::int64_t tokens) const { return cache_.status(tokens); }
+  /// Tokens that may follow the first `fed`.
+  std::int64_t room_behind(std::int64_t fed) const { return cache_.max_entries() - fed; }
   /// Writes keys and values of the newest tokens; as KvCache::store().
   void store(std::int64_t layer, HeadsView<const float> keys, HeadsView<const float> values,
              const float* rotation, std::int64_t begin, std::int64_t end) {
@@ -110,6 +113,9 @@ class SelectiveCache {
       table_of_.push_back(table);
     }
   }
+
+  std::int64_t num_qo_heads() const { return group_ * shape().num_kv_heads; }
+  const RetentionConfig& retention() const { return cache_.retentions().front().config(); }
 
   /// The one segment that is everything. Precondition: total() > 0.
   SegmentType everything(std::int64_t layer) const {
@@ -195,6 +201,16 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
   using typename Base::SegmentType;
   static constexpr int kMaxSegments = AttentionWorkspace<cpu>::kMaxSegments;
 
+ private:
+  /// What a layer selected last.
+  struct Selected {
+    bool picks = false;
+    std::int64_t selected_at = 0;  // total() at the selection; 0: there is none
+    std::int64_t count = 0;        // pages that each head reads
+    std::int64_t chosen = 0;       // those of the selection itself
+  };
+
+ public:
   /// rotaries: [num_layers], each null or outliving the cache. num_qo_heads: the model's.
   /// \throws Error(kConfig) for a selection that makes no sense or more than kMaxSegments pages,
   /// Error(kConfig, kShape) as KvCache.
@@ -235,7 +251,7 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
 
   void append(std::int64_t tokens) {
     cache_.append(tokens);
-    for (Layer& layer : layers_) layer.picks = false;
+    for (Selected& layer : layers_) layer.picks = false;
   }
   void commit() {
     cache_.commit();
@@ -255,9 +271,92 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
     shorten();
   }
 
+  /// Keeps a verified path of drafted tokens (KvCache::keep_path).
+  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
+    cache_.keep_path(tokens, path);
+    shorten();
+  }
+
+  /// A state that revert() returns to: rows stay where they are, what is picked is copied.
+  struct Checkpoint {
+    typename KvCache<Key, Value>::Checkpoint cache;
+    std::vector<Selected> layers;
+    Buffer<std::int64_t> picked;
+    std::size_t bytes() const { return cache.bytes() + picked.bytes(); }
+    std::int64_t total() const { return cache.total(); }
+    std::int64_t max_truncate() const { return cache.max_truncate(); }
+  };
+  /// As KvCache.
+  Checkpoint make_checkpoint() const {
+    return {cache_.make_checkpoint(), layers_, Buffer<std::int64_t>(picked_.size())};
+  }
+  void capture(Checkpoint& checkpoint) const {
+    cache_.capture(checkpoint.cache);
+    checkpoint.layers = layers_;
+    std::copy_n(picked_.data(), picked_.size(), checkpoint.picked.data());
+  }
+  void revert(const Checkpoint& checkpoint) {
+    cache_.revert(checkpoint.cache);
+    shorten();
+    layers_ = checkpoint.layers;
+    std::copy_n(checkpoint.picked.data(), picked_.size(), picked_.data());
+  }
+  void copy_from(const PageSelectKvCache& other) {
+    cache_.copy_from(other.cache_);
+    copy_selection(other);
+    form_bounds();
+  }
+  PageSelectKvCache sibling() const {
+    const RetentionConfig& kept = this->retention();
+    return PageSelectKvCache(this->shape(), this->num_qo_heads(), selection_, this->rotaries_,
+                             kept.capacity, kept.max_chunk, kept.origin);
+  }
+  /// Appends selection, rows and what is picked; bounds follow from the rows. Allocates in the
+  /// writer. \throws Error(kOrder) with uncommitted tokens.
+  void save(ByteWriter& writer) const {
+    for (const auto& [field, value] : identity()) writer.write<std::int64_t>(value);
+    cache_.save(writer);
+    for (const Selected& layer : layers_)
+      for (const std::int64_t value : {layer.selected_at, layer.count, layer.chosen})
+        writer.write<std::int64_t>(value);
+    writer.write_span(picked_.span());
+  }
+  /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
+  void restore(ByteReader& reader) {
+    reset();
+    try {
+      for (const auto& [field, value] : identity())
+        reader.read_expected<std::int64_t>(field, value);
+      cache_.restore(reader);
+      const std::int64_t pages = (this->total() + selection_.page_size - 1) / selection_.page_size;
+      for (Selected& layer : layers_) {
+        layer.selected_at = reader.read<std::int64_t>("selected at");
+        layer.count = reader.read<std::int64_t>("pages");
+        layer.chosen = reader.read<std::int64_t>("chosen pages");
+        if (layer.selected_at < 0 || layer.selected_at > this->total() || layer.chosen < 0 ||
+            layer.count < layer.chosen || layer.count > list_size_)
+          throw Error(ErrorCode::kFormat,
+                      {"inconsistent snapshot", reader.source(), "pages", "a selection", ""});
+      }
+      reader.read_span<std::int64_t>("picked pages", picked_.span());
+      for (std::int64_t l = 0; l < this->shape().num_layers; ++l)
+        for (std::int64_t h = 0; h < this->shape().num_kv_heads; ++h)
+          for (std::int64_t i = 0; i < layers_[size(l)].count; ++i)
+            if (layers_[size(l)].selected_at > 0 &&
+                (list(l, h)[i] < (i == 0 ? 0 : list(l, h)[i - 1] + 1) || list(l, h)[i] >= pages))
+              throw Error(ErrorCode::kFormat, {"inconsistent snapshot", reader.source(),
+                                               "picked pages", "ascending pages", ""});
+      form_bounds();
+    } catch (...) {
+      for (Selected& layer : layers_) layer = {};
+      reset();
+      throw;
+    }
+  }
+
   /// Picks pages for the newest token, whose keys are stored. query: all heads' rows, not rotated.
   void select(std::int64_t layer, const AttentionQuery& query) {
-    Layer& at = layers_[size(layer)];
+    Selected& at = layers_[size(layer)];
     const std::int64_t pages =
         this->total() / selection_.page_size + (this->total() % selection_.page_size != 0 ? 1 : 0);
     at.picks =
@@ -311,12 +410,22 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
   }
 
  private:
-  struct Layer {
-    bool picks = false;
-    std::int64_t selected_at = 0;  // total() at the selection; 0: there is none
-    std::int64_t count = 0;        // pages that each head reads
-    std::int64_t chosen = 0;       // those of the selection itself
-  };
+  std::array<std::pair<const char*, std::int64_t>, 5> identity() const {
+    return {{{"page_size", selection_.page_size},
+             {"logical_page_size", selection_.logical_page_size},
+             {"budget", selection_.budget},
+             {"interval", selection_.interval},
+             {"dense_layers", selection_.dense_layers}}};
+  }
+  void copy_selection(const PageSelectKvCache& other) {
+    layers_ = other.layers_;
+    std::copy_n(other.picked_.data(), picked_.size(), picked_.data());
+  }
+  /// Bounds anew, from the stored keys.
+  void form_bounds() {
+    for (PageBounds<Key>& bounds : bounds_) bounds.truncate(0);
+    for (std::int64_t l = 0; l < this->shape().num_layers; ++l) extend_bounds(l);
+  }
 
   /// Pages of a list: a selection and what may be opened while it serves.
   static std::int64_t most_picked(const PageSelection& s) {
@@ -355,7 +464,7 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
 
   /// Forgets what tokens brought that are no longer there.
   void shorten() {
-    for (Layer& layer : layers_) {
+    for (Selected& layer : layers_) {
       layer.picks = false;
       if (layer.selected_at > this->total()) layer.selected_at = 0;
       if (layer.selected_at == 0) continue;
@@ -375,7 +484,7 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
     const std::int64_t parts = selection_.page_size / selection_.logical_page_size;
     const std::int64_t logical =
         (this->total() + selection_.logical_page_size - 1) / selection_.logical_page_size;
-    Layer& at = layers_[size(layer)];
+    Selected& at = layers_[size(layer)];
     for (std::int64_t h = 0; h < this->shape().num_kv_heads; ++h) {
       // The newest page is read whatever it scores.
       for (std::int64_t page = 0; page < pages; ++page) {
@@ -395,7 +504,7 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
   }
 
   PageSelection selection_;
-  std::vector<Layer> layers_;
+  std::vector<Selected> layers_;
   std::vector<PageBounds<Key>> bounds_;  // [num_layers]
   std::vector<std::int32_t> heads_;      // 0, 1, ..: a class for each where pages are picked
   std::int64_t list_size_ = 0;
@@ -483,6 +592,48 @@ class TokenSelectKvCache : public detail::SelectiveCache<Key, Value> {
   void reset() {
     cache_.reset();
     forget();
+  }
+
+  /// Keeps a verified path of drafted tokens (KvCache::keep_path).
+  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
+    cache_.keep_path(tokens, path);
+    forget();
+  }
+
+  /// As KvCache: what is published serves one step, and is no state.
+  using Checkpoint = typename KvCache<Key, Value>::Checkpoint;
+  Checkpoint make_checkpoint() const { return cache_.make_checkpoint(); }
+  void capture(Checkpoint& checkpoint) const { cache_.capture(checkpoint); }
+  void revert(const Checkpoint& checkpoint) {
+    cache_.revert(checkpoint);
+    forget();
+  }
+  void copy_from(const TokenSelectKvCache& other) {
+    cache_.copy_from(other.cache_);
+    forget();
+  }
+  TokenSelectKvCache sibling() const {
+    const RetentionConfig& kept = this->retention();
+    return TokenSelectKvCache(this->shape(), this->num_qo_heads(), sm_scale_, selection_,
+                              this->rotaries_, kept.capacity, kept.max_chunk, kept.origin);
+  }
+  /// Appends selection and rows. Allocates in the writer. \throws Error(kOrder) with uncommitted
+  /// tokens.
+  void save(ByteWriter& writer) const {
+    writer.write<std::int64_t>(selection_.budget);
+    writer.write_span(std::span<const std::int64_t>(selection_.publishing_layers));
+    cache_.save(writer);
+  }
+  /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
+  void restore(ByteReader& reader) {
+    reset();
+    reader.read_expected<std::int64_t>("budget", selection_.budget);
+    const std::vector<std::int64_t> layers = reader.read_vector<std::int64_t>(
+        "publishing layers", static_cast<std::uint64_t>(this->shape().num_layers));
+    if (layers != selection_.publishing_layers)
+      throw Error(ErrorCode::kFormat, {"saved with another selection", reader.source(),
+                                       "publishing layers", "those of the cache", "others"});
+    cache_.restore(reader);
   }
 
   /// Gathers the published tokens' rows of a layer that reads them.

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/cache/element_stream.hpp"
 #include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
@@ -394,7 +395,7 @@ class KvCache {
       for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head)
         writer.write<std::int32_t>(retention_of(layer, head));
     each_kept_row(*this, [&](const auto* row, std::int64_t count) {
-      for (std::int64_t i = 0; i < count; ++i) put_element(writer, row[i]);
+      for (std::int64_t i = 0; i < count; ++i) detail::put_element(writer, row[i]);
     });
   }
   /// Takes over a saved state.
@@ -425,7 +426,7 @@ class KvCache {
     retentions_.swap(loaded);
     try {
       each_kept_row(*this, [&](auto* row, std::int64_t count) {
-        for (std::int64_t i = 0; i < count; ++i) get_element(reader, row[i]);
+        for (std::int64_t i = 0; i < count; ++i) detail::get_element(reader, row[i]);
       });
     } catch (...) {
       reset();
@@ -633,29 +634,6 @@ class KvCache {
             self.each_part(self.row(part, retention, j, slot), visit);
         });
       }
-  }
-
-  template <class T>
-  static void put_element(ByteWriter& writer, const T& value) {
-    if constexpr (std::is_arithmetic_v<T>) {
-      writer.write<T>(value);
-    } else if constexpr (std::is_same_v<T, GroupScale>) {
-      put_element(writer, value.scale);
-      put_element(writer, value.zero);
-    } else {
-      writer.write(value.bits);
-    }
-  }
-  template <class T>
-  static void get_element(ByteReader& reader, T& value) {
-    if constexpr (std::is_arithmetic_v<T>) {
-      value = reader.read<T>("cache row");
-    } else if constexpr (std::is_same_v<T, GroupScale>) {
-      get_element(reader, value.scale);
-      get_element(reader, value.zero);
-    } else {
-      value.bits = reader.read<decltype(value.bits)>("cache row");
-    }
   }
 
   void move_row(int retention_index, std::int64_t from, std::int64_t to) {

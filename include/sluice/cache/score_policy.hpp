@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include <span>
 #include <string>
 
+#include "sluice/cache/segment.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/position/position.hpp"
@@ -147,6 +149,15 @@ struct ScorePolicy {
   /// raw and read at their ranks, so positions stay below the capacity for ever.
   PositionRule position_rule = PositionRule::kInText;
   Position origin = 0;  ///< position of the stream's token 0
+  /// Tokens of which kinds may leave, by TokenKind; the others stay, the oldest of them where they
+  /// alone exceed the budget (StreamMem lets go of vision alone).
+  std::array<bool, kNumTokenKinds> may_leave{true, true, true, true};
+  /// kProxyQueries: each run of so many tokens of one kind that came since the last selection
+  /// leaves a prototype beside what is kept of it, a row that is the mean of its rows weighted by
+  /// their scores, keys averaged as if they were raw and placed at the mean position. Prototypes
+  /// count in the budget, stay at the selection that makes them, and compete at later ones. 0:
+  /// none.
+  std::int64_t frame_size = 0;
 
   /// Entries of a KV head that storage has room for on average over a layer.
   std::int64_t capacity() const { return budget + growth; }
@@ -211,7 +222,9 @@ struct ScorePolicy {
     policy.top = std::max<std::int64_t>(0, entropy - max_chunk);
     return policy;
   }
-  /// StreamMem (arXiv 2508.15717): what proxy queries attend to, sinks protected.
+  /// StreamMem (arXiv 2508.15717; no released code was found): what proxy queries attend to, sinks
+  /// protected. The paper's prototypes: set frame_size. It leaves open where a prototype stands and
+  /// whether keys are averaged before their rotation: here they are, at the mean position.
   static ScorePolicy stream_mem(std::int64_t num_sink_tokens, std::int64_t budget,
                                 std::int64_t growth, std::int64_t max_chunk,
                                 std::int64_t max_proxies = 16) {
@@ -249,6 +262,12 @@ struct ScorePolicy {
       fail("pool_size", "an odd number", std::to_string(pool_size));
     if (!(floor >= 0 && floor <= 1)) fail("floor", "0 to 1", std::to_string(floor));
     if (!(decay > 0 && decay <= 1)) fail("decay", "above 0, at most 1", std::to_string(decay));
+    if (frame_size != 0) {
+      within("frame_size", frame_size, 1, budget + growth);
+      if (source != ScoreSource::kProxyQueries || floor < 1)
+        fail("frame_size", "0 unless proxy queries score, each head alone",
+             std::to_string(frame_size));
+    }
     if (!std::isfinite(origin)) fail("origin", "a finite position", std::to_string(origin));
     if (floor < 1 && top >= 0)
       fail("floor", "1 with SirLLM's released rule", std::to_string(floor));

@@ -4,6 +4,7 @@
 /// passes between the two.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "sluice/cache/kv_element.hpp"

@@ -19,10 +19,12 @@
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/draft_tree.hpp"
+#include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/observed_attention.hpp"
 #include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
+#include "sluice/attention/softmax_state.hpp"
 #include "sluice/attention/variant.hpp"
 #include "sluice/cache/group.hpp"
 #include "sluice/cache/kind_kv_cache.hpp"
@@ -91,7 +93,10 @@ struct DecoderInput {
 
 /// What forward() asks of a cache. KvCache is one; so are caches that keep what scores highest or
 /// read pages that an index picks. A cache may also have
-///   void select(layer, AttentionQuery)          before its segments are listed, and
+///   void begin_layer(layer)                     before a layer's rows are stored,
+///   void select(layer, AttentionQuery)          before its segments are listed,
+///   int late_segments(layer, count, out)        after attention over those: more segments, whose
+///                                               part is merged (with one class of heads), and
 ///   bool observes(layer), void observe(const ObservedAttention<Key, Value>&)   after attention.
 template <class Cache>
 concept DecoderCache = requires(Cache& cache, const Cache& seen, std::int64_t count,
@@ -244,6 +249,14 @@ class Decoder {
     return KindKvCache<Key, Value>(kv_shape(), config, rotaries());
   }
 
+  /// A cache of which layers become lazy while a prompt is read, for one stream of this model. The
+  /// model must outlive it. \throws what LazyLayerKvCache throws.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  LazyLayerKvCache<Key, Value> make_lazy_layer_cache(const LazyLayerConfig& config) const {
+    return LazyLayerKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
+                                        static_cast<float>(config_.sm_scale), config, rotaries());
+  }
+
   /// Pages for the streams of this model that share them, each with a PagedKvCache of its own. The
   /// model must outlive it. \throws what PageStore throws.
   template <RotaryElement Key, RotaryElement Value = Key>
@@ -384,11 +397,13 @@ class DecoderWorkspace {
         key_(buffer(max_tokens, model.config().num_kv_heads * model.config().head_dim)),
         value_(buffer(max_tokens, model.config().num_kv_heads * model.config().head_dim)),
         attended_(buffer(max_tokens, model.config().num_qo_heads * model.config().head_dim)),
-        gate_(buffer(max_tokens, model.config().intermediate_size)),
+        gate_(buffer(max_tokens, std::max(model.config().intermediate_size,
+                                          model.config().num_qo_heads * model.config().head_dim))),
         up_(buffer(max_tokens, model.config().intermediate_size)),
         linear_(widest(model.config()), team_size, activations,
                 std::min(max_tokens, LinearWorkspace::kDefaultTokens)),
         lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
+        late_lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
         mass_(static_cast<std::size_t>(model.config().num_qo_heads)),
         segments_(sizeof(Segment<float>) * kSegmentSlots) {
     const DecoderConfig& config = model.config();
@@ -447,11 +462,12 @@ class DecoderWorkspace {
   Buffer<float> key_;        // [max_tokens, num_kv_heads, head_dim]
   Buffer<float> value_;      // [max_tokens, num_kv_heads, head_dim]
   Buffer<float> attended_;   // [max_tokens, num_qo_heads, head_dim]
-  Buffer<float> gate_;       // [max_tokens, intermediate_size]
+  Buffer<float> gate_;       // [max_tokens, intermediate_size]; before it what attention got late
   Buffer<float> up_;         // [max_tokens, intermediate_size]
   LinearWorkspace linear_;
-  Buffer<float> lse_;   // [max_tokens, num_qo_heads], of a layer that is probed or observed
-  Buffer<float> mass_;  // [num_qo_heads]
+  Buffer<float> lse_;       // [max_tokens, num_qo_heads], of a layer that is probed or observed
+  Buffer<float> late_lse_;  // [max_tokens, num_qo_heads], of segments that came late
+  Buffer<float> mass_;      // [num_qo_heads]
   Buffer<std::byte> segments_;
   std::vector<std::unique_ptr<AttentionWorkspace<cpu>>> attention_;  // one per rotary
   std::vector<RotaryTable> write_rotation_;                          // one per rotary
@@ -533,6 +549,7 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
     const HeadsView<const float> keys(key.data, count, c.num_kv_heads, c.head_dim);
     const HeadsView<const float> values(value.data, count, c.num_kv_heads, c.head_dim);
     const float* rotation = w.write_rotation_[rotary_index].rows();
+    if constexpr (requires { cache.begin_layer(l); }) cache.begin_layer(l);
     team.for_each_range(count, kTokensAtOnce, [&](WorkRange range, int) {
       cache.store(l, keys, values, rotation, range.begin, range.end);
     });
@@ -555,12 +572,28 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
       AttentionQuery of_class = rows;
       of_class.kv_heads = heads.kv_heads;
       const bool probed = reader.probe.newest > 0 && reader.probe.layer == l && count == 1;
+      constexpr bool waits = requires(std::span<SegmentType> out) {
+        cache.late_segments(l, count, out);
+      };
       bool observed = false;
       if constexpr (requires { cache.observes(l); }) observed = cache.observes(l);
       attend(of_class, seen, variant,
              HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
-             probed || observed ? w.lse_.data() : nullptr, *w.attention_[rotary_index], team,
-             cpu{});
+             probed || observed || waits ? w.lse_.data() : nullptr, *w.attention_[rotary_index],
+             team, cpu{});
+      if constexpr (waits) {
+        SLUICE_ASSERT(cache.num_classes(l) == 1);
+        const auto late = static_cast<std::size_t>(cache.late_segments(l, count, segments));
+        if (late > 0) {
+          const HeadsView<float> part_out(w.gate_.data(), count, c.num_qo_heads, c.head_dim);
+          attend(of_class, std::span<const SegmentType>(segments.data(), late), variant, part_out,
+                 w.late_lse_.data(), *w.attention_[rotary_index], team, cpu{});
+          merge_partials(HeadsView<float>(attended.data, count, c.num_qo_heads, c.head_dim),
+                         w.lse_.data(),
+                         HeadsView<const float>(w.gate_.data(), count, c.num_qo_heads, c.head_dim),
+                         w.late_lse_.data());
+        }
+      }
       if (probed)
         attention_mass(of_class, seen, variant.sm_scale, &rotary(l), c.num_kv_heads, w.lse_.span(),
                        reader.probe.group, reader.probe.newest, w.mass_.span());

@@ -16,10 +16,14 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "sluice/attention/draft_tree.hpp"
+#include "sluice/attention/retrieval_cache.hpp"
+#include "sluice/attention/scored_cache.hpp"
+#include "sluice/attention/selective_cache.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/paged_kv_cache.hpp"
 #include "sluice/core/atomic_file.hpp"
@@ -72,8 +76,22 @@ struct UpdateResult {
   std::int64_t computed = 0;       ///< tokens that were fed
 };
 
-/// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache,
-/// or a PagedKvCache, whose pages sessions share.
+/// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache, a
+/// PagedKvCache, whose pages sessions share, or one of the caches that look at queries:
+///
+/// | cache              | checkpoint, fork | save, restore | step(draft) | update() keeps |
+/// |--------------------|------------------|---------------|-------------|----------------------------|
+/// | KvCache            | yes              | yes           | yes         | what the window still
+/// holds | | PagedKvCache       | yes              | yes           | yes         | the common
+/// prefix          | | ScoredKvCache      | yes (all rows)   | yes           | no          | a
+/// checkpoint               | | PageSelectKvCache  | yes              | yes           | yes | the
+/// common prefix          | | TokenSelectKvCache | yes              | yes           | yes         |
+/// the common prefix          | | RetrievalKvCache   | no               | no            | no |
+/// nothing                    |
+///
+/// What a cache does not do throws Error(kUnsupported) that says why. Scored caches that score by
+/// surprisal (SirLLM) are given that of every token, those read and those written; proxy queries
+/// (StreamMem) are the caller's to feed, which needs Decoder::forward().
 ///
 /// Everything is allocated by the constructor; no verb but fork(), save() and restore() allocates.
 /// One thread at a time uses a session; different sessions of one model are independent, except a
@@ -211,24 +229,10 @@ class Session {
   /// vocabulary; Error(kCapacity) if the nodes do not fit a chunk or the cache; Error(kUnsupported)
   /// with kRecompute, and for a tree with branches over raw keys. The stream is then as it was.
   std::span<const Token> step(const DraftTree& draft) {
-    check(draft);
-    model_->forward(draft, cache_, *workspace_, *team_);
-    std::int64_t accepted = 0;  // nodes
-    for (std::int64_t node = 0; node != DraftTree::kNoNode;) {
-      path_[static_cast<std::size_t>(accepted)] = node;
-      keep_hidden(node);
-      logits_fresh_ = false;
-      const Token token = sampler_.sample(current_logits());
-      written_[static_cast<std::size_t>(accepted++)] = token;
-      write(token);
-      node = draft.child(node, token);
-    }
-    cache_.keep_path(draft.size(), path_.span().first(static_cast<std::size_t>(accepted)));
-    cache_.commit();
-    for (std::int64_t i = 0; i < accepted; ++i)
-      fed_[static_cast<std::size_t>(i)] = draft.token(path_[static_cast<std::size_t>(i)]);
-    name(fed_.span().first(static_cast<std::size_t>(accepted)));
-    return written_.span().first(static_cast<std::size_t>(accepted));
+    if constexpr (!requires(std::span<const std::int64_t> path) { cache_.keep_path(1, path); })
+      unsupported("verify drafts", "rows of a rejected path would have been scored or spilled");
+    else
+      return verify(draft);
   }
 
   /// The token that the last step() wrote; empty after accept() or reset().
@@ -257,6 +261,8 @@ class Session {
   /// oldest gives way when there is no free one. Costs a copy of checkpoint_bytes() at most.
   /// Allocates nothing. \throws Error(kConfig) if the session was made without checkpoints.
   CheckpointId checkpoint() {
+    if constexpr (!kHasCheckpoints)
+      unsupported("go back", "frames that have gone to the host are not taken back");
     if (saved_.empty())
       throw Error(ErrorCode::kConfig, {"the session has no room for checkpoints",
                                        "Session::checkpoint", "checkpoints", "at least 1", "0"});
@@ -264,7 +270,7 @@ class Session {
     for (Saved& saved : saved_)
       if (saved.serial < place->serial) place = &saved;
     place->serial = ++last_serial_;
-    cache_.capture(place->cache);
+    if constexpr (kHasCheckpoints) cache_.capture(place->cache);
     sampler_.capture(place->sampler);
     std::copy_n(hidden_.data(), hidden_.size(), place->hidden.data());
     std::copy_n(window_.data(), window_tokens_, place->window.data());
@@ -292,7 +298,7 @@ class Session {
            "Session::rollback_to", "id", "a checkpoint that is held", std::to_string(id.serial)});
     for (Saved& saved : saved_)
       if (saved.serial > id.serial) saved.serial = 0;
-    cache_.revert(found->cache);
+    if constexpr (kHasCheckpoints) cache_.revert(found->cache);
     sampler_.revert(found->sampler);
     std::copy_n(found->hidden.data(), hidden_.size(), hidden_.data());
     std::copy_n(found->window.data(), found->window_tokens, window_.data());
@@ -331,9 +337,13 @@ class Session {
   /// and scratch with this session. Allocates the new session, without checkpoints held.
   /// \throws Error(kCapacity) if a paged cache's store has no place for another table.
   Session fork() const {
-    Session child = sibling();
-    fork_into(child);
-    return child;
+    if constexpr (!kHasCheckpoints) {
+      unsupported("fork", "frames on the host belong to one stream");
+    } else {
+      Session child = sibling();
+      fork_into(child);
+      return child;
+    }
   }
   /// Makes `child`, a fork() of this session or of one it was forked from, continue from here.
   /// Allocates nothing. \throws Error(kConfig) if it has another model or other options.
@@ -343,8 +353,12 @@ class Session {
       throw Error(ErrorCode::kConfig,
                   {"a fork continues a session that was made alike", "Session::fork_into",
                    "options", "those of the session", ""});
-    child.reset();
-    child.cache_.copy_from(cache_);
+    if constexpr (!kHasCheckpoints) {
+      unsupported("fork", "frames on the host belong to one stream");
+    } else {
+      child.reset();
+      child.cache_.copy_from(cache_);
+    }
     child.sampler_.copy_from(sampler_);
     std::copy_n(hidden_.data(), hidden_.size(), child.hidden_.data());
     std::copy_n(window_.data(), window_tokens_, child.window_.data());
@@ -363,6 +377,8 @@ class Session {
   /// state, remembered tokens; no checkpoints. Survives a kill at any byte: the file is replaced as
   /// a whole. Feeds a pending token first. Allocates. \throws Error(kIo).
   void save(const std::string& path) {
+    if constexpr (!requires(ByteWriter & into) { cache_.save(into); })
+      unsupported("save", "its frames are on the host, in a store of this process");
     feed_pending();
     ByteWriter writer;
     writer.write(kSnapshotMagic);
@@ -372,7 +388,7 @@ class Session {
     writer.write(position_);
     writer.write(static_cast<std::uint8_t>(wrote_since_input_));
     sampler_.save(writer);
-    cache_.save(writer);
+    if constexpr (requires { cache_.save(writer); }) cache_.save(writer);
     writer.write_span(window_.span().first(static_cast<std::size_t>(window_tokens_)));
     writer.write_span(
         history_.span().first(static_cast<std::size_t>(std::min(remembered(), position_))));
@@ -386,6 +402,8 @@ class Session {
   /// \throws Error(kIo, kFormat) naming file, field, expected and found. A file that is damaged or
   /// of another session leaves this one as it was, or, if it lies beyond its checksum, reset.
   void restore(const std::string& path) {
+    if constexpr (!requires(ByteReader & from) { cache_.restore(from); })
+      unsupported("restore", "its frames are on the host, in a store of this process");
     const std::vector<std::byte> bytes = read_file(path);
     ByteReader reader(bytes, path);
     reader.verify_checksum();
@@ -398,7 +416,7 @@ class Session {
       const auto position = reader.template read<std::int64_t>("position");
       const bool wrote = reader.template read<std::uint8_t>("wrote") != 0;
       sampler_.restore(reader);
-      cache_.restore(reader);
+      if constexpr (requires { cache_.restore(reader); }) cache_.restore(reader);
       window_tokens_ = read_tokens(reader, "window tokens", window_);
       const std::int64_t held = read_tokens(reader, "history", history_);
       if (position < 0 || held != std::min(remembered(), position))
@@ -416,7 +434,59 @@ class Session {
     }
   }
 
+  /// Turns to a question: what is read and written until end_question() sees the init tokens and
+  /// the frames that answer it best, or those given (RetrievalKvCache::begin_question). Feeds a
+  /// pending token first. \throws what RetrievalKvCache::begin_question throws.
+  void begin_question(std::span<const std::int64_t> frames = {}) requires(requires(Cache& cache) {
+    cache.end_question();
+  }) {
+    feed_pending();
+    cache_.begin_question(frames);
+    std::copy_n(hidden_.data(), hidden_.size(), stream_hidden_.data());
+    stream_position_ = position_;
+    stream_has_state_ = has_state_;
+    has_state_ = logits_fresh_ = false;
+  }
+  /// Forgets question and answer: the stream goes on where it was, samples aside.
+  void end_question() requires(requires(Cache& cache) { cache.end_question(); }) {
+    if (!cache_.asking()) return;
+    cache_.end_question();
+    std::copy_n(stream_hidden_.data(), hidden_.size(), hidden_.data());
+    position_ = stream_position_;
+    has_state_ = stream_has_state_;
+    pending_.reset();
+    logits_fresh_ = false;
+  }
+
  private:
+  static constexpr bool kHasCheckpoints = requires { typename Cache::Checkpoint; };
+  static constexpr std::int64_t kSurprisalRows = 8;  // formed at once
+  /// Stands for a checkpoint where there are none.
+  struct NoCheckpoint {
+    std::size_t bytes() const { return 0; }
+    std::int64_t total() const { return 0; }
+    std::int64_t max_truncate() const { return 0; }
+  };
+  template <class Of>
+  static auto checkpoint_type() {
+    if constexpr (requires { typename Of::Checkpoint; })
+      return std::type_identity<typename Of::Checkpoint>();
+    else
+      return std::type_identity<NoCheckpoint>();
+  }
+  using CacheCheckpoint = typename decltype(checkpoint_type<Cache>())::type;
+
+  [[noreturn]] static void unsupported(const char* what, const char* why) {
+    throw Error(ErrorCode::kUnsupported, {std::string("a session over this cache cannot ") + what,
+                                          "Session", "cache", "another cache", why});
+  }
+  std::int64_t max_truncate() const {
+    if constexpr (requires { cache_.max_truncate(); })
+      return cache_.max_truncate();
+    else
+      return 0;
+  }
+
   static constexpr std::int64_t kMaxHistory = std::int64_t{1} << 40;
   static constexpr std::uint64_t kSnapshotMagic = 0x314e5345'43554c53;  // "SLUCESN1"
   static constexpr std::uint32_t kSnapshotVersion = 2;
@@ -424,7 +494,7 @@ class Session {
   /// A checkpoint's place.
   struct Saved {
     std::uint64_t serial = 0;  // 0: free
-    typename Cache::Checkpoint cache;
+    CacheCheckpoint cache;
     Sampler::Checkpoint sampler;
     Buffer<float> hidden;
     Buffer<Token> window;
@@ -463,10 +533,31 @@ class Session {
         path_(static_cast<std::size_t>(cache_.max_chunk())),
         fed_(static_cast<std::size_t>(cache_.max_chunk())),
         written_(static_cast<std::size_t>(cache_.max_chunk())) {
+    if constexpr (requires { cache_.policy().source; }) {
+      if (cache_.policy().source == ScoreSource::kProxyQueries)
+        throw Error(ErrorCode::kUnsupported,
+                    {"proxy queries are fed and taken back by the caller", "Session", "cache",
+                     "another score source, or Decoder::forward()", "proxy queries"});
+      if (cache_.policy().source == ScoreSource::kGiven)
+        surprisal_logits_ =
+            Buffer<float>(static_cast<std::size_t>(kSurprisalRows * model_->config().vocab_size));
+      surprisals_ = Buffer<float>(static_cast<std::size_t>(cache_.max_chunk()));
+    }
     if (recomputes())
       window_ = Buffer<Token>(static_cast<std::size_t>(2 * options.cache.window_size));
+    if constexpr (!kHasCheckpoints) {
+      stream_hidden_ = Buffer<float>(hidden_.size());
+      if (options.checkpoints > 0)
+        unsupported("go back", "frames that have gone to the host are not taken back");
+    }
+    const auto empty_checkpoint = [&] {
+      if constexpr (kHasCheckpoints)
+        return cache_.make_checkpoint();
+      else
+        return CacheCheckpoint{};
+    };
     for (int i = 0; i < options.checkpoints; ++i)
-      saved_.push_back({.cache = cache_.make_checkpoint(),
+      saved_.push_back({.cache = empty_checkpoint(),
                         .sampler = sampler_.make_checkpoint(),
                         .hidden = Buffer<float>(hidden_.size()),
                         .window = Buffer<Token>(window_.size())});
@@ -576,7 +667,7 @@ class Session {
       if constexpr (requires { cache_.room_behind(0); })
         if (cache_.status(static_cast<std::int64_t>(count)) != CacheStatus::kOk)
           throw Error(ErrorCode::kCapacity,
-                      {"the page store has no pages that fit", "Session::accept", "chunk",
+                      {"the cache has no room for the chunk", "Session::accept", "chunk",
                        std::to_string(cache_.room_behind(cache_.total())), std::to_string(count)});
       feed(chunk);
       // Row r of the chunk predicts token r + 1; the last row predicts what comes next.
@@ -620,10 +711,10 @@ class Session {
 
   /// How to keep the most of the first `limit` tokens.
   GoBack way_back(std::int64_t limit) const {
-    if (recomputes() || limit <= 0) return {};
+    if (!kHasCheckpoints || recomputes() || limit <= 0) return {};
     const std::int64_t fed = cache_.total();
     limit = std::min(limit, fed);
-    if (fed - limit <= cache_.max_truncate()) return {limit, nullptr};
+    if (fed - limit <= max_truncate()) return {limit, nullptr};
     GoBack best;
     for (const Saved& saved : saved_) {
       if (saved.serial == 0) continue;
@@ -639,8 +730,10 @@ class Session {
       reset();
       return;
     }
-    if (way.from != nullptr) cache_.revert(way.from->cache);
-    if (cache_.total() > kept) cache_.truncate(cache_.total() - kept);
+    if constexpr (kHasCheckpoints)
+      if (way.from != nullptr) cache_.revert(way.from->cache);
+    if constexpr (requires { cache_.truncate(kept); })
+      if (cache_.total() > kept) cache_.truncate(cache_.total() - kept);
     expire(kept);
     pending_.reset();
     position_ = kept;
@@ -676,10 +769,44 @@ class Session {
       window_stale_ = true;
       return;
     }
+    const bool follows = cache_.total() > 0;
     model_->forward(tokens, cache_, *workspace_, *team_);
-    cache_.commit();
+    if constexpr (requires { cache_.policy().source; })
+      if (cache_.policy().source == ScoreSource::kGiven) give_surprisals(tokens, follows);
+    if constexpr (requires { cache_.commit(*team_); })
+      cache_.commit(*team_);
+    else
+      cache_.commit();
     name(tokens);
     keep_hidden(static_cast<std::int64_t>(tokens.size()) - 1);
+  }
+
+  /// Tells a cache how surprising each token of the last forward is, under the model's own logits.
+  /// The stream's first token, which nothing predicts, gets the largest of its chunk.
+  void give_surprisals(std::span<const Token> tokens, bool follows) {
+    const auto count = static_cast<std::int64_t>(tokens.size());
+    const std::int64_t vocab = model_->config().vocab_size;
+    float* const scores = surprisals_.data();
+    scores[0] = 0;
+    if (follows) {
+      model_->logits(
+          MatrixView<const float>(hidden_.data(), 1, static_cast<std::int64_t>(hidden_.size())),
+          MatrixView<float>(surprisal_logits_.data(), 1, vocab), *workspace_, *team_);
+      scores[0] = static_cast<float>(negative_log_likelihood(
+          surprisal_logits_.span().first(static_cast<std::size_t>(vocab)), tokens[0]));
+    }
+    for (std::int64_t first = 0; first + 1 < count; first += kSurprisalRows) {
+      const std::int64_t rows = std::min(kSurprisalRows, count - 1 - first);
+      model_->logits(first, MatrixView<float>(surprisal_logits_.data(), rows, vocab), *workspace_,
+                     *team_);
+      for (std::int64_t r = 0; r < rows; ++r)
+        scores[first + r + 1] = static_cast<float>(negative_log_likelihood(
+            surprisal_logits_.span().subspan(static_cast<std::size_t>(r * vocab),
+                                             static_cast<std::size_t>(vocab)),
+            tokens[static_cast<std::size_t>(first + r + 1)]));
+    }
+    if (!follows) scores[0] = *std::max_element(scores, scores + count);
+    cache_.give_scores(surprisals_.span().first(static_cast<std::size_t>(count)));
   }
 
   /// Tells a cache that shares pages by their tokens what was committed.
@@ -735,6 +862,27 @@ class Session {
       logits_fresh_ = true;
     }
     return logits_.span();
+  }
+
+  std::span<const Token> verify(const DraftTree& draft) {
+    check(draft);
+    model_->forward(draft, cache_, *workspace_, *team_);
+    std::int64_t accepted = 0;  // nodes
+    for (std::int64_t node = 0; node != DraftTree::kNoNode;) {
+      path_[static_cast<std::size_t>(accepted)] = node;
+      keep_hidden(node);
+      logits_fresh_ = false;
+      const Token token = sampler_.sample(current_logits());
+      written_[static_cast<std::size_t>(accepted++)] = token;
+      write(token);
+      node = draft.child(node, token);
+    }
+    cache_.keep_path(draft.size(), path_.span().first(static_cast<std::size_t>(accepted)));
+    cache_.commit();
+    for (std::int64_t i = 0; i < accepted; ++i)
+      fed_[static_cast<std::size_t>(i)] = draft.token(path_[static_cast<std::size_t>(i)]);
+    name(fed_.span().first(static_cast<std::size_t>(accepted)));
+    return written_.span().first(static_cast<std::size_t>(accepted));
   }
 
   /// What tells one model and one set of options from another: extents, and a few weights.
@@ -794,13 +942,18 @@ class Session {
   std::shared_ptr<DecoderWorkspace> workspace_;  // shared with forks
   Sampler sampler_;
   StreamMetrics metrics_;
-  Buffer<float> logits_;       // [vocab_size]
-  Buffer<float> hidden_;       // [hidden_size], of the last fed token
-  Buffer<Token> history_;      // [SessionOptions::history], the stream's first tokens
-  Buffer<std::int64_t> path_;  // [chunk], of a verified draft
-  Buffer<Token> fed_;          // [chunk], the tokens of path_
-  Buffer<Token> written_;      // [chunk], by step(draft)
-  Buffer<Token> window_;       // [2 * window_size], kRecompute only
+  Buffer<float> logits_;            // [vocab_size]
+  Buffer<float> hidden_;            // [hidden_size], of the last fed token
+  Buffer<Token> history_;           // [SessionOptions::history], the stream's first tokens
+  Buffer<std::int64_t> path_;       // [chunk], of a verified draft
+  Buffer<Token> fed_;               // [chunk], the tokens of path_
+  Buffer<Token> written_;           // [chunk], by step(draft)
+  Buffer<Token> window_;            // [2 * window_size], kRecompute only
+  Buffer<float> surprisals_;        // [chunk], caches that score by it
+  Buffer<float> surprisal_logits_;  // [kSurprisalRows, vocab_size]
+  Buffer<float> stream_hidden_;     // hidden_ behind an open question
+  std::int64_t stream_position_ = 0;
+  bool stream_has_state_ = false;
   std::int64_t window_tokens_ = 0;
   std::vector<Saved> saved_;
   std::uint64_t last_serial_ = 0;
@@ -811,6 +964,19 @@ class Session {
   bool window_stale_ = false;     // kRecompute: window_ is ahead of the cache
   bool wrote_since_input_ = false;
 };
+
+/// A session over a cache that keeps what scores highest (Decoder::make_scored_cache).
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using ScoredSession = Session<Key, Value, ScoredKvCache<Key, Value>>;
+/// A session that keeps everything and reads the pages that its queries pick.
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using PageSelectSession = Session<Key, Value, PageSelectKvCache<Key, Value>>;
+/// A session that keeps everything and reads, in most layers, what scored highest in another.
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using TokenSelectSession = Session<Key, Value, TokenSelectKvCache<Key, Value>>;
+/// A session whose frames go to the host and come back for questions.
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using RetrievalSession = Session<Key, Value, RetrievalKvCache<Key, Value>>;
 
 /// A session over pages of a store that others share (Decoder::make_page_store).
 template <RotaryElement Key = f16, RotaryElement Value = Key>

@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: MIT
+/// LightTransfer at test time (arXiv 2410.13846; SimLayerKV is its first version): while a prompt
+/// is read, layers whose last queries look at sinks and recent tokens alone become lazy and keep
+/// only those. A layer changes from full to sinks + window while the program runs.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/attention/attend.hpp"
+#include "sluice/attention/observed_attention.hpp"
+#include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/retention.hpp"
+#include "sluice/cache/segment.hpp"
+#include "sluice/core/config.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/position/rotary.hpp"
+
+namespace sluice {
+
+/// The lazy ratio of a layer (section 3 of the paper): the share of attention that falls on the
+/// first num_sink_tokens and the last recent_size of the tokens seen, averaged over the last
+/// `queries` rows and all query heads. A row counts what is not after it, and a key that is in both
+/// sets once; so the ratio of a short prompt is 1. query: rows of the chunk, not rotated, of all
+/// heads; segment: everything, keys rotated; lse: [T, num_qo_heads]. Plain loops in float32: some
+/// thousand keys for a few dozen rows. Allocates nothing.
+/// Deviation: the paper's listing omits scale and causality, which makes early rows too lazy.
+template <RotaryElement Key, RotaryElement Value>
+double lazy_ratio(const AttentionQuery& query, const Segment<Key, Value>& segment, float sm_scale,
+                  const Rotary* rotary, std::int64_t num_kv_heads, const float* lse,
+                  std::int64_t num_sink_tokens, std::int64_t recent_size, std::int64_t queries) {
+  SLUICE_ASSERT(query.rows.head_dim <= kMaxRotaryDim && segment.key_rotation == nullptr);
+  const std::int64_t dim = query.rows.head_dim;
+  const std::int64_t heads = query.rows.num_heads;
+  const std::int64_t group = heads / num_kv_heads;
+  const std::int64_t first_row = std::max<std::int64_t>(0, query.rows.tokens - queries);
+  const std::int64_t count = segment.rule.count;
+  const std::int64_t sinks = std::min(num_sink_tokens, count);
+  const std::int64_t recent = std::max(sinks, count - recent_size);
+  float angles[kMaxRotaryDim];
+  float q[kMaxRotaryDim];
+  double sum = 0;
+  for (std::int64_t t = first_row; t < query.rows.tokens; ++t) {
+    if (rotary != nullptr) rotary->angles(query.position(t), angles);
+    const std::int64_t visible =
+        std::min(count, query.first_index + t + 1 - segment.rule.first_index);
+    for (std::int64_t head = 0; head < heads; ++head) {
+      if (rotary != nullptr)
+        rotary->rotate(angles, query.rows.head(t, head), q);
+      else
+        std::copy_n(query.rows.head(t, head), dim, q);
+      const auto share = [&](std::int64_t j) {
+        const Key* key = segment.key(head / group, j);
+        float score = 0;
+        for (std::int64_t d = 0; d < dim; ++d) score += q[d] * static_cast<float>(key[d]);
+        return static_cast<double>(std::exp(score * sm_scale - lse[t * heads + head]));
+      };
+      for (std::int64_t j = 0; j < std::min(sinks, visible); ++j) sum += share(j);
+      for (std::int64_t j = recent; j < visible; ++j) sum += share(j);
+    }
+  }
+  return sum / static_cast<double>((query.rows.tokens - first_row) * heads);
+}
+
+/// Which layers stay full: of those pushed, the `capacity` with the smallest lazy ratios.
+class LazyQueue {
+ public:
+  /// Allocates. capacity: full layers wanted, 0 or more.
+  explicit LazyQueue(std::int64_t capacity) : capacity_(capacity) {
+    held_.reserve(static_cast<std::size_t>(capacity + 1));
+  }
+
+  /// A layer and its ratio; returns the layer that becomes lazy by it, if one does: the laziest of
+  /// all held, of equal ones the lower. Allocates nothing.
+  std::optional<std::int64_t> push(double ratio, std::int64_t layer) {
+    held_.push_back({ratio, layer});
+    if (static_cast<std::int64_t>(held_.size()) <= capacity_) return std::nullopt;
+    const auto laziest =
+        std::max_element(held_.begin(), held_.end(), [](const Entry& a, const Entry& b) {
+          return a.ratio != b.ratio ? a.ratio < b.ratio : a.layer > b.layer;
+        });
+    const std::int64_t layer_out = laziest->layer;
+    held_.erase(laziest);
+    return layer_out;
+  }
+  void clear() { held_.clear(); }
+
+ private:
+  struct Entry {
+    double ratio;
+    std::int64_t layer;
+  };
+  std::int64_t capacity_;
+  std::vector<Entry> held_;
+};
+
+/// Extents of a LazyLayerKvCache. Defaults are the paper's, which keeps half of the layers full
+/// (75% on needle tests).
+struct LazyLayerConfig {
+  std::int64_t num_full_layers = 0;  ///< layers that stay full, 0 or more
+  std::int64_t num_sink_tokens = 4;
+  std::int64_t recent_size =
+      1020;  ///< entries that a lazy layer keeps besides, the query's not among them
+  std::int64_t num_queries = 32;  ///< rows that the ratio is measured over
+  std::int64_t capacity = 0;      ///< tokens of the whole stream: full layers end there
+  std::int64_t max_prompt = 0;    ///< tokens of the first chunk
+  std::int64_t max_chunk = 1;     ///< tokens of later ones, at most recent_size + 1
+};
+
+/// Keys and values of one stream whose first chunk is the prompt. While it passes through the
+/// layers, each layer is full until its ratio has been measured, and the laziest is cut to sinks +
+/// recent tokens as soon as more than num_full_layers are held: so there is room for
+/// num_full_layers
+/// + 1 full layers and no more, and that is all that is ever allocated (the one block more is what
+/// the layer at work needs). Keys stay at their places in the text.
+///
+/// Protocol of a step: as KvCache, with begin_layer() before store() and observe() after attention.
+/// Rolling back the first chunk forgets which layers were lazy. set_lazy() cuts a layer later on,
+/// by the caller's own measure (SimLayerKV: ratio() of the first decoded token above a threshold).
+/// Layers with a trained window of their own are read with it. Only construction allocates. One
+/// thread at a time; store() of different rows may run on several.
+template <RotaryElement Key, RotaryElement Value = Key>
+class LazyLayerKvCache {
+ public:
+  using KeyType = Key;
+  using ValueType = Value;
+  using SegmentType = Segment<Key, Value>;
+  static constexpr int kMaxSegments = Retention::kMaxSegments;
+
+  /// rotaries: [num_layers], each null or outliving the cache. num_qo_heads and sm_scale: the
+  /// model's. \throws Error(kConfig, kShape) naming the extent that does not fit.
+  LazyLayerKvCache(const KvShape& shape, std::int64_t num_qo_heads, float sm_scale,
+                   const LazyLayerConfig& config, std::span<const Rotary* const> rotaries)
+      : shape_(shape),
+        config_(checked(shape, num_qo_heads, config, rotaries)),
+        sm_scale_(sm_scale),
+        rotaries_(rotaries.begin(), rotaries.end()),
+        full_(full_config(config)),
+        lazy_(lazy_config(config)),
+        queue_(config.num_full_layers),
+        blocks_(static_cast<std::size_t>(shape.num_layers), kNoBlock),
+        ratios_(static_cast<std::size_t>(shape.num_layers)) {
+    // One block serves the layer at work, unless no layer is to be lazy.
+    num_blocks_ = std::min(config.num_full_layers + 1, shape.num_layers);
+    const std::int64_t rows = shape.num_kv_heads * (num_blocks_ * full_.config().capacity +
+                                                    shape.num_layers * lazy_.config().capacity);
+    keys_ = Buffer<Key>(size(rows * shape.head_dim));
+    values_ = Buffer<Value>(size(rows * shape.value_dim));
+    free_.reserve(size(num_blocks_));
+    reset();
+  }
+
+  const KvShape& shape() const { return shape_; }
+  const LazyLayerConfig& config() const { return config_; }
+  std::int64_t total() const { return full_.total(); }
+  std::int64_t committed() const { return full_.committed(); }
+  Position write_position(std::int64_t index) const { return full_.write_position(index); }
+  bool takes_positions() const { return false; }
+  /// The prompt's extent, for workspaces; later chunks are at most config().max_chunk.
+  std::int64_t max_chunk() const { return config_.max_prompt; }
+  std::int64_t max_entries() const { return full_.config().capacity; }
+  /// Bytes of keys and values: num_full_layers + 1 full layers and a window for each layer.
+  std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
+  /// Bytes of keys and values that are kept now, and the most that ever were at once.
+  std::size_t bytes_kept() const { return kept_now_; }
+  std::size_t peak_bytes_kept() const { return kept_peak_; }
+  bool is_lazy(std::int64_t layer) const { return blocks_[size(layer)] == kLazy; }
+  std::int64_t num_lazy() const { return std::count(blocks_.begin(), blocks_.end(), kLazy); }
+  /// The ratio that was measured last; 0 before.
+  double ratio(std::int64_t layer) const { return ratios_[size(layer)]; }
+  /// Whether ratios are measured after the prompt too, at every chunk.
+  void measure(bool always) { measures_ = always; }
+
+  CacheStatus status(std::int64_t tokens) const {
+    const std::int64_t most = prompt_open() ? config_.max_prompt : config_.max_chunk;
+    return total() - committed() + tokens <= most && total() + tokens <= config_.capacity
+               ? CacheStatus::kOk
+               : CacheStatus::kFull;
+  }
+  /// Precondition: status(tokens) == kOk; the prompt is one append().
+  void append(std::int64_t tokens) {
+    SLUICE_ASSERT(status(tokens) == CacheStatus::kOk);
+    SLUICE_ASSERT(!prompt_open() || total() == 0);
+    full_.append(tokens);
+    if (!prompt_open()) {
+      lazy_.append(tokens);
+      return;
+    }
+    // Where a lazy layer will have the prompt's tokens is known before the layer is.
+    for (std::int64_t left = tokens; left > 0;) {
+      const std::int64_t part = std::min(left, lazy_.config().max_chunk);
+      lazy_.append(part);
+      lazy_.commit();
+      left -= part;
+    }
+  }
+  void commit() {
+    full_.commit();
+    lazy_.commit();
+  }
+  void rollback() {
+    if (prompt_open()) {
+      reset();
+      return;
+    }
+    full_.rollback();
+    lazy_.rollback();
+  }
+  void reset() {
+    full_.reset();
+    lazy_.reset();
+    queue_.clear();
+    free_.clear();
+    for (std::int64_t block = num_blocks_; block > 0; --block) free_.push_back(block - 1);
+    std::fill(blocks_.begin(), blocks_.end(), kNoBlock);
+    std::fill(ratios_.begin(), ratios_.end(), 0.0);
+    kept_now_ = kept_peak_ = 0;
+  }
+
+  /// Makes a full layer lazy. \throws Error(kOrder) with uncommitted tokens; nothing changes.
+  void set_lazy(std::int64_t layer) {
+    SLUICE_ASSERT(layer >= 0 && layer < shape_.num_layers);
+    if (total() != committed() || total() == 0)
+      throw Error(ErrorCode::kOrder,
+                  {"uncommitted tokens, or none at all", "LazyLayerKvCache::set_lazy",
+                   "appended tokens", "0", std::to_string(total() - committed())});
+    if (!is_lazy(layer)) cut(layer);
+  }
+
+  /// Writes keys and values of the newest tokens, after begin_layer(); as KvCache::store().
+  void store(std::int64_t layer, HeadsView<const float> keys, HeadsView<const float> values,
+             const float* rotation, std::int64_t begin, std::int64_t end) {
+    const Rotary* rotary = rotaries_[size(layer)];
+    const Place to = place(layer);
+    for (std::int64_t t = begin; t < end; ++t) {
+      const std::int64_t slot = to.retention->slot_of_newest(keys.tokens - t);
+      for (std::int64_t h = 0; h < shape_.num_kv_heads; ++h) {
+        const std::int64_t row = to.row(h, slot);
+        Key* key = keys_.data() + row * shape_.head_dim;
+        if (rotary != nullptr)
+          rotary->rotate(rotation + t * rotary->row_size(), keys.head(t, h), key);
+        else
+          convert(keys.head(t, h), shape_.head_dim, key);
+        convert(values.head(t, h), shape_.value_dim, values_.data() + row * shape_.value_dim);
+      }
+    }
+  }
+
+  int num_classes(std::int64_t) const { return 1; }
+  HeadClassView head_class(std::int64_t layer, int = 0) const {
+    HeadClassView view;
+    if (!is_lazy(layer)) return view;
+    view.window_size = lazy_.window();
+    view.num_sink_tokens = config_.num_sink_tokens;
+    return view;
+  }
+  int segments(std::int64_t layer, std::int64_t queries, std::span<SegmentType, kMaxSegments> out,
+               int = 0) const {
+    if (total() == 0) return 0;
+    const Place from = place(layer);
+    std::array<SegmentRule, kMaxSegments> rules;
+    const int count = from.retention->rules(queries, rules);
+    for (int i = 0; i < count; ++i) {
+      SegmentType& segment = out[size(i)];
+      segment = SegmentType{};
+      segment.rule = rules[size(i)];
+      const std::int64_t row = from.row(0, segment.rule.first_slot);
+      segment.keys = keys_.data() + row * shape_.head_dim;
+      segment.values = values_.data() + row * shape_.value_dim;
+      segment.key_token_stride = shape_.head_dim;
+      segment.value_token_stride = shape_.value_dim;
+      segment.key_head_stride = from.capacity * shape_.head_dim;
+      segment.value_head_stride = from.capacity * shape_.value_dim;
+    }
+    return count;
+  }
+
+  /// A layer gets its block before its rows are stored: to be called after append(), for each layer
+  /// in order.
+  void begin_layer(std::int64_t layer) {
+    std::int64_t& block = blocks_[size(layer)];
+    if (block != kNoBlock) {
+      count_kept();
+      return;
+    }
+    SLUICE_ASSERT(!free_.empty());
+    block = free_.back();
+    free_.pop_back();
+    count_kept();
+  }
+
+  bool observes(std::int64_t layer) const {
+    return prompt_open() || (measures_ && !is_lazy(layer));
+  }
+  /// Measures the layer's ratio; while the prompt passes, a layer may become lazy by it.
+  void observe(const ObservedAttention<Key, Value>& seen) {
+    if (!observes(seen.layer)) return;
+    double& ratio = ratios_[size(seen.layer)];
+    ratio = lazy_ratio(seen.query, seen.segments[0], sm_scale_, rotaries_[size(seen.layer)],
+                       shape_.num_kv_heads, seen.lse, config_.num_sink_tokens, config_.recent_size,
+                       config_.num_queries);
+    if (!prompt_open() || config_.num_full_layers >= shape_.num_layers) return;
+    if (const std::optional<std::int64_t> lazy = queue_.push(ratio, seen.layer)) cut(*lazy);
+  }
+
+ private:
+  static constexpr std::int64_t kNoBlock = -1;
+  static constexpr std::int64_t kLazy = -2;
+
+  /// Where a layer's rows lie.
+  struct Place {
+    const Retention* retention;
+    std::int64_t first;     // row of head 0, slot 0
+    std::int64_t capacity;  // rows of a head
+    std::int64_t row(std::int64_t head, std::int64_t slot) const {
+      return first + head * capacity + slot;
+    }
+  };
+
+  static std::size_t size(std::int64_t count) { return static_cast<std::size_t>(count); }
+  static RetentionConfig full_config(const LazyLayerConfig& c) {
+    RetentionConfig config = RetentionConfig::full(c.capacity, c.max_prompt);
+    config.position_rule = PositionRule::kInText;
+    return config;
+  }
+  static RetentionConfig lazy_config(const LazyLayerConfig& c) {
+    RetentionConfig config =
+        RetentionConfig::streaming_llm(c.num_sink_tokens, c.recent_size, c.max_chunk);
+    config.position_rule = PositionRule::kInText;
+    return config;
+  }
+  static const LazyLayerConfig& checked(const KvShape& shape, std::int64_t num_qo_heads,
+                                        const LazyLayerConfig& c,
+                                        std::span<const Rotary* const> rotaries) {
+    const auto need = [](bool fine, ErrorCode code, const char* field, const std::string& expected,
+                         std::int64_t found) {
+      if (!fine)
+        throw Error(code, {"cache configuration does not fit", "LazyLayerKvCache", field, expected,
+                           std::to_string(found)});
+    };
+    constexpr std::int64_t kMost = std::int64_t{1} << 40;
+    need(shape.num_layers >= 1, ErrorCode::kShape, "num_layers", "at least 1", shape.num_layers);
+    need(shape.num_kv_heads >= 1, ErrorCode::kShape, "num_kv_heads", "at least 1",
+         shape.num_kv_heads);
+    need(shape.head_dim >= 1 && shape.head_dim <= kMaxRotaryDim, ErrorCode::kShape, "head_dim",
+         "1 to " + std::to_string(kMaxRotaryDim), shape.head_dim);
+    need(shape.value_dim >= 1, ErrorCode::kShape, "value_dim", "at least 1", shape.value_dim);
+    need(num_qo_heads >= 1 && num_qo_heads % shape.num_kv_heads == 0, ErrorCode::kShape,
+         "num_qo_heads", "a multiple of num_kv_heads = " + std::to_string(shape.num_kv_heads),
+         num_qo_heads);
+    need(static_cast<std::int64_t>(rotaries.size()) == shape.num_layers, ErrorCode::kShape,
+         "rotaries", std::to_string(shape.num_layers) + " entries",
+         static_cast<std::int64_t>(rotaries.size()));
+    for (const Rotary* rotary : rotaries)
+      need(rotary == nullptr || rotary->head_dim() == shape.head_dim, ErrorCode::kShape,
+           "rotary head_dim", std::to_string(shape.head_dim),
+           rotary == nullptr ? 0 : rotary->head_dim());
+    need(c.num_full_layers >= 0, ErrorCode::kConfig, "num_full_layers", "at least 0",
+         c.num_full_layers);
+    need(c.num_queries >= 1, ErrorCode::kConfig, "num_queries", "at least 1", c.num_queries);
+    need(c.capacity >= 1 && c.capacity <= kMost, ErrorCode::kConfig, "capacity", "at least 1",
+         c.capacity);
+    need(c.max_prompt >= 1 && c.max_prompt <= c.capacity, ErrorCode::kConfig, "max_prompt",
+         "1 to the capacity, " + std::to_string(c.capacity), c.max_prompt);
+    need(c.max_chunk >= 1 && c.max_chunk <= c.max_prompt, ErrorCode::kConfig, "max_chunk",
+         "1 to max_prompt, " + std::to_string(c.max_prompt), c.max_chunk);
+    need(c.recent_size >= 1 && c.recent_size <= kMost, ErrorCode::kConfig, "recent_size",
+         "at least 1", c.recent_size);
+    return c;
+  }
+
+  /// Nothing is committed yet: what passes is the prompt.
+  bool prompt_open() const { return full_.committed() == 0; }
+
+  Place place(std::int64_t layer) const {
+    const std::int64_t heads = shape_.num_kv_heads;
+    const std::int64_t full_rows = heads * full_.config().capacity;
+    if (is_lazy(layer))
+      return {&lazy_, num_blocks_ * full_rows + layer * heads * lazy_.config().capacity,
+              lazy_.config().capacity};
+    SLUICE_ASSERT(blocks_[size(layer)] >= 0);
+    return {&full_, blocks_[size(layer)] * full_rows, full_.config().capacity};
+  }
+
+  /// Copies what a lazy layer keeps to its own rows and gives the layer's block back.
+  void cut(std::int64_t layer) {
+    const Place from = place(layer);
+    const std::int64_t block = blocks_[size(layer)];
+    blocks_[size(layer)] = kLazy;
+    const Place to = place(layer);
+    const std::int64_t sinks = config_.num_sink_tokens;
+    const std::int64_t ring = to.capacity - sinks;
+    const auto copy = [&](std::int64_t token, std::int64_t slot) {
+      for (std::int64_t h = 0; h < shape_.num_kv_heads; ++h) {
+        std::copy_n(keys_.data() + from.row(h, token) * shape_.head_dim, shape_.head_dim,
+                    keys_.data() + to.row(h, slot) * shape_.head_dim);
+        std::copy_n(values_.data() + from.row(h, token) * shape_.value_dim, shape_.value_dim,
+                    values_.data() + to.row(h, slot) * shape_.value_dim);
+      }
+    };
+    for (std::int64_t token = 0; token < std::min(sinks, total()); ++token) copy(token, token);
+    for (std::int64_t token = std::max(sinks, total() - config_.recent_size); token < total();
+         ++token)
+      copy(token, sinks + (token - sinks) % ring);
+    free_.push_back(block);
+    count_kept();
+  }
+
+  void count_kept() {
+    const auto row = static_cast<std::size_t>(shape_.num_kv_heads) *
+                     (static_cast<std::size_t>(shape_.head_dim) * sizeof(Key) +
+                      static_cast<std::size_t>(shape_.value_dim) * sizeof(Value));
+    std::size_t rows = 0;
+    for (const std::int64_t block : blocks_) {
+      if (block == kLazy) rows += size(lazy_.size());
+      if (block >= 0) rows += size(total());
+    }
+    kept_now_ = rows * row;
+    kept_peak_ = std::max(kept_peak_, kept_now_);
+  }
+
+  template <class T>
+  static void convert(const float* from, std::int64_t count, T* to) {
+    for (std::int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(from[i]);
+  }
+
+  KvShape shape_;
+  LazyLayerConfig config_;
+  float sm_scale_;
+  std::vector<const Rotary*> rotaries_;
+  Retention full_;
+  Retention lazy_;
+  LazyQueue queue_;
+  std::vector<std::int64_t> blocks_;  // [num_layers]: of full layers, kNoBlock, or kLazy
+  std::vector<double> ratios_;        // [num_layers]
+  std::vector<std::int64_t> free_;    // blocks that no layer has
+  std::int64_t num_blocks_ = 0;
+  Buffer<Key> keys_;      // [blocks, kv heads, capacity, head_dim], [layers, kv heads, window, ..]
+  Buffer<Value> values_;  // likewise
+  std::size_t kept_now_ = 0;
+  std::size_t kept_peak_ = 0;
+  bool measures_ = false;
+};
+
+}  // namespace sluice
