@@ -37,6 +37,7 @@ struct Options {
   sluice::CacheOptions cache;
   KvType kv_type = KvType::kF16;
   int threads = 1;
+  bool lock_memory = false;
   sluice::Activations activations = sluice::Activations::kFloat32;
 
   std::string system;  // --chat
