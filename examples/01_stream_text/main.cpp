@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
 // stream_text: streams text through a language model at constant memory and constant latency.
+#include <cstddef>
 #include <exception>
 #include <iostream>
 #include <new>
@@ -20,6 +21,9 @@ namespace {
 
 using namespace stream_text;
 
+/// A signal came while the model was loading.
+struct Interrupted {};
+
 int fail(const char* message, int status) {
   std::cerr << "stream_text: " << message << '\n';
   return status;
@@ -38,8 +42,19 @@ sluice::HeadMap load_heads(const Options& options, const sluice::DecoderConfig& 
   return sluice::load_duo_attention(options.heads, {.sparsity = options.sparsity});
 }
 
+sluice::LoadedModel load(const Options& options) {
+  support::Progress progress("loading");
+  return sluice::load_model(options.model, {.read_all = true,
+                                            .lock_memory = options.lock_memory,
+                                            .progress = [&](std::size_t done, std::size_t total) {
+                                              if (support::caught_signal() != 0)
+                                                throw Interrupted();
+                                              progress.show_bytes(done, total);
+                                            }});
+}
+
 int run(Options options) {
-  const sluice::LoadedModel model = sluice::load_model(options.model);
+  const sluice::LoadedModel model = load(options);
   if (!options.heads.empty() && options.cache.policy == sluice::CachePolicy::kPerHead)
     options.cache.heads = load_heads(options, model.decoder->config());
   try {
@@ -69,6 +84,8 @@ int main(int argc, char** argv) {
     status = run(std::get<Options>(parsed));
   } catch (const support::StdoutClosed&) {
     return 0;
+  } catch (const Interrupted&) {
+    return 128 + support::caught_signal();
   } catch (const std::bad_alloc&) {
     return fail("out of memory", 1);
   } catch (const std::exception& error) {

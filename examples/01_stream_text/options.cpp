@@ -90,6 +90,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   option("-m,--model", o.model, "GGUF file, or folder with config.json and safetensors")
       ->required();
   with_default("-t,--threads", o.threads, "threads of the model")->check(whole_number(1, 1024));
+  flag("--mlock", o.lock_memory, "keep the weights in memory: they are never paged out");
   with_default(
       "--activations", activations,
       "how activations meet weights: f32 (exact), bf16 (rounded beside bf16 weights), int8 "

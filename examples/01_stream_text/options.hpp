@@ -48,6 +48,7 @@ struct Options {
   double sparsity = 0.5;                // of a DuoAttention map: share of streaming heads
   KvType kv_type = KvType::kF16;
   int threads = 1;
+  bool lock_memory = false;
   sluice::Activations activations = sluice::Activations::kFloat32;
 
   std::string system;  // --chat

@@ -100,14 +100,26 @@ Progress::Progress(std::string what)
       next_ns_(start_ns_) {}
 
 void Progress::show(std::int64_t tokens, double fraction, std::string_view more) {
-  if (!on_terminal_) return;
   const std::int64_t now = sluice::monotonic_ns();
-  if (now < next_ns_) return;
-  next_ns_ = now + 100'000'000;
+  if (!on_terminal_ || now < next_ns_) return;
   const double seconds = std::max(static_cast<double>(now - start_ns_) * 1e-9, 1e-9);
   std::array<char, 64> text{};
   std::snprintf(text.data(), text.size(), " %lld tokens, %.1f tokens/s",
                 static_cast<long long>(tokens), static_cast<double>(tokens) / seconds);
+  draw(fraction, text.data() + std::string(more));
+}
+
+void Progress::show_bytes(std::size_t done, std::size_t total) {
+  const std::int64_t now = sluice::monotonic_ns();
+  if (!on_terminal_ || now < next_ns_ || now < start_ns_ + 500'000'000) return;
+  std::array<char, 64> text{};
+  std::snprintf(text.data(), text.size(), " %zu of %zu MB", done / 1'000'000, total / 1'000'000);
+  draw(static_cast<double>(done) / static_cast<double>(std::max<std::size_t>(total, 1)),
+       text.data());
+}
+
+void Progress::draw(double fraction, std::string_view text) {
+  next_ns_ = sluice::monotonic_ns() + 100'000'000;
   std::string line = "\r" + what_;
   if (fraction >= 0) {
     constexpr int kWidth = 24;
@@ -115,8 +127,7 @@ void Progress::show(std::int64_t tokens, double fraction, std::string_view more)
     line += " [" + std::string(static_cast<std::size_t>(full), '#') +
             std::string(static_cast<std::size_t>(kWidth - full), '.') + "]";
   }
-  line += text.data();
-  line += more;
+  line += text;
   line += "\x1b[K";
   std::fwrite(line.data(), 1, line.size(), stderr);
   std::fflush(stderr);

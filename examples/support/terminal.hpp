@@ -2,6 +2,7 @@
 // The program's surroundings: signals, stdout that may close, a progress line.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -42,10 +43,14 @@ class Progress {
   /// `tokens` are done, the part `fraction` of all; below 0 when nobody knows how much there is.
   /// `more` is appended.
   void show(std::int64_t tokens, double fraction, std::string_view more = {});
+  /// The same for bytes of a file, once half a second has passed: most files are read sooner.
+  void show_bytes(std::size_t done, std::size_t total);
   /// Wipes the line.
   void clear();
 
  private:
+  void draw(double fraction, std::string_view text);
+
   std::string what_;
   bool on_terminal_;
   bool shown_ = false;

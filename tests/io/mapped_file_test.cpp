@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/io/mapped_file.hpp"
 
+#include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <fstream>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -80,6 +85,40 @@ TEST(MappedFile, ErrorsNameThePathAndTheReason) {
     expect_error(ErrorCode::kIo, {folder.path("data"), "Permission denied"},
                  [&] { MappedFile{folder.path("data")}; });
   }
+}
+
+TEST(ReadPages, TellsEveryPieceAndLocks) {
+  const TempFolder folder;
+  constexpr std::size_t kSize = (std::size_t{33} << 20) + 5;  // two whole pieces and some
+  const MappedFile file(folder.write("data", std::string(kSize, 'x')));
+  for (const bool lock : {false, true}) {
+    rlimit limit{};
+    ASSERT_EQ(::getrlimit(RLIMIT_MEMLOCK, &limit), 0);
+    if (lock && ::geteuid() != 0 && limit.rlim_cur < kSize) {
+      expect_error(ErrorCode::kIo, {folder.path("data"), "ulimit -l"},
+                   [&] { read_pages(file.bytes(), file.path(), lock); });
+      continue;
+    }
+    std::vector<std::size_t> told;
+    read_pages(file.bytes(), file.path(), lock, [&](std::size_t done) { told.push_back(done); });
+    EXPECT_EQ(told,
+              (std::vector<std::size_t>{std::size_t{16} << 20, std::size_t{32} << 20, kSize}));
+    std::vector<unsigned char> resident((kSize + 4095) / 4096);
+    ASSERT_EQ(::mincore(const_cast<std::byte*>(file.bytes().data()), kSize, resident.data()), 0);
+    EXPECT_TRUE(std::all_of(resident.begin(), resident.end(), [](auto page) { return page & 1; }));
+  }
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word && word != "VmLck:") {
+  }
+  std::size_t locked_kib = 0;
+  if (status >> locked_kib && ::geteuid() == 0) {
+    EXPECT_GE(locked_kib, kSize / 1024);
+  }
+}
+
+TEST(ReadPages, AnEmptyMappingIsRead) {
+  read_pages({}, "nothing", true, [](std::size_t) { FAIL(); });
 }
 
 }  // namespace

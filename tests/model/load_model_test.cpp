@@ -153,4 +153,25 @@ TEST_F(LoadModel, PathsThatAreNoModel) {
   EXPECT_EQ(code_of(path("text.txt")), ErrorCode::kFormat);
 }
 
+TEST_F(LoadModel, ReadsTheWholeFileWhenAsked) {
+  write_folder(kTokenizer);
+  std::vector<std::size_t> told;
+  std::size_t all = 0;
+  LoadOptions options;
+  options.progress = [&](std::size_t done, std::size_t total) {
+    told.push_back(done);
+    all = total;
+  };
+  static_cast<void>(load_model(folder_.string(), options));
+  EXPECT_TRUE(told.empty());  // nothing is read that was not asked for
+  options.read_all = true;
+  static_cast<void>(load_model(folder_.string(), options));
+  ASSERT_FALSE(told.empty());
+  EXPECT_EQ(all, fs::file_size(folder_ / "model.safetensors"));
+  EXPECT_EQ(told.back(), all);
+  struct GivenUp {};
+  options.progress = [](std::size_t, std::size_t) { throw GivenUp(); };
+  EXPECT_THROW(static_cast<void>(load_model(folder_.string(), options)), GivenUp);
+}
+
 }  // namespace SLUICE_TEST_UNIT

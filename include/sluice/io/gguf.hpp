@@ -263,6 +263,9 @@ class GgufFile {
   /// The path, or the name given to from_bytes.
   const std::string& path() const noexcept { return name_; }
 
+  /// The whole file.
+  std::span<const std::byte> bytes() const noexcept { return bytes_; }
+
   /// 2 or 3.
   std::uint32_t version() const noexcept { return version_; }
 

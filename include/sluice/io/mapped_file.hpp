@@ -5,11 +5,14 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
+#include <functional>
 #include <span>
 #include <string>
 #include <system_error>
@@ -86,5 +89,35 @@ class MappedFile {
   std::string path_;
   std::span<const std::byte> bytes_;
 };
+
+/// Reads the pages of a mapping now, instead of when they are first used, and keeps them in memory
+/// if `lock` is set: the system then never takes them back, until the mapping goes. `path` is what
+/// errors call it. done(bytes) is called after every 16 MiB and at the end; it may throw, and the
+/// pages read or locked so far stay so. Any thread.
+/// \throws Error(kIo) naming the path, the system's reason and the limit on locked memory.
+inline void read_pages(std::span<const std::byte> mapping, const std::string& path, bool lock,
+                       const std::function<void(std::size_t)>& done = {}) {
+  constexpr std::size_t kPiece = std::size_t{16} << 20;
+  constexpr std::size_t kPage = 4096;
+  if (mapping.empty()) return;
+  // A hint: the system may read ahead of us.
+  ::madvise(const_cast<std::byte*>(mapping.data()), mapping.size(), MADV_WILLNEED);
+  for (std::size_t begin = 0; begin < mapping.size(); begin += kPiece) {
+    const std::span<const std::byte> piece =
+        mapping.subspan(begin, std::min(kPiece, mapping.size() - begin));
+    if (lock && ::mlock(piece.data(), piece.size()) != 0) {
+      const int reason = errno;
+      rlimit limit{};
+      std::string found = std::generic_category().message(reason);
+      if (::getrlimit(RLIMIT_MEMLOCK, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY)
+        found += "; the limit (ulimit -l) is " + std::to_string(limit.rlim_cur / 1024) + " KiB";
+      throw Error(ErrorCode::kIo, {"cannot lock the file in memory", path, "",
+                                   std::to_string(mapping.size() / 1024) + " KiB locked", found});
+    }
+    for (std::size_t i = 0; i < piece.size(); i += kPage)
+      static_cast<void>(*static_cast<const volatile std::byte*>(piece.data() + i));
+    if (done) done(begin + piece.size());
+  }
+}
 
 }  // namespace sluice

@@ -151,6 +151,9 @@ class SafetensorsFile {
   /// The path, or the name given to from_bytes.
   const std::string& path() const noexcept { return name_; }
 
+  /// The whole file.
+  std::span<const std::byte> bytes() const noexcept { return bytes_; }
+
   /// The tensors that can be read (F32, F16, BF16), in the order of their data.
   std::span<const SafetensorsTensor> tensors() const noexcept { return table_.tensors(); }
 
