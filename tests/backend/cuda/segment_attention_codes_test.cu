@@ -22,7 +22,7 @@ using Kernels =
                    Kernel<std::int8_t, 96, 1>, Kernel<std::int8_t, 128, 1>,
                    Kernel<std::int8_t, 256, 1>, Kernel<fp8_e4m3, 64, 1>, Kernel<fp8_e4m3, 80, 1>,
                    Kernel<fp8_e4m3, 96, 1>, Kernel<fp8_e4m3, 128, 1>, Kernel<fp8_e4m3, 256, 1>,
-                   Kernel<std::int8_t, 64, 4>, Kernel<fp8_e4m3, 96, 4>>;
+                   Kernel<std::int8_t, 64, 2>, Kernel<fp8_e4m3, 96, 2>>;
 TYPED_TEST_SUITE(SegmentAttentionCodes, Kernels);
 
 TYPED_TEST(SegmentAttentionCodes, EqualsTheReferenceOverRandomLists) {

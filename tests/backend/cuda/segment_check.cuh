@@ -394,7 +394,7 @@ void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t 
   for (int repeat = 0; repeat < 2; ++repeat) {
     check_cuda(cudaMemset(output.data(), 0xff, output.bytes()), "cudaMemset");
     check_cuda(cudaMemset(lse.data(), 0xff, lse.bytes()), "cudaMemset");
-    plan.launch(lists, x, variant, nullptr);
+    plan.launch(lists.view(), x, variant, nullptr);
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     const std::vector<std::uint8_t> now = output.download();
     const std::vector<float> now_lse = lse.download();

@@ -35,6 +35,8 @@ namespace sluice {
 
 namespace device {
 
+inline constexpr double kNoCeiling = std::numeric_limits<double>::infinity();
+
 /// sluice::Segment with its rule, in device memory: the same members, the same meaning; keys are
 /// rotated. Element: bf16, f16, fp8_e4m3 or int8_t; the last two with a float scale for each row.
 /// Rows begin at multiples of 16 bytes.
@@ -49,7 +51,7 @@ struct Segment {
   const std::int64_t* visible_tokens = nullptr;
   double first_position = 0;
   double shift = 0;
-  double ceiling = std::numeric_limits<double>::infinity();
+  double ceiling = kNoCeiling;
   std::int32_t kind = 0;
   std::int32_t group = 0;
 
@@ -116,6 +118,14 @@ struct SegmentAttentionTensors {
   float* lse = nullptr;  ///< [batch, max_queries, num_qo_heads], no gaps, or null
 };
 
+/// Lists and readers in device memory, as launches take them.
+template <class Element>
+struct SegmentListsView {
+  const device::Segment<Element>* segments = nullptr;  ///< [batch, classes, max_segments]
+  const std::int32_t* counts = nullptr;                ///< [batch, classes]
+  const device::SegmentReader* readers = nullptr;      ///< [batch]
+};
+
 /// The lists and readers of a batch, in device memory: [batch, classes, max_segments].
 /// Only construction allocates.
 template <class Element>
@@ -151,13 +161,16 @@ class SegmentLists {
     readers_.upload(readers, stream);
   }
 
+  /// What launches read, from a session on.
+  SegmentListsView<Element> view(std::int64_t session = 0) const {
+    return {segments_.data() + session * classes_ * max_segments_,
+            counts_.data() + session * classes_, readers_.data() + session};
+  }
+
   /// For kernels that write lists themselves.
   device::Segment<Element>* segments() { return segments_.data(); }
-  const device::Segment<Element>* segments() const { return segments_.data(); }
   std::int32_t* counts() { return counts_.data(); }
-  const std::int32_t* counts() const { return counts_.data(); }
   device::SegmentReader* readers() { return readers_.data(); }
-  const device::SegmentReader* readers() const { return readers_.data(); }
 
  private:
   std::int64_t classes_;
@@ -873,8 +886,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 1)
 /// and lse = ln sum e^score over the visible keys of all segments; a row that sees nothing gives 0
 /// and -infinity. Queries and probabilities carry 16 bits (22 for f16).
 ///
-/// kColumnTiles: heads times queries that a block takes on, in eights. 1 for single queries; 4
-/// reads rows once for up to 32 heads times queries (head sizes up to 128).
+/// kColumnTiles: heads times queries that a block takes on, in eights. 1 for single queries; 2 reads
+/// rows half as often where there are more than 8 (head sizes up to 128: registers).
 template <class Element, int kHeadDim, class Variant = device::AttentionVariant<>,
           int kColumnTiles = 1>
 class SegmentAttentionPlan {
@@ -884,7 +897,7 @@ class SegmentAttentionPlan {
   static_assert(kHeadDim == 64 || kHeadDim == 80 || kHeadDim == 96 || kHeadDim == 128 ||
                     kHeadDim == 256,
                 "head sizes 64, 80, 96, 128 and 256 are built");
-  static_assert(kColumnTiles >= 1 && kColumnTiles * kHeadDim <= 512, "too many registers");
+  static_assert(kColumnTiles >= 1 && kColumnTiles * kHeadDim <= 256, "too many registers");
 
  public:
   /// splits: blocks per KV head and session; 0: as many as fill the machine.
@@ -971,12 +984,12 @@ class SegmentAttentionPlan {
   /// One layer's attention. May be captured: lists, prefixes and readers are read when it runs.
   /// Preconditions: `lists` was made for the same shape; alignment as Segment says, queries and
   /// outputs aligned to 16 bytes. \throws Error(kDevice) if the launch is refused.
-  void launch(const SegmentLists<Element>& lists, const SegmentAttentionTensors& x,
+  void launch(const SegmentListsView<Element>& lists, const SegmentAttentionTensors& x,
               const Variant& variant, cudaStream_t stream) const {
     const detail::SegmentAttentionParams<Element, Variant> params{
-        .segments = lists.segments(),
-        .counts = lists.counts(),
-        .readers = lists.readers(),
+        .segments = lists.segments,
+        .counts = lists.counts,
+        .readers = lists.readers,
         .head_class = head_class_.data(),
         .head_row = head_row_.data(),
         .frequencies = frequencies_.data(),

@@ -27,10 +27,12 @@ struct KeyInfo {
 /// A functor's word on a whole tile.
 enum class TileVisibility { kNone, kSome, kAll };
 
+inline constexpr std::int64_t kUnlimitedWindow = std::numeric_limits<std::int64_t>::max() / 4;
+
 /// sluice::CausalWindow: the last `window_size` keys, the query's own included, and the first
 /// `num_sink_tokens` of the stream.
 struct CausalWindow {
-  std::int64_t window_size = std::numeric_limits<std::int64_t>::max() / 4;
+  std::int64_t window_size = kUnlimitedWindow;
   std::int64_t num_sink_tokens = 0;
 
   __device__ bool visible(QueryInfo query, KeyInfo key) const {
