@@ -79,8 +79,14 @@ class CudaDuplex {
         counts_(3),
         source_tokens_(static_cast<std::size_t>(options.source.step.capacity)) {
     target_.see(source_.view(counts_.data() + kSnapshot, options.shift));
-    for (cudaStream_t* stream : {&reader_, &writer_})
-      check_cuda(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    // The writer's many small kernels go first wherever a multiprocessor falls free.
+    int least = 0;
+    int greatest = 0;
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriority");
+    check_cuda(cudaStreamCreateWithPriority(&reader_, cudaStreamNonBlocking, least),
+               "cudaStreamCreate");
+    check_cuda(cudaStreamCreateWithPriority(&writer_, cudaStreamNonBlocking, greatest),
+               "cudaStreamCreate");
     const std::int64_t chunks =
         (options.source.step.capacity + options.source.max_chunk - 1) / options.source.max_chunk;
     events_.resize(static_cast<std::size_t>(chunks) + 2);

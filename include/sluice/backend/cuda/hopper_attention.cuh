@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(kItemThreads, 1)
   wait_for_previous_kernel();
 
   if (tid < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (tid == 0) {
       BufferTurn turn;
       int query_parity = 1;  // the first wait for an empty barrier passes
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kItemThreads, 1)
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = tid / 128 - 1;  // 0 or 1
     const int warp = tid / kWarpSize % 4;
     const int lane = tid % kWarpSize;
