@@ -60,10 +60,8 @@ void measure(const char* name, const CudaDecoderShape& shape, std::int64_t chunk
   CudaDuplexOptions options;
   options.source.step = {.capacity = kSourceTokens, .frequencies = frequencies};
   options.source.max_chunk = chunk;
-  options.target.step = {.num_sink_tokens = 4,
-                         .window_size = 1020,
-                         .capacity = 1024,
-                         .frequencies = frequencies};
+  options.target.step = {
+      .num_sink_tokens = 4, .window_size = 1020, .capacity = 1024, .frequencies = frequencies};
   options.target.history_size = 8;
   options.policy = {chunk, 0, 1};
   std::vector<std::int32_t> source;
@@ -80,7 +78,8 @@ void measure(const char* name, const CudaDecoderShape& shape, std::int64_t chunk
     step = (time_run(pair, source, 64, DuplexStreams::kOne) - reading) / 64;
   }
   const auto steps = static_cast<std::int64_t>(reading / step);
-  options.policy.read = std::max<std::int64_t>(1, (kSourceTokens - chunk) / std::max<std::int64_t>(steps, 1));
+  options.policy.read =
+      std::max<std::int64_t>(1, (kSourceTokens - chunk) / std::max<std::int64_t>(steps, 1));
   CudaDuplex<bf16, kHeadDim> pair(*weights, options);
   time_run(pair, source, 8, DuplexStreams::kTwo, 1);
   const double one = time_run(pair, source, steps, DuplexStreams::kOne);
@@ -118,8 +117,8 @@ int main(int count, char** arguments) {
     for (const std::int64_t length : {64, 256, 1024}) {
       if (chunk != 0 && chunk != length) continue;
       if (only.empty() || only == "1b")  // Llama 3.2 1B
-        measure<64>("llama-3.2-1b",
-                    {128256, 2048, 8192, 32, 8, 64, 16, 1e-5, 1 / std::sqrt(64.0)}, length);
+        measure<64>("llama-3.2-1b", {128256, 2048, 8192, 32, 8, 64, 16, 1e-5, 1 / std::sqrt(64.0)},
+                    length);
       if (only.empty() || only == "7b")  // Llama 2 7B
         measure<128>("llama-2-7b",
                      {32000, 4096, 11008, 32, 32, 128, 32, 1e-5, 1 / std::sqrt(128.0)}, length);

@@ -30,7 +30,7 @@ struct SegmentBenchCase {
   int num_qo_heads;
   int num_kv_heads;
   std::int64_t queries;
-  std::int64_t sinks;   // a list is the sinks, the window in two runs,
+  std::int64_t sinks;  // a list is the sinks, the window in two runs,
   std::int64_t window;
   std::int64_t source;  // and the visible prefix of another group
   int layers;
@@ -48,8 +48,7 @@ constexpr SegmentBenchCase kSegmentCases[] = {
 
 std::vector<double> frequencies() {
   std::vector<double> result;
-  for (int i = 0; i < kHeadDim / 2; ++i)
-    result.push_back(std::pow(500000.0, -2.0 * i / kHeadDim));
+  for (int i = 0; i < kHeadDim / 2; ++i) result.push_back(std::pow(500000.0, -2.0 * i / kHeadDim));
   return result;
 }
 
@@ -112,7 +111,8 @@ void measure_segments(const SegmentBenchCase& c, const char* type) {
       add(c.sinks, c.window / 3, oldest + c.window - c.window / 3);
       lists.back().set(b, 0, list);
       const std::int64_t first = oldest + c.window - c.queries;
-      readers.push_back({first, static_cast<double>(first), static_cast<std::int32_t>(c.queries), 0});
+      readers.push_back(
+          {first, static_cast<double>(first), static_cast<std::int32_t>(c.queries), 0});
     }
     lists.back().set_readers(readers);
   }
@@ -120,16 +120,15 @@ void measure_segments(const SegmentBenchCase& c, const char* type) {
   Buffer<std::uint16_t, cuda> input(size);
   Buffer<std::uint16_t, cuda> output(size);
   fill(input, 1ULL << 41);
-  const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(
-      shape, {turns, 1, false});
+  const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(shape,
+                                                                            {turns, 1, false});
   SegmentAttentionTensors x;
   x.query = input.data();
   x.out = output.data();
   x.input_type = x.output_type = ElementType::kBF16;
   x.query_token_stride = x.out_token_stride = c.num_qo_heads * kHeadDim;
   x.query_session_stride = x.out_session_stride = c.queries * c.num_qo_heads * kHeadDim;
-  const Variant variant{0.0883883476F,
-                        {{c.window + c.queries, c.sinks}, 1, false}, {}, {}};
+  const Variant variant{0.0883883476F, {{c.window + c.queries, c.sinks}, 1, false}, {}, {}};
   const auto record = [&](cudaStream_t stream) {
     for (const SegmentLists<Element>& list : lists) plan.launch(list.view(), x, variant, stream);
   };
@@ -137,11 +136,12 @@ void measure_segments(const SegmentBenchCase& c, const char* type) {
   const double one = time_graph(record, 1, 3, &spread);
   const double time =
       time_graph(record, std::max(1, static_cast<int>(5000 / one)), 9, &spread) / c.layers;
-  const double bytes =
-      static_cast<double>(rows) * c.batch * 2 * (kHeadDim * sizeof(Element) + (sizeof(Element) == 1 ? 4 : 0));
+  const double bytes = static_cast<double>(rows) * c.batch * 2 *
+                       (kHeadDim * sizeof(Element) + (sizeof(Element) == 1 ? 4 : 0));
   std::printf(
       "{\"bench\": \"segment_attention\", \"case\": \"%s\", \"batch\": %d, \"heads\": \"%d:%d\", "
-      "\"head_dim\": 128, \"keys\": %lld, \"queries\": %lld, \"type\": \"%s\", \"column_tiles\": %d, "
+      "\"head_dim\": 128, \"keys\": %lld, \"queries\": %lld, \"type\": \"%s\", \"column_tiles\": "
+      "%d, "
       "\"splits\": %d, \"layers\": %d, \"us\": %.3f, \"spread_us\": %.3f, \"tb_per_s\": %.3f}\n",
       c.name, c.batch, c.num_qo_heads, c.num_kv_heads, static_cast<long long>(slots),
       static_cast<long long>(c.queries), type, kColumnTiles, plan.splits(), c.layers, time,
@@ -156,10 +156,8 @@ void measure_prefill(std::int64_t window, ChunkKernel kernel) {
   constexpr std::int64_t kSinks = 4;
   const std::int64_t capacity = kSinks + window + kTokens - 1;
   const std::vector<double> turns = frequencies();
-  const DecodeStepConfig config{.num_sink_tokens = kSinks,
-                                .window_size = window,
-                                .capacity = capacity,
-                                .frequencies = turns};
+  const DecodeStepConfig config{
+      .num_sink_tokens = kSinks, .window_size = window, .capacity = capacity, .frequencies = turns};
   const DecodeStep step(config);
   ChunkAttentionPlan<bf16, kHeadDim> plan({kHeads, kHeads, kHeadDim}, config, kTokens, kernel);
   Buffer<float, cuda> input(static_cast<std::size_t>(kTokens * 3 * kHeads * kHeadDim));
@@ -188,16 +186,17 @@ void measure_prefill(std::int64_t window, ChunkKernel kernel) {
     pairs += static_cast<double>(std::min(i + 1, window) +
                                  std::clamp<std::int64_t>(i + 1 - window, 0, kSinks));
   double spread = 0;
-  const double alone = time_graph(
-      [&](cudaStream_t stream) { plan.attend(step, x, 0, kTokens, kScale, stream); }, 3, 9,
-      &spread);
+  const double alone =
+      time_graph([&](cudaStream_t stream) { plan.attend(step, x, 0, kTokens, kScale, stream); }, 3,
+                 9, &spread);
   double spread_all = 0;
-  const double with_append = time_graph(
-      [&](cudaStream_t stream) { plan.launch(step, x, 0, kTokens, kScale, stream); }, 3, 9,
-      &spread_all);
+  const double with_append =
+      time_graph([&](cudaStream_t stream) { plan.launch(step, x, 0, kTokens, kScale, stream); }, 3,
+                 9, &spread_all);
   const double flops = 4.0 * kHeadDim * kHeads * pairs;
   std::printf(
-      "{\"bench\": \"prefill_attention\", \"kernel\": \"%s\", \"heads\": \"32:32\", \"head_dim\": 128, "
+      "{\"bench\": \"prefill_attention\", \"kernel\": \"%s\", \"heads\": \"32:32\", \"head_dim\": "
+      "128, "
       "\"tokens\": %lld, \"sinks\": %lld, \"window\": %lld, \"us\": %.1f, \"spread_us\": %.1f, "
       "\"tflop_per_s\": %.1f, \"with_rotation_and_append_us\": %.1f}\n",
       plan.kernel() == ChunkKernel::kHopper ? "wgmma" : "mma", static_cast<long long>(kTokens),

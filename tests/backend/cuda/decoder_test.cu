@@ -24,11 +24,11 @@
 namespace {
 
 using namespace sluice;
-using sluice_test::DecodeOracle;
-using sluice_test::OracleConfig;
 using sluice_test::argmax;
+using sluice_test::DecodeOracle;
 using sluice_test::kExactBound;
 using sluice_test::kRoundedBound;
+using sluice_test::OracleConfig;
 using sluice_test::PlainDecoder;
 using sluice_test::random_floats;
 using sluice_test::relative_error;

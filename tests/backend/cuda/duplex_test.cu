@@ -37,8 +37,8 @@ TEST(CudaDuplex, TwoStreamsGiveTheBitsOfOne) {
   const SmallModel model(64, false, 91);
   const std::vector<std::int32_t> source = some_tokens(4, 230);
   for (const std::int64_t window : {std::int64_t{0}, std::int64_t{30}}) {
-    CudaDuplex<bf16, 64> duplex(
-        *model.device, options_of(model, window == 0 ? 0 : 3, window, 16, {5, 2, 1}));
+    CudaDuplex<bf16, 64> duplex(*model.device,
+                                options_of(model, window == 0 ? 0 : 3, window, 16, {5, 2, 1}));
     std::vector<std::int32_t> texts[4];
     std::vector<float> logits[4];
     for (int way = 0; way < 4; ++way) {

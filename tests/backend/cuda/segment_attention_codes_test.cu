@@ -27,13 +27,15 @@ TYPED_TEST_SUITE(SegmentAttentionCodes, Kernels);
 
 TYPED_TEST(SegmentAttentionCodes, EqualsTheReferenceOverRandomLists) {
   SKIP_WITHOUT_DEVICE();
-  check_random_segments<std::tuple_element_t<0, TypeParam>, std::tuple_element_t<1, TypeParam>::value,
+  check_random_segments<std::tuple_element_t<0, TypeParam>,
+                        std::tuple_element_t<1, TypeParam>::value,
                         std::tuple_element_t<2, TypeParam>::value>(16, 51);
 }
 
 TYPED_TEST(SegmentAttentionCodes, Small) {
   SKIP_WITHOUT_DEVICE();
-  check_small_segments<std::tuple_element_t<0, TypeParam>, std::tuple_element_t<1, TypeParam>::value,
+  check_small_segments<std::tuple_element_t<0, TypeParam>,
+                       std::tuple_element_t<1, TypeParam>::value,
                        std::tuple_element_t<2, TypeParam>::value>();
 }
 

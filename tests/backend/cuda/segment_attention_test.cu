@@ -19,29 +19,30 @@ using Kernel = std::tuple<Element, std::integral_constant<int, kHeadDim>,
 
 template <class Parameters>
 class SegmentAttention : public testing::Test {};
-using Kernels =
-    testing::Types<Kernel<bf16, 64, 1>, Kernel<bf16, 80, 1>, Kernel<bf16, 96, 1>,
-                   Kernel<bf16, 128, 1>, Kernel<bf16, 256, 1>, Kernel<f16, 64, 1>,
-                   Kernel<f16, 80, 1>, Kernel<f16, 96, 1>, Kernel<f16, 128, 1>,
-                   Kernel<f16, 256, 1>, Kernel<bf16, 128, 2>, Kernel<f16, 80, 2>>;
+using Kernels = testing::Types<Kernel<bf16, 64, 1>, Kernel<bf16, 80, 1>, Kernel<bf16, 96, 1>,
+                               Kernel<bf16, 128, 1>, Kernel<bf16, 256, 1>, Kernel<f16, 64, 1>,
+                               Kernel<f16, 80, 1>, Kernel<f16, 96, 1>, Kernel<f16, 128, 1>,
+                               Kernel<f16, 256, 1>, Kernel<bf16, 128, 2>, Kernel<f16, 80, 2>>;
 TYPED_TEST_SUITE(SegmentAttention, Kernels);
 
 TYPED_TEST(SegmentAttention, EqualsTheReferenceOverRandomLists) {
   SKIP_WITHOUT_DEVICE();
-  check_random_segments<std::tuple_element_t<0, TypeParam>, std::tuple_element_t<1, TypeParam>::value,
+  check_random_segments<std::tuple_element_t<0, TypeParam>,
+                        std::tuple_element_t<1, TypeParam>::value,
                         std::tuple_element_t<2, TypeParam>::value>(16, 21);
 }
 
 TYPED_TEST(SegmentAttention, Small) {
   SKIP_WITHOUT_DEVICE();
-  check_small_segments<std::tuple_element_t<0, TypeParam>, std::tuple_element_t<1, TypeParam>::value,
+  check_small_segments<std::tuple_element_t<0, TypeParam>,
+                       std::tuple_element_t<1, TypeParam>::value,
                        std::tuple_element_t<2, TypeParam>::value>();
 }
 
 TEST(SegmentAttentionVariants, AlibiAndSinkLogits) {
   SKIP_WITHOUT_DEVICE();
-  using Variant = device::AttentionVariant<device::GroupCausalWindow, device::AlibiBias,
-                                           device::SinkLogits>;
+  using Variant =
+      device::AttentionVariant<device::GroupCausalWindow, device::AlibiBias, device::SinkLogits>;
   Random random(31);
   for (std::uint64_t i = 0; i < 8; ++i) {
     SegmentCase c = random_segment_case(random, 128);
@@ -50,8 +51,10 @@ TEST(SegmentAttentionVariants, AlibiAndSinkLogits) {
     c.variant.sinks = random_floats(random, static_cast<std::size_t>(c.shape.num_qo_heads), 3);
     const Buffer<float, cuda> slopes{std::span<const float>(c.variant.slopes)};
     const Buffer<float, cuda> sinks{std::span<const float>(c.variant.sinks)};
-    const Variant variant{static_cast<float>(c.variant.sm_scale), group_window(c.variant),
-                          {slopes.data()}, {sinks.data()}};
+    const Variant variant{static_cast<float>(c.variant.sm_scale),
+                          group_window(c.variant),
+                          {slopes.data()},
+                          {sinks.data()}};
     check_segments<bf16, 128, Variant, 1>(c, variant, 100 + i);
     if (HasFatalFailure()) return;
   }
@@ -59,8 +62,8 @@ TEST(SegmentAttentionVariants, AlibiAndSinkLogits) {
 
 TEST(SegmentAttentionVariants, SoftCapAndSoftmaxOffByOne) {
   SKIP_WITHOUT_DEVICE();
-  using Variant = device::AttentionVariant<device::GroupCausalWindow, device::SoftCap,
-                                           device::SoftmaxOffByOne>;
+  using Variant =
+      device::AttentionVariant<device::GroupCausalWindow, device::SoftCap, device::SoftmaxOffByOne>;
   Random random(32);
   for (std::uint64_t i = 0; i < 8; ++i) {
     SegmentCase c = random_segment_case(random, 128);
@@ -89,7 +92,9 @@ TEST(SegmentAttentionVariants, AllVisibleAndOneWindowForAll) {
       check_segments<bf16, 128, Variant, 1>(
           c,
           Variant{static_cast<float>(c.variant.sm_scale),
-                  {c.variant.window_size, c.variant.num_sink_tokens}, {}, {}},
+                  {c.variant.window_size, c.variant.num_sink_tokens},
+                  {},
+                  {}},
           300 + i);
     }
     if (HasFatalFailure()) return;
@@ -181,7 +186,8 @@ TEST(SegmentAttentionReplay, PrefixGrowsBetweenReplays) {
       ASSERT_NEAR(static_cast<double>(found[e]), expected[e], 3e-4) << "replay " << replay;
     for (std::size_t h = 0; h < 8; ++h)
       if (replay > 0)
-        ASSERT_NEAR(static_cast<double>(found_lse[h]), expected_lse[h], 5e-4) << "replay " << replay;
+        ASSERT_NEAR(static_cast<double>(found_lse[h]), expected_lse[h], 5e-4)
+            << "replay " << replay;
       else
         ASSERT_TRUE(std::isinf(found_lse[h]));
   }

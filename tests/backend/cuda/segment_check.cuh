@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -62,7 +63,8 @@ template <class Element>
 struct Rows {
   Rows(Random& random, std::int64_t heads, std::int64_t slots, std::int64_t dim, bool heads_first)
       : heads(heads), slots(slots), dim(dim), heads_first(heads_first) {
-    const std::vector<float> x = random_floats(random, static_cast<std::size_t>(heads * slots * dim));
+    const std::vector<float> x =
+        random_floats(random, static_cast<std::size_t>(heads * slots * dim));
     codes.reserve(x.size());
     for (const float v : x) codes.push_back(StoredForm<Element>::encode(v));
     scales.resize(static_cast<std::size_t>(heads * slots));
@@ -87,7 +89,8 @@ struct Rows {
   void poison(std::int64_t slot) {
     for (std::int64_t head = 0; head < heads; ++head) {
       const auto at = static_cast<std::size_t>(head * head_stride() + slot * token_stride());
-      std::memset(static_cast<void*>(&codes[at]), 0xff, static_cast<std::size_t>(dim) * sizeof(Element));
+      std::memset(static_cast<void*>(&codes[at]), 0xff,
+                  static_cast<std::size_t>(dim) * sizeof(Element));
       scales[static_cast<std::size_t>(head * scale_head_stride() + slot * scale_token_stride())] =
           std::numeric_limits<float>::quiet_NaN();
     }
@@ -228,9 +231,9 @@ inline SegmentCase random_segment_case(Random& random, std::int64_t head_dim) {
     for (std::int64_t h = s.num_kv_heads - 1; h >= 0; --h)
       s.head_classes[h == s.num_kv_heads - 1 ? 1 : 0].push_back(static_cast<std::int32_t>(h));
   }
-  const int pairs = pick_one(random, {0, 1, static_cast<int>(head_dim / 4),
-                                      static_cast<int>(head_dim / 2),
-                                      static_cast<int>(head_dim / 2)});
+  const int pairs =
+      pick_one(random, {0, 1, static_cast<int>(head_dim / 4), static_cast<int>(head_dim / 2),
+                        static_cast<int>(head_dim / 2)});
   for (int i = 0; i < pairs; ++i)
     c.rotation.frequencies.push_back(std::pow(10000.0, -static_cast<double>(i) / pairs));
   c.rotation.interleaved = random.next() % 2 == 0;
@@ -242,8 +245,8 @@ inline SegmentCase random_segment_case(Random& random, std::int64_t head_dim) {
   c.variant.bidirectional = random.next() % 6 == 0;
   c.splits = pick_one(random, {0, 1, 2, 3, 7, 16});
   c.input = pick_one(random, {ElementType::kF32, ElementType::kBF16, ElementType::kF16});
-  c.output = pick_one(random, {ElementType::kF32, ElementType::kF32, ElementType::kBF16,
-                               ElementType::kF16});
+  c.output = pick_one(
+      random, {ElementType::kF32, ElementType::kF32, ElementType::kBF16, ElementType::kF16});
   c.origin = pick_one(random, {0.0, 0.5, 7.0, 1e8});
   return c;
 }
@@ -302,8 +305,8 @@ void fill_list(SegmentList<Element>& list, Random& random, const SegmentCase& c,
   // Another group in front: its first tokens, read from a place of their own.
   const auto others = [&](std::int32_t group) {
     const auto count = pick_one<std::int64_t>(random, {0, 1, 16, 33, 150});
-    const auto visible =
-        pick_one<std::int64_t>(random, {0, count, count, count / 2, std::max<std::int64_t>(count - 1, 0)});
+    const auto visible = pick_one<std::int64_t>(
+        random, {0, count, count, count / 2, std::max<std::int64_t>(count - 1, 0)});
     list.add_cache(random, heads, std::max<std::int64_t>(count, 1), c.head_dim);
     add(list.keys.size() - 1, 0, 0, count, visible, c.origin,
         pick_one(random, {0.0, 0.0, -3.0, 12.5}), pick_one(random, {kNone, c.origin + 40}), group,
@@ -333,28 +336,33 @@ void fill_list(SegmentList<Element>& list, Random& random, const SegmentCase& c,
     for (int i = 0; i < 9; ++i) others(3 + i);
 }
 
-template <class Element, int kHeadDim, class Variant, int kColumnTiles>
-void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t seed) {
+/// One kernel's launch, so that the rest is compiled once for a stored type.
+template <class Element>
+using SegmentLaunch =
+    std::function<void(const SegmentListsView<Element>&, const SegmentAttentionTensors&)>;
+
+template <class Element>
+void check_launch(const SegmentCase& c, const SegmentLaunch<Element>& launch, std::uint64_t seed) {
   SCOPED_TRACE(describe(c) + ", seed " + std::to_string(seed));
   Random random(seed);
   const SegmentAttentionShape& s = c.shape;
   const std::int64_t classes = s.num_classes();
-  const SegmentRotation rotation{c.rotation.frequencies, c.rotation.factor, c.rotation.interleaved};
-  const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(s, rotation, c.splits);
   SegmentLists<Element> lists(s);
 
   std::vector<std::vector<std::int32_t>> heads = s.head_classes;
   if (heads.empty()) {
     heads.resize(1);
-    for (std::int64_t h = 0; h < s.num_kv_heads; ++h) heads[0].push_back(static_cast<std::int32_t>(h));
+    for (std::int64_t h = 0; h < s.num_kv_heads; ++h)
+      heads[0].push_back(static_cast<std::int32_t>(h));
   }
   std::vector<SegmentList<Element>> contents(static_cast<std::size_t>(s.batch_size * classes));
   std::vector<device::SegmentReader> readers;
   for (std::int64_t b = 0; b < s.batch_size; ++b) {
     device::SegmentReader reader;
     reader.queries = static_cast<std::int32_t>(
-        b == 0 ? s.max_queries : static_cast<std::int64_t>(random.next() %
-                                                           static_cast<std::uint64_t>(s.max_queries + 1)));
+        b == 0 ? s.max_queries
+               : static_cast<std::int64_t>(random.next() %
+                                           static_cast<std::uint64_t>(s.max_queries + 1)));
     const std::int64_t total =
         reader.queries + pick_one<std::int64_t>(random, {0, 3, 100, 129, 500, 700});
     reader.first_index = total - reader.queries;
@@ -371,7 +379,7 @@ void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t 
   }
   lists.set_readers(readers);
 
-  const auto per_token = static_cast<std::size_t>(s.num_qo_heads * kHeadDim);
+  const auto per_token = static_cast<std::size_t>(s.num_qo_heads * c.head_dim);
   const auto rows = static_cast<std::size_t>(s.batch_size * s.max_queries);
   std::vector<float> query = random_floats(random, rows * per_token);
   const std::vector<std::uint8_t> bytes = encode_as(query, c.input);
@@ -394,7 +402,7 @@ void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t 
   for (int repeat = 0; repeat < 2; ++repeat) {
     check_cuda(cudaMemset(output.data(), 0xff, output.bytes()), "cudaMemset");
     check_cuda(cudaMemset(lse.data(), 0xff, lse.bytes()), "cudaMemset");
-    plan.launch(lists.view(), x, variant, nullptr);
+    launch(lists.view(), x);
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     const std::vector<std::uint8_t> now = output.download();
     const std::vector<float> now_lse = lse.download();
@@ -416,7 +424,7 @@ void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t 
       std::vector<OracleSegment> segments;
       for (const auto& run : contents[static_cast<std::size_t>(b * classes + k)].runs)
         segments.push_back(run.rule);
-      attend_oracle(&query[base], reader.queries, s.num_qo_heads, s.num_kv_heads, kHeadDim,
+      attend_oracle(&query[base], reader.queries, s.num_qo_heads, s.num_kv_heads, c.head_dim,
                     reader.first_index, reader.first_position, segments,
                     heads[static_cast<std::size_t>(k)], c.variant, c.rotation, expected.data(),
                     expected_lse.data());
@@ -447,6 +455,19 @@ void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t 
          e < (base + static_cast<std::size_t>(s.max_queries) * per_token) * out_size; ++e)
       ASSERT_EQ(found[e], 0xff) << "session " << b;
   }
+}
+
+template <class Element, int kHeadDim, class Variant, int kColumnTiles>
+void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t seed) {
+  const SegmentRotation rotation{c.rotation.frequencies, c.rotation.factor, c.rotation.interleaved};
+  const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(c.shape, rotation,
+                                                                            c.splits);
+  check_launch<Element>(
+      c,
+      [&](const SegmentListsView<Element>& lists, const SegmentAttentionTensors& x) {
+        plan.launch(lists, x, variant, nullptr);
+      },
+      seed);
 }
 
 /// The variant that `c` asks the oracle for.

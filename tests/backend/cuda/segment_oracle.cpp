@@ -28,8 +28,8 @@ void attend_oracle(const float* query, std::int64_t queries, std::int64_t qo_hea
         std::vector<double> scores;
         std::vector<const float*> values;
         for (const OracleSegment& segment : segments) {
-          const double reader = std::min(first_position + static_cast<double>(t) + segment.shift,
-                                         segment.ceiling);
+          const double reader =
+              std::min(first_position + static_cast<double>(t) + segment.shift, segment.ceiling);
           std::vector<double> q(query + (t * qo_heads + head) * head_dim,
                                 query + (t * qo_heads + head + 1) * head_dim);
           const std::size_t pairs = rotation.frequencies.size();
@@ -67,7 +67,8 @@ void attend_oracle(const float* query, std::int64_t queries, std::int64_t qo_hea
         lse[t * qo_heads + head] = scores.empty() ? -kInfinity : most + std::log(sum);
         if (scores.empty()) continue;
         if (!variant.sinks.empty())
-          sum += std::exp(static_cast<double>(variant.sinks[static_cast<std::size_t>(head)]) - most);
+          sum +=
+              std::exp(static_cast<double>(variant.sinks[static_cast<std::size_t>(head)]) - most);
         for (std::size_t j = 0; j < scores.size(); ++j)
           for (std::size_t d = 0; d < dim; ++d)
             result[d] += std::exp(scores[j] - most) / sum * static_cast<double>(values[j][d]);

@@ -28,11 +28,11 @@ struct OracleVariant {
   std::int64_t window_size = 0;
   std::int64_t num_sink_tokens = 0;
   std::int32_t own_group = 0;
-  bool every_group = false;      ///< the window rules all groups (CausalWindow)
+  bool every_group = false;  ///< the window rules all groups (CausalWindow)
   bool bidirectional = false;
-  double soft_cap = 0;           ///< 0: none
-  std::vector<float> slopes;     ///< ALiBi, or empty
-  std::vector<float> sinks;      ///< logits per query head, or empty
+  double soft_cap = 0;        ///< 0: none
+  std::vector<float> slopes;  ///< ALiBi, or empty
+  std::vector<float> sinks;   ///< logits per query head, or empty
 
   bool sees(std::int64_t query, std::int64_t key, std::int32_t group) const;
 };

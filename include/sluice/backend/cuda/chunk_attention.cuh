@@ -433,10 +433,10 @@ class ChunkAttentionPlan {
     const std::uint32_t tile[3] = {64, detail::kItemKeys, 1};
     const std::uint32_t sinks[3] = {64, detail::kItemSinks, 1};
     detail::HopperAttentionParams params{
-        .query = detail::tensor_map<Element, 4>(
-            p.rotated, {kDim, heads, tokens, 2},
-            {2 * kDim, 2 * kDim * heads, 2 * kDim * heads * tokens},
-            {64, 1, detail::kItemQueries, 1}),
+        .query =
+            detail::tensor_map<Element, 4>(p.rotated, {kDim, heads, tokens, 2},
+                                           {2 * kDim, 2 * kDim * heads, 2 * kDim * heads * tokens},
+                                           {64, 1, detail::kItemQueries, 1}),
         .keys = detail::tensor_map<Element, 3>(p.keys, dims, strides, tile),
         .values = detail::tensor_map<Element, 3>(p.values, dims, strides, tile),
         .sink_keys = detail::tensor_map<Element, 3>(p.keys, dims, strides, sinks),
@@ -453,8 +453,7 @@ class ChunkAttentionPlan {
         .scale_log2 = p.scale_log2};
     const std::int64_t items =
         (p.tokens + detail::kItemQueries - 1) / detail::kItemQueries * shape_.num_qo_heads;
-    const auto blocks =
-        static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors_));
+    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors_));
     detail::hopper_attention_kernel<Element>
         <<<blocks, detail::kItemThreads, detail::kItemSharedBytes, stream>>>(params);
     check_cuda(cudaGetLastError(), "hopper_attention_kernel");

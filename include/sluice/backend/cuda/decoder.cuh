@@ -211,8 +211,7 @@ __global__ void __launch_bounds__(kWarpSize)
     s.visible_tokens = visible;
     s.first_position = cache.origin + static_cast<double>(index);
     s.shift = shift;
-    if (ceiling < kNoCeilingIndex)
-      s.ceiling = p.origin + static_cast<double>(ceiling) + shift;
+    if (ceiling < kNoCeilingIndex) s.ceiling = p.origin + static_cast<double>(ceiling) + shift;
     s.group = visible != nullptr ? 0 : 1;
     s.keys = cache.keys + layer * cache.layer_stride + slot * p.head_dim;
     s.values = cache.values + layer * cache.layer_stride + slot * p.head_dim;
@@ -222,8 +221,8 @@ __global__ void __launch_bounds__(kWarpSize)
   };
   if (total >= 0 && !full) {
     add(p.source, 0, 0, p.source.capacity, p.ceiling, p.source.shift, p.source.snapshot);
-    const CudaGroupView<Element> own{p.keys, p.values, p.layer_stride, p.capacity, p.origin, 0,
-                                     nullptr};
+    const CudaGroupView<Element> own{p.keys,   p.values, p.layer_stride, p.capacity,
+                                     p.origin, 0,        nullptr};
     if (p.sinks > 0) add(own, 0, 0, min(p.sinks, total + 1), p.ceiling, 0, nullptr);
     const std::int64_t ring = p.capacity - p.sinks;
     for (std::int64_t index = max(p.sinks, total - p.window + 1); index <= total;) {
@@ -396,8 +395,8 @@ class CudaDecoder {
 
   /// Reads a chunk into a session's cache, from tokens in device memory, and does nothing else: no
   /// logits, no choice, no wait. `base` is the index of the chunk's first token; counts are the
-  /// caller's (set_totals). Preconditions: tokens of the vocabulary, 1 to max_chunk of them, room in
-  /// a full cache. \throws Error(kDevice).
+  /// caller's (set_totals). Preconditions: tokens of the vocabulary, 1 to max_chunk of them, room
+  /// in a full cache. \throws Error(kDevice).
   void append_chunk(std::int64_t session, std::int64_t base, const std::int32_t* tokens,
                     std::int64_t length, cudaStream_t stream) {
     run_chunk(session, base, tokens, length, stream);
@@ -407,11 +406,11 @@ class CudaDecoder {
   /// everything.
   CudaGroupView<Element> view(const std::int64_t* snapshot, double shift = 0) const {
     if (options_.step.window_size < DecodeStepConfig::kUnlimitedWindow)
-      throw Error(ErrorCode::kConfig, {"a group that another decoder sees keeps everything",
-                                       "CudaDecoder::view", "window_size", "unlimited",
-                                       std::to_string(options_.step.window_size)});
-    return {keys_.data(), values_.data(), layer_stride_, options_.step.capacity,
-            options_.step.origin,  shift,          snapshot};
+      throw Error(ErrorCode::kConfig,
+                  {"a group that another decoder sees keeps everything", "CudaDecoder::view",
+                   "window_size", "unlimited", std::to_string(options_.step.window_size)});
+    return {keys_.data(),         values_.data(), layer_stride_, options_.step.capacity,
+            options_.step.origin, shift,          snapshot};
   }
   /// From now on every step sees the first *source.snapshot tokens of another cache beside its own.
   /// The other decoder must outlive this one. Allocates. \throws Error(kConfig) with several
@@ -428,8 +427,8 @@ class CudaDecoder {
     extents.max_segments = detail::kGroupSegments;
     extents.max_keys = source.capacity + options_.step.capacity;
     segment_attention_.emplace(
-        extents, SegmentRotation{frequencies_, options_.step.attention_factor,
-                                 options_.step.interleaved});
+        extents,
+        SegmentRotation{frequencies_, options_.step.attention_factor, options_.step.interleaved});
     extents.batch_size = s.num_layers;  // a list for each layer
     lists_.emplace(extents);
   }
@@ -703,8 +702,8 @@ class CudaDecoder {
   bool overlap_;
   std::vector<double> frequencies_;
   CudaGroupView<Element> source_;  // another group, if lists_ is there
-  std::optional<SegmentAttentionPlan<Element, kHeadDim,
-                                     device::AttentionVariant<device::AllVisible>>>
+  std::optional<
+      SegmentAttentionPlan<Element, kHeadDim, device::AttentionVariant<device::AllVisible>>>
       segment_attention_;
   std::optional<SegmentLists<Element>> lists_;
   std::int64_t layer_stride_ = 0;  // elements of a layer's keys

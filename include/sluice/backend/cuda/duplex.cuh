@@ -120,15 +120,14 @@ class CudaDuplex {
   /// writer() and joined there.
   void begin(std::span<const std::int32_t> source_tokens, std::int32_t first_token) {
     if (source_tokens.empty() || source_tokens.size() > source_tokens_.size())
-      throw Error(ErrorCode::kShape,
-                  {"the source does not fit", "CudaDuplex::run", "source_tokens",
-                   "1 to " + std::to_string(source_tokens_.size()),
-                   std::to_string(source_tokens.size())});
+      throw Error(ErrorCode::kShape, {"the source does not fit", "CudaDuplex::run", "source_tokens",
+                                      "1 to " + std::to_string(source_tokens_.size()),
+                                      std::to_string(source_tokens.size())});
     for (const std::int32_t token : source_tokens)
       if (token < 0 || token >= source_.shape().vocab_size)
-        throw Error(ErrorCode::kShape, {"a token outside the vocabulary", "CudaDuplex::run", "token",
-                                        "below " + std::to_string(source_.shape().vocab_size),
-                                        std::to_string(token)});
+        throw Error(ErrorCode::kShape,
+                    {"a token outside the vocabulary", "CudaDuplex::run", "token",
+                     "below " + std::to_string(source_.shape().vocab_size), std::to_string(token)});
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     count_ = static_cast<std::int64_t>(source_tokens.size());
     source_tokens_.upload(source_tokens, writer_);
@@ -155,8 +154,7 @@ class CudaDuplex {
     for (std::int64_t base = 0; base < count_; base += options_.source.max_chunk, ++chunk) {
       const std::int64_t length = std::min(options_.source.max_chunk, count_ - base);
       source_.append_chunk(0, base, source_tokens_.data() + base, length, reader);
-      detail::publish_kernel<0>
-          <<<1, 1, 0, reader>>>(counts_.data() + kPublished, base + length);
+      detail::publish_kernel<0><<<1, 1, 0, reader>>>(counts_.data() + kPublished, base + length);
       check_cuda(cudaGetLastError(), "publish_kernel");
       if (two) {
         check_cuda(cudaEventRecord(events_[chunk], reader_), "cudaEventRecord");
@@ -184,10 +182,8 @@ class CudaDuplex {
         throw Error(ErrorCode::kConfig, {"the two sides do not fit", "CudaDuplexOptions", field,
                                          expected, std::to_string(found)});
     };
-    require(o.source.step.batch_size == 1, "source.step.batch_size", "1",
-            o.source.step.batch_size);
-    require(o.target.step.batch_size == 1, "target.step.batch_size", "1",
-            o.target.step.batch_size);
+    require(o.source.step.batch_size == 1, "source.step.batch_size", "1", o.source.step.batch_size);
+    require(o.target.step.batch_size == 1, "target.step.batch_size", "1", o.target.step.batch_size);
     require(o.source.max_chunk >= 1, "source.max_chunk", "at least 1", o.source.max_chunk);
     require(o.policy.wait >= 1, "policy.wait", "at least 1", o.policy.wait);
     require(o.policy.read >= 0, "policy.read", "at least 0", o.policy.read);

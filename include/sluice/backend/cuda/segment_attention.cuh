@@ -151,9 +151,9 @@ class SegmentLists {
     check_cuda(cudaMemcpyAsync(segments_.data() + at * max_segments_, list.data(),
                                list.size_bytes(), cudaMemcpyHostToDevice, stream),
                "cudaMemcpyAsync");
-    check_cuda(cudaMemcpyAsync(counts_.data() + at, &count, sizeof(count), cudaMemcpyHostToDevice,
-                               stream),
-               "cudaMemcpyAsync");
+    check_cuda(
+        cudaMemcpyAsync(counts_.data() + at, &count, sizeof(count), cudaMemcpyHostToDevice, stream),
+        "cudaMemcpyAsync");
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   }
   /// One reader per session. Waits for the stream. \throws Error(kShape) if there are more.
@@ -182,8 +182,13 @@ class SegmentLists {
 
 namespace detail {
 
-inline constexpr int kSegmentWarps = 8;
-inline constexpr int kSegmentThreads = kSegmentWarps * kWarpSize;
+/// Blocks as registers allow: warps of one, and blocks of a multiprocessor.
+template <class Element, int kHeadDim, int kColumnTiles>
+struct SegmentBlock {
+  static constexpr bool kNarrow = kHeadDim <= 128 && kColumnTiles == 1;
+  static constexpr int kWarps = kNarrow && sizeof(Element) == 2 ? 12 : 8;
+  static constexpr int kBlocks = kNarrow && sizeof(Element) == 1 ? 2 : 1;
+};
 inline constexpr int kMaxListSegments = 512;
 inline constexpr int kMaxSegmentQueries = 16;
 inline constexpr float kLog2E = 1.44269504088896340736F;
@@ -289,8 +294,8 @@ struct StoredKeys {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         stream_load(&raw[half][kHeadDim / 32 * 2 * kBytes],
-                    reinterpret_cast<const std::uint16_t*>(
-                        row[half] + (kHeadDim / 32 * 32 + 4 * t) * kBytes),
+                    reinterpret_cast<const std::uint16_t*>(row[half] +
+                                                           (kHeadDim / 32 * 32 + 4 * t) * kBytes),
                     std::integral_constant<int, kBytes>());
     }
   }
@@ -377,17 +382,19 @@ __device__ float2 merge_parts(int count, const StateOf& state_of, const PartOf& 
 }
 
 /// Shared memory for the warps' parts of 8 columns; before, for the angles of a block's tokens.
-template <int kHeadDim>
-inline constexpr int kSegmentSharedBytes =
-    kSegmentWarps* kDecodeHeads*((kHeadDim + kPartPadding) * 4 + 8);
+template <int kHeadDim, int kWarps>
+inline constexpr int kSegmentSharedBytes = (kHeadDim + kPartPadding + 2) * 4 * kDecodeHeads* kWarps;
 
 template <class Element, int kHeadDim, int kColumnTiles, class Variant>
-__global__ void __launch_bounds__(kSegmentThreads, 1)
+__global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>::kWarps* kWarpSize,
+                                  SegmentBlock<Element, kHeadDim, kColumnTiles>::kBlocks)
     segment_attention_kernel(const __grid_constant__ SegmentAttentionParams<Element, Variant> p) {
   using Row = StoredRow<Element>;
   using H = typename Row::H;
   using Transform = decltype(p.variant.transform);
   constexpr bool kPlain = std::remove_cv_t<Transform>::kIdentity;
+  constexpr int kSegmentWarps = SegmentBlock<Element, kHeadDim, kColumnTiles>::kWarps;
+  constexpr int kSegmentThreads = kSegmentWarps * kWarpSize;
   constexpr int kRow = kQueryRow<kHeadDim>;
   constexpr int kChannelTiles = kHeadDim / 16;
   constexpr int kPart = kHeadDim + kPartPadding;
@@ -538,10 +545,10 @@ __global__ void __launch_bounds__(kSegmentThreads, 1)
       const device::Segment<Element>& segment = segments[at];
       if (at != opened) {
         opened = at;
-        keys = reinterpret_cast<const unsigned char*>(segment.keys + head_row *
-                                                                         segment.key_head_stride);
-        values = reinterpret_cast<const unsigned char*>(
-            segment.values + head_row * segment.value_head_stride);
+        keys = reinterpret_cast<const unsigned char*>(segment.keys +
+                                                      head_row * segment.key_head_stride);
+        values = reinterpret_cast<const unsigned char*>(segment.values +
+                                                        head_row * segment.value_head_stride);
         key_stride = segment.key_token_stride * Row::kBytes;
         value_stride = segment.value_token_stride * Row::kBytes;
         if constexpr (Row::kScaled) {
@@ -557,9 +564,9 @@ __global__ void __launch_bounds__(kSegmentThreads, 1)
       first_entry = (tile - tile_begin[at]) * kDecodeTile;
       present = min(entries[at] - first_entry, kDecodeTile);
       first_key.index = first_index + first_entry;
-      verdict = p.variant.visibility.classify(
-          reader.first_index + first_token, reader.first_index + first_token + tokens - 1,
-          first_key, first_key.index + present - 1);
+      verdict = p.variant.visibility.classify(reader.first_index + first_token,
+                                              reader.first_index + first_token + tokens - 1,
+                                              first_key, first_key.index + present - 1);
       if (verdict != device::TileVisibility::kNone) return true;
     }
     return false;
@@ -798,10 +805,10 @@ __global__ void __launch_bounds__(kSegmentThreads, 1)
       const float weight = power_of_two(state.x - top);
       scale = weight / (state.y * weight + power_of_two(sink - top));
     }
-    store_output(p.out, p.output_type,
-                 session * p.out_session_stride + token * p.out_token_stride + head * kHeadDim +
-                     channel,
-                 {total.x * scale, total.y * scale, total.z * scale, total.w * scale});
+    store_output(
+        p.out, p.output_type,
+        session * p.out_session_stride + token * p.out_token_stride + head * kHeadDim + channel,
+        {total.x * scale, total.y * scale, total.z * scale, total.w * scale});
     if (p.lse != nullptr && channel == 0)
       p.lse[(session * p.max_queries + token) *
                 (static_cast<std::int64_t>(gridDim.y / p.column_blocks) * p.group) +
@@ -886,8 +893,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 1)
 /// and lse = ln sum e^score over the visible keys of all segments; a row that sees nothing gives 0
 /// and -infinity. Queries and probabilities carry 16 bits (22 for f16).
 ///
-/// kColumnTiles: heads times queries that a block takes on, in eights. 1 for single queries; 2 reads
-/// rows half as often where there are more than 8 (head sizes up to 128: registers).
+/// kColumnTiles: heads times queries that a block takes on, in eights. 1 for single queries; 2
+/// reads rows half as often where there are more than 8 (head sizes up to 128: registers).
 template <class Element, int kHeadDim, class Variant = device::AttentionVariant<>,
           int kColumnTiles = 1>
 class SegmentAttentionPlan {
@@ -930,9 +937,9 @@ class SegmentAttentionPlan {
     for (std::size_t c = 0; c < shape.head_classes.size(); ++c)
       for (std::size_t j = 0; j < shape.head_classes[c].size(); ++j) {
         const std::int32_t head = shape.head_classes[c][j];
-        require(head >= 0 && head < shape.num_kv_heads &&
-                    classes[static_cast<std::size_t>(head)] < 0,
-                "head_classes", "each KV head once", head);
+        require(
+            head >= 0 && head < shape.num_kv_heads && classes[static_cast<std::size_t>(head)] < 0,
+            "head_classes", "each KV head once", head);
         classes[static_cast<std::size_t>(head)] = static_cast<std::int32_t>(c);
         rows[static_cast<std::size_t>(head)] = static_cast<std::int32_t>(j);
       }
@@ -940,18 +947,17 @@ class SegmentAttentionPlan {
       require(classes[h] >= 0, "head_classes", "each KV head once", static_cast<std::int64_t>(h));
 
     group_ = static_cast<int>(shape.num_qo_heads / shape.num_kv_heads);
-    column_blocks_ =
-        static_cast<int>((group_ * shape.max_queries + kColumns - 1) / kColumns);
+    column_blocks_ = static_cast<int>((group_ * shape.max_queries + kColumns - 1) / kColumns);
     const std::int64_t units = shape.batch_size * shape.num_kv_heads * column_blocks_;
     int device = 0;
     int multiprocessors = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
-    check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    detail::kSegmentSharedBytes<kHeadDim>),
-               "cudaFuncSetAttribute");
-    splits_ = splits > 0 ? splits : choose(units, shape.max_keys, multiprocessors);
+    check_cuda(
+        cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+    splits_ = splits > 0 ? splits : choose(units, shape.max_keys, Block::kBlocks * multiprocessors);
     head_class_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(classes));
     head_row_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(rows));
     const auto parts = static_cast<std::size_t>(units * splits_ * kColumns);
@@ -974,11 +980,11 @@ class SegmentAttentionPlan {
   const SegmentAttentionShape& shape() const { return shape_; }
   int splits() const { return splits_; }
 
-  /// Blocks that fill the machine once, none with less than a tile a warp.
-  static int choose(std::int64_t units, std::int64_t max_keys, int multiprocessors) {
+  /// Blocks that fill `places` once, none with less than 4 tiles.
+  static int choose(std::int64_t units, std::int64_t max_keys, int places) {
     const std::int64_t tiles = (max_keys + detail::kDecodeTile - 1) / detail::kDecodeTile;
-    const std::int64_t most = std::max<std::int64_t>(1, tiles / detail::kSegmentWarps);
-    return static_cast<int>(std::clamp<std::int64_t>(multiprocessors / units, 1, most));
+    const std::int64_t most = std::max<std::int64_t>(1, tiles / 4);
+    return static_cast<int>(std::clamp<std::int64_t>(places / units, 1, most));
   }
 
   /// One layer's attention. May be captured: lists, prefixes and readers are read when it runs.
@@ -1017,13 +1023,14 @@ class SegmentAttentionPlan {
     const dim3 grid(static_cast<unsigned>(splits_),
                     static_cast<unsigned>(shape_.num_kv_heads * column_blocks_),
                     static_cast<unsigned>(shape_.batch_size));
-    kernel()<<<grid, detail::kSegmentThreads, detail::kSegmentSharedBytes<kHeadDim>, stream>>>(
-        params);
+    kernel()<<<grid, Block::kWarps * detail::kWarpSize, kSharedBytes, stream>>>(params);
     check_cuda(cudaGetLastError(), "segment_attention_kernel");
   }
 
  private:
   static constexpr int kColumns = detail::kDecodeHeads * kColumnTiles;
+  using Block = detail::SegmentBlock<Element, kHeadDim, kColumnTiles>;
+  static constexpr int kSharedBytes = detail::kSegmentSharedBytes<kHeadDim, Block::kWarps>;
   using Kernel = void (*)(detail::SegmentAttentionParams<Element, Variant>);
   static Kernel kernel() {
     return detail::segment_attention_kernel<Element, kHeadDim, kColumnTiles, Variant>;
