@@ -19,8 +19,6 @@ failed=0
 cublas=$(find /usr/local/cuda/lib64 /usr/local/cuda/targets /opt /usr/lib -name 'libcublasLt.so.13' \
   -printf '%h\n' 2>/dev/null | head -1)
 export LD_LIBRARY_PATH="$cublas:${LD_LIBRARY_PATH:-}"
-# Nothing is loaded while another stream's kernels run.
-export CUDA_MODULE_LOADING=EAGER
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
 if wants sass; then
