@@ -567,6 +567,7 @@ __global__ void __launch_bounds__(kItemThreads, 1)
           barrier_wait(full(value_index), turn.parity);
           turn.next();
           clear_rows(v, kItemKeys, max(p.written - x.slot(n - 1), 0));
+          group_fence();
           weigh(v);
           group_commit();
           your_turn();
