@@ -101,6 +101,21 @@ TEST(SegmentAttentionVariants, AllVisibleAndOneWindowForAll) {
   }
 }
 
+TEST(SegmentAttentionLists, HundredsOfSmallSegments) {
+  SKIP_WITHOUT_DEVICE();
+  using Variant = device::AttentionVariant<device::GroupCausalWindow>;
+  Random random(34);
+  for (const std::int64_t pages : {31, 33, 400, 470}) {
+    SegmentCase c = random_segment_case(random, 128);
+    c.pages = pages;
+    c.shape.max_segments = 512;
+    c.shape.max_queries = 2;
+    const Variant variant{static_cast<float>(c.variant.sm_scale), group_window(c.variant), {}, {}};
+    check_segments<bf16, 128, Variant, 1>(c, variant, 400 + static_cast<std::uint64_t>(pages));
+    if (HasFatalFailure()) return;
+  }
+}
+
 __global__ void grow(std::int64_t* counter, device::SegmentReader* reader) {
   *counter += 7;
   reader->first_index += 1;

@@ -196,7 +196,7 @@ struct SegmentCase {
   std::int64_t head_dim = 64;
   OracleRotation rotation;
   OracleVariant variant;
-  std::int64_t max_window = 300;
+  std::int64_t pages = 0;  // segments of up to 3 entries, at places of their own
   int splits = 0;
   ElementType input = ElementType::kF32;
   ElementType output = ElementType::kF32;
@@ -332,8 +332,17 @@ void fill_list(SegmentList<Element>& list, Random& random, const SegmentCase& c,
     index += count;
   }
   if (random.next() % 4 == 0) others(2);
-  if (random.next() % 4 == 0)  // pages
+  if (random.next() % 4 == 0)
     for (int i = 0; i < 9; ++i) others(3 + i);
+  if (c.pages > 0) {
+    list.add_cache(random, heads, 3 * c.pages, c.head_dim);
+    for (std::int64_t page = 0; page < c.pages; ++page) {
+      const auto count = pick_one<std::int64_t>(random, {0, 1, 2, 3});
+      add(list.keys.size() - 1, 3 * page, 3 * page, count, count,
+          c.origin + static_cast<double>(3 * page), pick_one(random, {0.0, 0.0, 0.0, 5.0}), kNone,
+          20, false);
+    }
+  }
 }
 
 /// One kernel's launch, so that the rest is compiled once for a stored type.

@@ -149,7 +149,9 @@ struct CudaDecoderOptions {
   /// max_chunk - 1 entries beyond sinks and window.
   std::int64_t max_chunk = 0;
   std::int64_t history_size = 0;  ///< chosen tokens kept per session, the newest; 0: none
-  bool overlap = true;            ///< launches fetch weights and cache rows ahead of their turn
+  /// Multiprocessors that products of several rows should take up, 0: all (MatrixProducts).
+  int product_multiprocessors = 0;
+  bool overlap = true;  ///< launches fetch weights and cache rows ahead of their turn
 };
 
 /// Another stream's cache, the first tokens of which every step of a decoder sees beside its own.
@@ -298,7 +300,7 @@ class CudaDecoder {
     attended_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.query_size()));
     activated_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.intermediate_size));
     if (batch > 1 || options.max_chunk > 0) {
-      products_.emplace();
+      products_.emplace(options.product_multiprocessors);
       rounded_ = Buffer<Element, cuda>(
           size(rows, std::max({s.hidden_size, s.query_size(), s.intermediate_size})));
       gate_up_ = Buffer<float, cuda>(size(rows, 2 * s.intermediate_size));
