@@ -19,6 +19,7 @@
 #include <sluice/sluice.cuh>
 
 #include "cuda/measure.cuh"
+#include "cuda/random_weights.cuh"
 
 namespace {
 
@@ -38,31 +39,6 @@ Geometry llama_2_7b() {
 }
 Geometry llama_3_8b() {
   return {"llama-3-8b", {128256, 4096, 14336, 32, 8, 128, 32, 1e-5, 1 / std::sqrt(128.0)}};
-}
-
-void fill(Buffer<bf16, cuda>& matrix, std::int64_t cols, std::uint64_t salt) {
-  fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(matrix.data()),
-                             static_cast<std::int64_t>(matrix.size()), salt << 33,
-                             1 / std::sqrt(static_cast<float>(cols)));
-}
-
-std::unique_ptr<Weights> random_weights(const CudaDecoderShape& shape) {
-  auto weights = std::make_unique<Weights>(shape, false);
-  const std::vector<float> ones(static_cast<std::size_t>(shape.hidden_size), 1.0F);
-  std::uint64_t salt = 1;
-  fill(weights->embedding, 1, salt++);
-  fill(weights->output, shape.hidden_size, salt++);
-  weights->output_norm.upload(ones);
-  for (CudaLayerWeights<bf16>& layer : weights->layers) {
-    layer.attention_norm.upload(ones);
-    layer.feed_forward_norm.upload(ones);
-    fill(layer.query_key_value, shape.hidden_size, salt++);
-    fill(layer.output, shape.query_size(), salt++);
-    fill(layer.gate_up, shape.hidden_size, salt++);
-    fill(layer.down, shape.intermediate_size, salt++);
-  }
-  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  return weights;
 }
 
 double weight_bytes(const CudaDecoderShape& s) {

@@ -52,7 +52,8 @@ void add(Row& x, const Row& y) {
 
 }  // namespace
 
-std::vector<double> PlainDecoder::step(int token) {
+std::vector<double> PlainDecoder::step(int token, const PlainDecoder* source,
+                                       std::int64_t snapshot) {
   const PlainDecoderConfig& c = config_;
   const auto width = static_cast<std::ptrdiff_t>(c.hidden_size);
   const auto row = weights_->embedding.begin() + token * width;
@@ -81,18 +82,22 @@ std::vector<double> PlainDecoder::step(int token) {
       rotate(own.data(), c.head_dim, static_cast<double>(total_), c.theta, c.interleaved);
       rotate(at_sinks.data(), c.head_dim, static_cast<double>(sink_place), c.theta, c.interleaved);
       std::vector<double> scores;
-      std::vector<std::size_t> seen;
-      for (std::int64_t k = 0; k <= total_; ++k) {
-        if (k >= sinks && k <= total_ - window) continue;
-        const Row& q = k < sinks ? at_sinks : own;
+      std::vector<const std::vector<float>*> seen;  // value rows
+      const auto see = [&](const Row& q, const std::vector<float>& key_row,
+                           const std::vector<float>& value_row) {
         double score = 0;
         for (int d = 0; d < c.head_dim; ++d)
           score += q[static_cast<std::size_t>(d)] *
-                   static_cast<double>(keys_[l][static_cast<std::size_t>(k)]
-                                            [static_cast<std::size_t>(kv * c.head_dim + d)]);
+                   static_cast<double>(key_row[static_cast<std::size_t>(kv * c.head_dim + d)]);
         scores.push_back(score * c.sm_scale);
-        seen.push_back(static_cast<std::size_t>(k));
-      }
+        seen.push_back(&value_row);
+      };
+      for (std::size_t k = 0; k < static_cast<std::size_t>(snapshot); ++k)
+        see(at_sinks, source->keys_[l][k], source->values_[l][k]);
+      for (std::int64_t k = 0; k <= total_; ++k)
+        if (k < sinks || k > total_ - window)
+          see(k < sinks ? at_sinks : own, keys_[l][static_cast<std::size_t>(k)],
+              values_[l][static_cast<std::size_t>(k)]);
       const double most = *std::max_element(scores.begin(), scores.end());
       double sum = 0;
       for (double& s : scores) sum += s = std::exp(s - most);
@@ -100,8 +105,7 @@ std::vector<double> PlainDecoder::step(int token) {
         for (int d = 0; d < c.head_dim; ++d)
           attended[static_cast<std::size_t>(h * c.head_dim + d)] +=
               scores[i] / sum *
-              static_cast<double>(
-                  values_[l][seen[i]][static_cast<std::size_t>(kv * c.head_dim + d)]);
+              static_cast<double>((*seen[i])[static_cast<std::size_t>(kv * c.head_dim + d)]);
     }
     add(hidden, product(layer.output, attended));
     const Row y = norm(hidden, layer.feed_forward_norm, c.norm_eps);

@@ -43,8 +43,10 @@ class PlainDecoder {
         keys_(weights.layers.size()),
         values_(weights.layers.size()) {}
 
-  /// Feeds a token; logits of the next. [vocab_size]
-  std::vector<double> step(int token);
+  /// Feeds a token; logits of the next. [vocab_size] The token also sees the first `snapshot`
+  /// tokens of another stream, from its own place (with a window, its rank).
+  std::vector<double> step(int token, const PlainDecoder* source = nullptr,
+                           std::int64_t snapshot = 0);
 
  private:
   PlainDecoderConfig config_;

@@ -19,18 +19,21 @@
 #include "backend/cuda/decode_oracle.hpp"
 #include "backend/cuda/decoder_oracle.hpp"
 #include "backend/cuda/device_test.hpp"
+#include "backend/cuda/small_model.cuh"
 
 namespace {
 
 using namespace sluice;
+using sluice_test::argmax;
 using sluice_test::DecodeOracle;
+using sluice_test::kExactBound;
+using sluice_test::kRoundedBound;
 using sluice_test::OracleConfig;
 using sluice_test::PlainDecoder;
-using sluice_test::PlainDecoderConfig;
-using sluice_test::PlainLayer;
-using sluice_test::PlainWeights;
 using sluice_test::random_floats;
+using sluice_test::relative_error;
 using sluice_test::rounded_to;
+using sluice_test::SmallModel;
 
 // --- Chunks --------------------------------------------------------------------------------------
 
@@ -41,7 +44,7 @@ struct ChunkCase {
 
 /// Feeds chunks and compares every token's output and every appended row.
 template <class Element, int kHeadDim>
-void check_chunks(const ChunkCase& c, std::uint64_t seed) {
+void check_chunks(const ChunkCase& c, std::uint64_t seed, ChunkKernel kernel = ChunkKernel::kMma) {
   const OracleConfig& s = c.sequence;
   SCOPED_TRACE("heads " + std::to_string(s.num_qo_heads) + ":" + std::to_string(s.num_kv_heads) +
                " x " + std::to_string(kHeadDim) + ", sinks " + std::to_string(s.num_sink_tokens) +
@@ -61,7 +64,7 @@ void check_chunks(const ChunkCase& c, std::uint64_t seed) {
   const DecodeStep step(config);
   const std::int64_t longest = *std::max_element(c.chunks.begin(), c.chunks.end());
   ChunkAttentionPlan<Element, kHeadDim> plan({s.num_qo_heads, s.num_kv_heads, kHeadDim}, config,
-                                             longest);
+                                             longest, kernel);
   const auto qo = static_cast<std::size_t>(s.num_qo_heads);
   const auto kv = static_cast<std::size_t>(s.num_kv_heads);
   const auto capacity = static_cast<std::size_t>(s.capacity);
@@ -182,6 +185,47 @@ TEST(ChunkAttention, AnyChunkingOfRandomStreams) {
   }
 }
 
+/// The kernel for Hopper, where there is one: sinks at a product of their own, rings that wrap
+/// within a tile, caches that are not full, chunks that end within a block.
+template <class Element>
+void check_hopper_chunks(std::uint64_t seed, int cases, std::uint64_t longest) {
+  Random random(seed);
+  for (int i = 0; i < cases; ++i) {
+    ChunkCase c;
+    OracleConfig& s = c.sequence;
+    s.head_dim = 128;
+    s.num_kv_heads = 1 + static_cast<int>(random.below(2));
+    s.num_qo_heads = s.num_kv_heads * (1 + static_cast<int>(random.below(3)));
+    const std::int64_t sinks[] = {0, 1, 4, 4, 15, 16};
+    s.num_sink_tokens = sinks[random.below(6)];
+    const std::int64_t windows[] = {0, 1, 17, 127, 128, 129, 300, 400};
+    s.window_size = windows[random.below(8)];
+    std::int64_t most = 0;
+    std::int64_t sum = 0;
+    for (int k = 0; k < 4; ++k) {
+      c.chunks.push_back(1 + static_cast<std::int64_t>(random.below(longest)));
+      sum += c.chunks.back();
+      most = std::max(most, c.chunks.back());
+    }
+    s.capacity = s.window_size == 0 ? sum + s.num_sink_tokens
+                                    : s.num_sink_tokens + s.window_size + most - 1 +
+                                          static_cast<std::int64_t>(random.below(3));
+    s.in_text = random.next() % 2 == 0;
+    s.rotary_dim = 128;
+    s.sm_scale = 1 / std::sqrt(128.0F);
+    check_chunks<Element, 128>(c, seed + static_cast<std::uint64_t>(i), ChunkKernel::kHopper);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+TEST(ChunkAttention, HopperInAnyChunking) {
+  SKIP_WITHOUT_DEVICE();
+  if (detail::hopper_multiprocessors() == 0) GTEST_SKIP() << "no Hopper";
+  check_hopper_chunks<bf16>(61, 10, 200);
+  check_hopper_chunks<f16>(62, 4, 200);
+  check_hopper_chunks<bf16>(63, 3, 600);
+}
+
 // --- Products of several rows --------------------------------------------------------------------
 
 TEST(MatrixProducts, AgainstFloat64) {
@@ -224,120 +268,6 @@ TEST(MatrixProducts, AgainstFloat64) {
 }
 
 // --- Whole decoders ------------------------------------------------------------------------------
-
-/// A small model with random weights, on both sides.
-struct SmallModel {
-  PlainDecoderConfig plain;
-  PlainWeights host;
-  CudaDecoderShape shape;
-  std::vector<double> frequencies;
-  std::optional<CudaDecoderWeights<bf16>> device;
-
-  SmallModel(int head_dim, bool interleaved, std::uint64_t seed) {
-    plain = {.vocab_size = 300,
-             .hidden_size = 192,
-             .intermediate_size = 328,
-             .num_qo_heads = 4,
-             .num_kv_heads = 2,
-             .head_dim = head_dim,
-             .num_layers = 3,
-             .norm_eps = 1e-5,
-             .sm_scale = 1 / std::sqrt(static_cast<double>(head_dim)),
-             .interleaved = interleaved};
-    shape = {plain.vocab_size,   plain.hidden_size,  plain.intermediate_size,
-             plain.num_qo_heads, plain.num_kv_heads, plain.head_dim,
-             plain.num_layers,   plain.norm_eps,     plain.sm_scale};
-    for (int i = 0; i < head_dim / 2; ++i)
-      frequencies.push_back(std::pow(plain.theta, -2.0 * i / head_dim));
-    Random random(seed);
-    const auto matrix = [&](std::int64_t rows, std::int64_t cols) {
-      std::vector<float> m = random_floats(random, static_cast<std::size_t>(rows * cols),
-                                           1.5 / std::sqrt(static_cast<double>(cols)));
-      for (float& v : m) v = static_cast<float>(bf16(v));
-      return m;
-    };
-    const auto norm = [&] {
-      std::vector<float> v =
-          random_floats(random, static_cast<std::size_t>(shape.hidden_size), 0.2);
-      for (float& x : v) x += 1;
-      return v;
-    };
-    device.emplace(shape, false);
-    host.embedding =
-        random_floats(random, static_cast<std::size_t>(shape.vocab_size * shape.hidden_size), 1);
-    for (float& v : host.embedding) v = static_cast<float>(bf16(v));
-    host.output = matrix(shape.vocab_size, shape.hidden_size);
-    host.output_norm = norm();
-    device->embedding.upload(rounded_to<bf16>(host.embedding));
-    device->output.upload(rounded_to<bf16>(host.output));
-    device->output_norm.upload(host.output_norm);
-    for (std::int64_t l = 0; l < shape.num_layers; ++l) {
-      PlainLayer layer;
-      layer.attention_norm = norm();
-      layer.query = matrix(shape.query_size(), shape.hidden_size);
-      layer.key = matrix(shape.kv_size(), shape.hidden_size);
-      layer.value = matrix(shape.kv_size(), shape.hidden_size);
-      layer.output = matrix(shape.hidden_size, shape.query_size());
-      layer.feed_forward_norm = norm();
-      layer.gate = matrix(shape.intermediate_size, shape.hidden_size);
-      layer.up = matrix(shape.intermediate_size, shape.hidden_size);
-      layer.down = matrix(shape.hidden_size, shape.intermediate_size);
-      CudaLayerWeights<bf16>& to = device->layers[static_cast<std::size_t>(l)];
-      to.attention_norm.upload(layer.attention_norm);
-      to.feed_forward_norm.upload(layer.feed_forward_norm);
-      to.output.upload(rounded_to<bf16>(layer.output));
-      to.down.upload(rounded_to<bf16>(layer.down));
-      device->set_query_key_value(l, rounded_to<bf16>(layer.query), rounded_to<bf16>(layer.key),
-                                  rounded_to<bf16>(layer.value));
-      device->set_gate_up(l, rounded_to<bf16>(layer.gate), rounded_to<bf16>(layer.up));
-      host.layers.push_back(std::move(layer));
-    }
-  }
-
-  CudaDecoderOptions options(std::int64_t batch, std::int64_t sinks, std::int64_t window,
-                             std::int64_t chunk, bool overlap) const {
-    CudaDecoderOptions result;
-    const bool full = window == 0;
-    result.step = {.num_sink_tokens = sinks,
-                   .window_size = full ? DecodeStepConfig::kUnlimitedWindow : window,
-                   .capacity = full ? 256 : sinks + window + std::max<std::int64_t>(chunk - 1, 0),
-                   .batch_size = batch,
-                   .frequencies = frequencies,
-                   .interleaved = plain.interleaved};
-    result.max_chunk = chunk;
-    result.overlap = overlap;
-    result.history_size = 512;
-    return result;
-  }
-  PlainDecoder oracle(std::int64_t sinks, std::int64_t window) const {
-    PlainDecoderConfig config = plain;
-    config.num_sink_tokens = sinks;
-    config.window_size = window;
-    return PlainDecoder(config, host);
-  }
-};
-
-/// ||found - expected|| / ||expected||.
-double relative_error(std::span<const float> found, const std::vector<double>& expected) {
-  double error = 0;
-  double norm = 0;
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    const double difference = static_cast<double>(found[i]) - expected[i];
-    error += difference * difference;
-    norm += expected[i] * expected[i];
-  }
-  return std::sqrt(error / norm);
-}
-
-std::int32_t argmax(std::span<const float> logits) {
-  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-}
-
-// Keys and values that fall on the other side of a rounding than the reference's: a bf16 unit of a
-// few entries among thousands. Everything else is float32.
-constexpr double kExactBound = 1e-3;
-// Inputs of every product are rounded to bf16, by 2^-9 of their size at most; 13 products.
-constexpr double kRoundedBound = 13 * 0x1p-9;
 
 TEST(CudaDecoder, OneSessionAgainstFloat64) {
   SKIP_WITHOUT_DEVICE();

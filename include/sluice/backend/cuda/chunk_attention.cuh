@@ -12,6 +12,7 @@
 #include "sluice/backend/cuda/decode_attention.cuh"
 #include "sluice/backend/cuda/decode_step.cuh"
 #include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/hopper_attention.cuh"
 #include "sluice/backend/cuda/memory.cuh"
 
 namespace sluice {
@@ -327,6 +328,13 @@ __global__ void __launch_bounds__(kChunkThreads)
 
 }  // namespace detail
 
+/// Which kernel attends.
+enum class ChunkKernel {
+  kAuto,    ///< kHopper where it runs
+  kMma,     ///< every GPU, every shape
+  kHopper,  ///< wgmma and the copy engine: H100 and H200, head size 128, at most 16 sinks
+};
+
 /// Scratch and launches of a chunk's attention; layers share it. Only construction allocates.
 /// Queries and probabilities are rounded to Element once: outputs are within 2^-8 of exact ones
 /// where decode_attention()'s are within 2^-16.
@@ -335,7 +343,7 @@ class ChunkAttentionPlan {
  public:
   /// For chunks of up to `max_tokens`. \throws Error(kShape, kDevice).
   ChunkAttentionPlan(const DecodeAttentionShape& shape, const DecodeStepConfig& step,
-                     std::int64_t max_tokens)
+                     std::int64_t max_tokens, ChunkKernel kernel = ChunkKernel::kAuto)
       : shape_(shape), max_tokens_(max_tokens) {
     const bool limited = step.window_size < DecodeStepConfig::kUnlimitedWindow;
     // The chunk's first query still sees keys that its last one's would have evicted.
@@ -351,9 +359,26 @@ class ChunkAttentionPlan {
     check_cuda(cudaFuncSetAttribute(detail::chunk_attention_kernel<Element, kHeadDim>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "cudaFuncSetAttribute");
+    if constexpr (kHeadDim == detail::kItemDim) {
+      if (kernel != ChunkKernel::kMma && step.num_sink_tokens <= detail::kItemSinks)
+        multiprocessors_ = detail::hopper_multiprocessors();
+      if (multiprocessors_ > 0)
+        check_cuda(cudaFuncSetAttribute(detail::hopper_attention_kernel<Element>,
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        detail::kItemSharedBytes),
+                   "cudaFuncSetAttribute");
+    }
+    if (kernel == ChunkKernel::kHopper && multiprocessors_ == 0)
+      throw Error(ErrorCode::kConfig,
+                  {"no such kernel here", "ChunkAttentionPlan", "kernel",
+                   "an H100 or H200, head size 128, at most 16 sinks", "something else"});
   }
 
   std::int64_t max_tokens() const { return max_tokens_; }
+  /// kMma or kHopper.
+  ChunkKernel kernel() const {
+    return multiprocessors_ > 0 ? ChunkKernel::kHopper : ChunkKernel::kMma;
+  }
 
   /// Forms the rotations of the tokens `base` .. `base + tokens - 1`: once for all layers.
   void rotate(const DecodeStep& step, std::int64_t base, std::int64_t tokens, cudaStream_t stream) {
@@ -373,6 +398,17 @@ class ChunkAttentionPlan {
     detail::chunk_append_kernel<Element, kHeadDim>
         <<<static_cast<unsigned>(tokens), detail::kRowThreads, 0, stream>>>(p);
     check_cuda(cudaGetLastError(), "chunk_append_kernel");
+    attend(step, x, base, tokens, sm_scale, stream);
+  }
+
+  /// The second half of launch(): attention alone, of the chunk that launch() rotated and appended
+  /// last. For measurements.
+  void attend(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
+              std::int64_t tokens, float sm_scale, cudaStream_t stream) {
+    const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
+    if constexpr (kHeadDim == detail::kItemDim) {
+      if (multiprocessors_ > 0) return attend_hopper(step, p, stream);
+    }
     const dim3 grid(static_cast<unsigned>((tokens + detail::kChunkTile - 1) / detail::kChunkTile),
                     static_cast<unsigned>(shape_.num_qo_heads));
     detail::chunk_attention_kernel<Element, kHeadDim>
@@ -383,6 +419,45 @@ class ChunkAttentionPlan {
  private:
   static constexpr int kSharedBytes =
       4 * detail::kChunkTile * (kHeadDim + detail::kChunkPadding) * 2;
+
+  void attend_hopper(const DecodeStep& step, const detail::ChunkAttentionParams& p,
+                     cudaStream_t stream) {
+    constexpr std::uint64_t kDim = kHeadDim;
+    const auto heads = static_cast<std::uint64_t>(p.num_qo_heads);
+    const auto tokens = static_cast<std::uint64_t>(p.tokens);
+    const std::int64_t capacity = step.config().capacity;
+    const std::uint64_t dims[3] = {kDim, static_cast<std::uint64_t>(capacity),
+                                   static_cast<std::uint64_t>(p.num_kv_heads)};
+    const std::uint64_t strides[2] = {static_cast<std::uint64_t>(2 * p.token_stride),
+                                      static_cast<std::uint64_t>(2 * p.head_stride)};
+    const std::uint32_t tile[3] = {64, detail::kItemKeys, 1};
+    const std::uint32_t sinks[3] = {64, detail::kItemSinks, 1};
+    detail::HopperAttentionParams params{
+        .query =
+            detail::tensor_map<Element, 4>(p.rotated, {kDim, heads, tokens, 2},
+                                           {2 * kDim, 2 * kDim * heads, 2 * kDim * heads * tokens},
+                                           {64, 1, detail::kItemQueries, 1}),
+        .keys = detail::tensor_map<Element, 3>(p.keys, dims, strides, tile),
+        .values = detail::tensor_map<Element, 3>(p.values, dims, strides, tile),
+        .sink_keys = detail::tensor_map<Element, 3>(p.keys, dims, strides, sinks),
+        .sink_values = detail::tensor_map<Element, 3>(p.values, dims, strides, sinks),
+        .out = p.out,
+        .base = p.base,
+        .window = p.window,
+        .tokens = p.tokens,
+        .sinks = p.sinks,
+        .ring = p.ring,
+        .num_qo_heads = p.num_qo_heads,
+        .group = p.num_qo_heads / p.num_kv_heads,
+        .written = static_cast<int>(std::min(p.base + p.tokens, capacity)),
+        .scale_log2 = p.scale_log2};
+    const std::int64_t items =
+        (p.tokens + detail::kItemQueries - 1) / detail::kItemQueries * shape_.num_qo_heads;
+    const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors_));
+    detail::hopper_attention_kernel<Element>
+        <<<blocks, detail::kItemThreads, detail::kItemSharedBytes, stream>>>(params);
+    check_cuda(cudaGetLastError(), "hopper_attention_kernel");
+  }
 
   detail::ChunkAttentionParams params(const DecodeStep& step,
                                       const ChunkAttentionTensors<Element>& x, std::int64_t base,
@@ -417,6 +492,7 @@ class ChunkAttentionPlan {
 
   DecodeAttentionShape shape_;
   std::int64_t max_tokens_ = 0;
+  int multiprocessors_ = 0;  // of a GPU that runs the Hopper kernel; 0: mma
   Buffer<std::uint16_t, cuda> rotated_;
   Buffer<float, cuda> rows_;
 };

@@ -21,6 +21,7 @@
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
+#include "sluice/backend/cuda/segment_attention.cuh"
 
 namespace sluice {
 
@@ -148,8 +149,115 @@ struct CudaDecoderOptions {
   /// max_chunk - 1 entries beyond sinks and window.
   std::int64_t max_chunk = 0;
   std::int64_t history_size = 0;  ///< chosen tokens kept per session, the newest; 0: none
-  bool overlap = true;            ///< launches fetch weights and cache rows ahead of their turn
+  /// Multiprocessors that products of several rows should take up, 0: all (MatrixProducts).
+  int product_multiprocessors = 0;
+  bool overlap = true;  ///< launches fetch weights and cache rows ahead of their turn
 };
+
+/// Another stream's cache, the first tokens of which every step of a decoder sees beside its own.
+/// The cache keeps everything (a full cache), so that rows stay where they are.
+template <class Element>
+struct CudaGroupView {
+  const Element* keys = nullptr;  ///< [layers, num_kv_heads, capacity, head_dim], rotated
+  const Element* values = nullptr;
+  std::int64_t layer_stride = 0;
+  std::int64_t capacity = 0;
+  double origin = 0;  ///< position of its token 0
+  /// Added to the reader's own position (which stops at the last rank of its window): 0 where
+  /// groups count for themselves.
+  double shift = 0;
+  /// Tokens that the step sees, in device memory; it changes between steps alone.
+  const std::int64_t* snapshot = nullptr;
+};
+
+namespace detail {
+
+template <class Element>
+struct GroupListsParams {
+  CudaGroupView<Element> source;
+  const Element* keys;  // the decoder's own, as the view's
+  const Element* values;
+  std::int64_t layer_stride;
+  const std::int64_t* totals;
+  device::Segment<Element>* segments;  // [layers, kGroupSegments]
+  std::int32_t* counts;                // [layers]
+  device::SegmentReader* readers;      // [layers]
+  std::int64_t sinks;
+  std::int64_t window;
+  std::int64_t capacity;
+  std::int64_t ceiling;  // highest index at which sinks, and other groups, are read
+  double origin;
+  int head_dim;
+};
+
+inline constexpr int kGroupSegments = 4;  // source, sinks, the ring's two runs
+inline constexpr std::int64_t kNoCeilingIndex = std::numeric_limits<std::int64_t>::max();
+
+/// The list of a step for each layer: what Retention::snapshot_rules and Retention::rules say, from
+/// counters on the device. A block per layer.
+template <class Element>
+__global__ void __launch_bounds__(kWarpSize)
+    group_lists_kernel(const __grid_constant__ GroupListsParams<Element> p) {
+  if (threadIdx.x != 0) return;
+  const std::int64_t layer = blockIdx.x;
+  const std::int64_t total = *p.totals;  // index of the step's token
+  device::Segment<Element>* const list = p.segments + layer * kGroupSegments;
+  const bool full = p.window > p.capacity && total >= p.capacity;
+  int count = 0;
+  const auto add = [&](const CudaGroupView<Element>& cache, std::int64_t index, std::int64_t slot,
+                       std::int64_t tokens, std::int64_t ceiling, double shift,
+                       const std::int64_t* visible) {
+    device::Segment<Element> s;
+    s.first_index = index;
+    s.count = s.visible = tokens;
+    s.visible_tokens = visible;
+    s.first_position = cache.origin + static_cast<double>(index);
+    s.shift = shift;
+    if (ceiling < kNoCeilingIndex) s.ceiling = p.origin + static_cast<double>(ceiling) + shift;
+    s.group = visible != nullptr ? 0 : 1;
+    s.keys = cache.keys + layer * cache.layer_stride + slot * p.head_dim;
+    s.values = cache.values + layer * cache.layer_stride + slot * p.head_dim;
+    s.key_head_stride = s.value_head_stride = cache.capacity * p.head_dim;
+    s.key_token_stride = s.value_token_stride = p.head_dim;
+    list[count++] = s;
+  };
+  if (total >= 0 && !full) {
+    add(p.source, 0, 0, p.source.capacity, p.ceiling, p.source.shift, p.source.snapshot);
+    const CudaGroupView<Element> own{p.keys,   p.values, p.layer_stride, p.capacity,
+                                     p.origin, 0,        nullptr};
+    if (p.sinks > 0) add(own, 0, 0, min(p.sinks, total + 1), p.ceiling, 0, nullptr);
+    const std::int64_t ring = p.capacity - p.sinks;
+    for (std::int64_t index = max(p.sinks, total - p.window + 1); index <= total;) {
+      const std::int64_t slot = p.sinks + (index - p.sinks) % ring;
+      const std::int64_t tokens = min(total + 1 - index, p.capacity - slot);
+      add(own, index, slot, tokens, kNoCeilingIndex, 0, nullptr);
+      index += tokens;
+    }
+  }
+  p.counts[layer] = count;
+  p.readers[layer] = {total, p.origin + static_cast<double>(total), total >= 0 ? 1 : 0, 0};
+}
+
+/// Rotates a token's keys and stores them and its values: a block per KV head.
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim / 2)
+    group_append_kernel(const float* key, const float* value, const DecodePlace* place,
+                        const float* rows, int num_pairs, bool interleaved, std::uint16_t* keys,
+                        std::uint16_t* values, std::int64_t head_stride) {
+  using H = Half<Element>;
+  if (place->extent <= 0) return;
+  const auto head = static_cast<std::int64_t>(blockIdx.x);
+  const int pair = static_cast<int>(threadIdx.x);
+  const std::int64_t to = head * head_stride + std::int64_t{place->slot} * kHeadDim;
+  const RotatedPair x = rotate_pair(num_pairs, interleaved, rows, key + head * kHeadDim, pair);
+  const std::uint32_t k = H::pack(x.a, x.b);
+  keys[to + x.first] = static_cast<std::uint16_t>(k);
+  keys[to + x.second] = static_cast<std::uint16_t>(k >> 16);
+  const float* const v = value + head * kHeadDim + 2 * pair;
+  *reinterpret_cast<std::uint32_t*>(values + to + 2 * pair) = H::pack(v[0], v[1]);
+}
+
+}  // namespace detail
 
 /// Sessions of one model that step together. Caches and scratch are allocated by the constructor;
 /// step() allocates nothing after its first call and may be captured. One stream at a time.
@@ -170,7 +278,8 @@ class CudaDecoder {
             {weights.shape().num_qo_heads, weights.shape().num_kv_heads, weights.shape().head_dim},
             options.step, options.overlap),
         vector_(options.overlap),
-        overlap_(options.overlap && supports_overlap()) {
+        overlap_(options.overlap && supports_overlap()),
+        frequencies_(options.step.frequencies.begin(), options.step.frequencies.end()) {
     options_.step.frequencies = {};
     const CudaDecoderShape& s = shape();
     const std::int64_t batch = options.step.batch_size;
@@ -191,7 +300,7 @@ class CudaDecoder {
     attended_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.query_size()));
     activated_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.intermediate_size));
     if (batch > 1 || options.max_chunk > 0) {
-      products_.emplace();
+      products_.emplace(options.product_multiprocessors);
       rounded_ = Buffer<Element, cuda>(
           size(rows, std::max({s.hidden_size, s.query_size(), s.intermediate_size})));
       gate_up_ = Buffer<float, cuda>(size(rows, 2 * s.intermediate_size));
@@ -270,7 +379,7 @@ class CudaDecoder {
       length = std::min(options_.max_chunk, count - done);
       chunk_tokens_.upload(
           tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(length)), stream);
-      run_chunk(session, total + done, length, stream);
+      run_chunk(session, total + done, chunk_tokens_.data(), length, stream);
     }
     total += count;
     step_.set_totals(totals, stream);
@@ -284,6 +393,46 @@ class CudaDecoder {
     vector_.launch(task, VectorEpilogue::kChoose, stream);
     choose(choice_params(session, vector_.blocks()), 1, stream);
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  }
+
+  /// Reads a chunk into a session's cache, from tokens in device memory, and does nothing else: no
+  /// logits, no choice, no wait. `base` is the index of the chunk's first token; counts are the
+  /// caller's (set_totals). Preconditions: tokens of the vocabulary, 1 to max_chunk of them, room
+  /// in a full cache. \throws Error(kDevice).
+  void append_chunk(std::int64_t session, std::int64_t base, const std::int32_t* tokens,
+                    std::int64_t length, cudaStream_t stream) {
+    run_chunk(session, base, tokens, length, stream);
+  }
+
+  /// This decoder's first session as others see it. \throws Error(kConfig) unless it keeps
+  /// everything.
+  CudaGroupView<Element> view(const std::int64_t* snapshot, double shift = 0) const {
+    if (options_.step.window_size < DecodeStepConfig::kUnlimitedWindow)
+      throw Error(ErrorCode::kConfig,
+                  {"a group that another decoder sees keeps everything", "CudaDecoder::view",
+                   "window_size", "unlimited", std::to_string(options_.step.window_size)});
+    return {keys_.data(),         values_.data(), layer_stride_, options_.step.capacity,
+            options_.step.origin, shift,          snapshot};
+  }
+  /// From now on every step sees the first *source.snapshot tokens of another cache beside its own.
+  /// The other decoder must outlive this one. Allocates. \throws Error(kConfig) with several
+  /// sessions; Error(kDevice).
+  void see(const CudaGroupView<Element>& source) {
+    const CudaDecoderShape& s = shape();
+    if (batch_size() != 1)
+      throw Error(ErrorCode::kConfig, {"one session sees another group", "CudaDecoder::see",
+                                       "batch_size", "1", std::to_string(batch_size())});
+    source_ = source;
+    SegmentAttentionShape extents;
+    extents.num_qo_heads = s.num_qo_heads;
+    extents.num_kv_heads = s.num_kv_heads;
+    extents.max_segments = detail::kGroupSegments;
+    extents.max_keys = source.capacity + options_.step.capacity;
+    segment_attention_.emplace(
+        extents,
+        SegmentRotation{frequencies_, options_.step.attention_factor, options_.step.interleaved});
+    extents.batch_size = s.num_layers;  // a list for each layer
+    lists_.emplace(extents);
   }
 
   /// Calls fill(rows, count) with the device memory of all keys, then of all values, for programs
@@ -389,6 +538,7 @@ class CudaDecoder {
     using enum VectorEpilogue;
     const CudaDecoderShape& s = shape();
     float* const hidden = hidden_.data();
+    if (lists_) write_lists(stream);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       vector_.launch(vector_task(w.query_key_value.data(), s.fused_size(), s.hidden_size, hidden,
@@ -397,7 +547,10 @@ class CudaDecoder {
       DecodeAttentionTensors<Element> x = attention_tensors(l);
       x.out = attended_.data();
       x.output_type = ElementType::kF32;
-      attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
+      if (lists_)
+        attend_groups(l, x, stream);
+      else
+        attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
       vector_.launch(vector_task(w.output.data(), s.hidden_size, s.query_size(), attended_.data(),
                                  nullptr, hidden),
                      kAdd, stream, true);
@@ -416,6 +569,47 @@ class CudaDecoder {
     set_choice(task, 0);
     vector_.launch(task, kChoose, stream);
     choose(choice_params(0, vector_.blocks()), 1, stream);
+  }
+
+  void write_lists(cudaStream_t stream) {
+    const detail::GroupListsParams<Element> params{.source = source_,
+                                                   .keys = keys_.data(),
+                                                   .values = values_.data(),
+                                                   .layer_stride = layer_stride_,
+                                                   .totals = step_.totals_data(),
+                                                   .segments = lists_->segments(),
+                                                   .counts = lists_->counts(),
+                                                   .readers = lists_->readers(),
+                                                   .sinks = step_.config().num_sink_tokens,
+                                                   .window = step_.config().window_size,
+                                                   .capacity = step_.config().capacity,
+                                                   .ceiling = step_.ceiling(),
+                                                   .origin = step_.config().origin,
+                                                   .head_dim = kHeadDim};
+    detail::group_lists_kernel<Element>
+        <<<static_cast<unsigned>(shape().num_layers), detail::kWarpSize, 0, stream>>>(params);
+    check_cuda(cudaGetLastError(), "group_lists_kernel");
+  }
+
+  /// Appends the step's token to a layer's cache and attends to both groups.
+  void attend_groups(std::int64_t layer, const DecodeAttentionTensors<Element>& x,
+                     cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    detail::group_append_kernel<Element, kHeadDim>
+        <<<static_cast<unsigned>(s.num_kv_heads), kHeadDim / 2, 0, stream>>>(
+            static_cast<const float*>(x.key), static_cast<const float*>(x.value), step_.places(),
+            step_.rows(), step_.rotary_dim() / 2, step_.config().interleaved,
+            reinterpret_cast<std::uint16_t*>(x.keys), reinterpret_cast<std::uint16_t*>(x.values),
+            x.head_stride);
+    check_cuda(cudaGetLastError(), "group_append_kernel");
+    SegmentAttentionTensors tensors;
+    tensors.query = x.query;
+    tensors.input_type = x.input_type;
+    tensors.out = x.out;
+    tensors.output_type = x.output_type;
+    device::AttentionVariant<device::AllVisible> variant;  // lists hold what the step sees
+    variant.sm_scale = static_cast<float>(s.sm_scale);
+    segment_attention_->launch(lists_->view(layer), tensors, variant, stream);
   }
 
   void norm_rows(const float* x, const float* norm, std::int64_t rows, cudaStream_t stream) {
@@ -469,13 +663,13 @@ class CudaDecoder {
     choose(p, static_cast<unsigned>(batch), stream);
   }
 
-  void run_chunk(std::int64_t session, std::int64_t base, std::int64_t length,
-                 cudaStream_t stream) {
+  void run_chunk(std::int64_t session, std::int64_t base, const std::int32_t* tokens,
+                 std::int64_t length, cudaStream_t stream) {
     const CudaDecoderShape& s = shape();
     float* const hidden = chunk_hidden_.data();
     detail::launch_kernel("embedding_kernel", detail::embedding_kernel<Element>,
                           dim3(static_cast<unsigned>(length)), detail::kRowThreads, stream,
-                          overlap_, chunk_tokens_.data(),
+                          overlap_, tokens,
                           reinterpret_cast<const std::uint16_t*>(weights_->embedding.data()),
                           hidden, static_cast<int>(s.hidden_size));
     chunk_->rotate(step_, base, length, stream);
@@ -508,6 +702,12 @@ class CudaDecoder {
   std::optional<MatrixProducts<Element>> products_;             // several rows
   std::optional<ChunkAttentionPlan<Element, kHeadDim>> chunk_;  // prefill
   bool overlap_;
+  std::vector<double> frequencies_;
+  CudaGroupView<Element> source_;  // another group, if lists_ is there
+  std::optional<
+      SegmentAttentionPlan<Element, kHeadDim, device::AttentionVariant<device::AllVisible>>>
+      segment_attention_;
+  std::optional<SegmentLists<Element>> lists_;
   std::int64_t layer_stride_ = 0;  // elements of a layer's keys
   Buffer<Element, cuda> keys_;     // [layers, batch, kv_heads, capacity, head_dim]
   Buffer<Element, cuda> values_;   // the same

@@ -1,0 +1,1053 @@
+// SPDX-License-Identifier: MIT
+/// Attention over a list of segments on the GPU: what attend() is on the CPU, for 1 to 16 queries
+/// of each session of a batch. Lists, their visible prefixes and the readers' places are read from
+/// device memory, so that a captured launch can be replayed while all of them change.
+///
+/// How it works. As in decode_attention.cuh rows go from memory straight into the registers in
+/// which the tensor cores want them, scores are formed as keys x queries, and queries and
+/// probabilities enter as the sum of two 16-bit numbers. Columns are the queries of a KV head:
+/// token by token, in each the heads that share it, 8 to a matrix instruction; so any ratio of
+/// heads and any number of queries fills them. Segments are cut into tiles of 16 entries, tiles
+/// of the whole list are dealt to blocks in consecutive shares and there to warps in turn. A block
+/// rotates its queries anew where a share goes over to a segment with another shift or ceiling.
+/// Codes of 8 bits become bf16 exactly; scales are applied to scores and weights in float32. Parts
+/// merge in the order of the list, so repeated runs give the same bits.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <numbers>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "sluice/backend/cuda/backend.cuh"
+#include "sluice/backend/cuda/decode_attention.cuh"
+#include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/memory.cuh"
+#include "sluice/backend/cuda/variant.cuh"
+#include "sluice/core/element.hpp"
+
+namespace sluice {
+
+namespace device {
+
+inline constexpr double kNoCeiling = std::numeric_limits<double>::infinity();
+
+/// sluice::Segment with its rule, in device memory: the same members, the same meaning; keys are
+/// rotated. Element: bf16, f16, fp8_e4m3 or int8_t; the last two with a float scale for each row.
+/// Rows begin at multiples of 16 bytes.
+template <class Element>
+struct Segment {
+  std::int64_t first_index = 0;
+  std::int64_t count = 0;
+  std::int64_t visible = 0;
+  /// Tokens of the segment's group that the reader sees, in device memory, read when attention
+  /// starts: of the segment the entries with a smaller index. Null: `visible` alone rules. It must
+  /// not change before all layers of a step have read it: a snapshot, not the writer's counter.
+  const std::int64_t* visible_tokens = nullptr;
+  double first_position = 0;
+  double shift = 0;
+  double ceiling = kNoCeiling;
+  std::int32_t kind = 0;
+  std::int32_t group = 0;
+
+  const Element* keys = nullptr;    ///< [heads of the class, count, head_dim] by the strides
+  const Element* values = nullptr;  ///< likewise
+  std::int64_t key_head_stride = 0;
+  std::int64_t key_token_stride = 0;
+  std::int64_t value_head_stride = 0;
+  std::int64_t value_token_stride = 0;
+  const float* key_scales = nullptr;  ///< null: not quantised
+  const float* value_scales = nullptr;
+  std::int64_t key_scale_head_stride = 0;
+  std::int64_t key_scale_token_stride = 0;
+  std::int64_t value_scale_head_stride = 0;
+  std::int64_t value_scale_token_stride = 0;
+};
+
+/// Who reads: the queries of one session.
+struct SegmentReader {
+  std::int64_t first_index = 0;  ///< stream index of query 0; the others follow
+  double first_position = 0;     ///< where it stands; the others follow by ones
+  std::int32_t queries = 0;      ///< 0: the session is idle, nothing of it is read or written
+  std::int32_t padding = 0;
+};
+
+}  // namespace device
+
+/// Extents of segment attention.
+struct SegmentAttentionShape {
+  std::int64_t num_qo_heads = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t batch_size = 1;
+  std::int64_t max_queries = 1;    ///< of a session: 1 to 16
+  std::int64_t max_segments = 16;  ///< of a list: at most 512
+  std::int64_t max_keys = 4096;    ///< of a list, about: how launches are cut depends on it, only
+  /// KV heads of a layer that share a list, class by class, as AttentionQuery::kv_heads: entry j of
+  /// a class is row j of its segments' head axis. Every KV head is in one class. Empty: all heads
+  /// are one class, in order.
+  std::vector<std::vector<std::int32_t>> head_classes = {};
+
+  std::int64_t num_classes() const {
+    return head_classes.empty() ? 1 : static_cast<std::int64_t>(head_classes.size());
+  }
+};
+
+/// What the heads of a call are rotated by; none: queries come rotated, or nothing rotates.
+struct SegmentRotation {
+  std::span<const double> frequencies = {};  ///< [num_pairs], radians per token
+  double attention_factor = 1;
+  bool interleaved = false;
+};
+
+/// Tensors of one layer's call, in device memory. Strides in elements; heads and channels are
+/// consecutive.
+struct SegmentAttentionTensors {
+  const void* query = nullptr;  ///< [batch, max_queries, num_qo_heads, head_dim], not rotated
+  std::int64_t query_session_stride = 0;
+  std::int64_t query_token_stride = 0;
+  ElementType input_type = ElementType::kF32;  ///< kF32, kF16 or kBF16
+  void* out = nullptr;                         ///< the same extents, of `output_type`
+  std::int64_t out_session_stride = 0;
+  std::int64_t out_token_stride = 0;
+  ElementType output_type = ElementType::kF32;
+  float* lse = nullptr;  ///< [batch, max_queries, num_qo_heads], no gaps, or null
+};
+
+/// Lists and readers in device memory, as launches take them.
+template <class Element>
+struct SegmentListsView {
+  const device::Segment<Element>* segments = nullptr;  ///< [batch, classes, max_segments]
+  const std::int32_t* counts = nullptr;                ///< [batch, classes]
+  const device::SegmentReader* readers = nullptr;      ///< [batch]
+};
+
+/// The lists and readers of a batch, in device memory: [batch, classes, max_segments].
+/// Only construction allocates.
+template <class Element>
+class SegmentLists {
+ public:
+  /// \throws Error(kDevice).
+  explicit SegmentLists(const SegmentAttentionShape& shape)
+      : classes_(shape.num_classes()),
+        max_segments_(shape.max_segments),
+        segments_(static_cast<std::size_t>(shape.batch_size * classes_ * max_segments_)),
+        counts_(static_cast<std::size_t>(shape.batch_size * classes_)),
+        readers_(static_cast<std::size_t>(shape.batch_size)) {}
+
+  /// Copies a list to the device. Waits for the stream. \throws Error(kShape) if it is too long.
+  void set(std::int64_t session, std::int64_t head_class,
+           std::span<const device::Segment<Element>> list, cudaStream_t stream = nullptr) {
+    if (static_cast<std::int64_t>(list.size()) > max_segments_)
+      throw Error(ErrorCode::kShape,
+                  {"too many segments", "SegmentLists::set", "segments",
+                   "at most " + std::to_string(max_segments_), std::to_string(list.size())});
+    const std::int64_t at = session * classes_ + head_class;
+    const auto count = static_cast<std::int32_t>(list.size());
+    check_cuda(cudaMemcpyAsync(segments_.data() + at * max_segments_, list.data(),
+                               list.size_bytes(), cudaMemcpyHostToDevice, stream),
+               "cudaMemcpyAsync");
+    check_cuda(
+        cudaMemcpyAsync(counts_.data() + at, &count, sizeof(count), cudaMemcpyHostToDevice, stream),
+        "cudaMemcpyAsync");
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  }
+  /// One reader per session. Waits for the stream. \throws Error(kShape) if there are more.
+  void set_readers(std::span<const device::SegmentReader> readers, cudaStream_t stream = nullptr) {
+    readers_.upload(readers, stream);
+  }
+
+  /// What launches read, from a session on.
+  SegmentListsView<Element> view(std::int64_t session = 0) const {
+    return {segments_.data() + session * classes_ * max_segments_,
+            counts_.data() + session * classes_, readers_.data() + session};
+  }
+
+  /// For kernels that write lists themselves.
+  device::Segment<Element>* segments() { return segments_.data(); }
+  std::int32_t* counts() { return counts_.data(); }
+  device::SegmentReader* readers() { return readers_.data(); }
+
+ private:
+  std::int64_t classes_;
+  std::int64_t max_segments_;
+  Buffer<device::Segment<Element>, cuda> segments_;
+  Buffer<std::int32_t, cuda> counts_;
+  Buffer<device::SegmentReader, cuda> readers_;
+};
+
+namespace detail {
+
+/// Blocks as registers allow: warps of one, and blocks of a multiprocessor.
+template <class Element, int kHeadDim, int kColumnTiles>
+struct SegmentBlock {
+  static constexpr bool kNarrow = kHeadDim <= 128 && kColumnTiles == 1;
+  static constexpr int kWarps = kNarrow && sizeof(Element) == 2 ? 12 : 8;
+  static constexpr int kBlocks = kNarrow && sizeof(Element) == 1 ? 2 : 1;
+};
+inline constexpr int kMaxListSegments = 512;
+inline constexpr int kMaxSegmentQueries = 16;
+inline constexpr float kLog2E = 1.44269504088896340736F;
+
+template <class Element, class Variant>
+struct SegmentAttentionParams {
+  const device::Segment<Element>* segments;
+  const std::int32_t* counts;
+  const device::SegmentReader* readers;
+  const std::int32_t* head_class;  // [num_kv_heads]
+  const std::int32_t* head_row;    // [num_kv_heads]
+  const TurnFrequency* frequencies;
+  const void* query;
+  void* out;
+  float* lse;
+  float* partials;  // [units, splits, columns of a block, head_dim]
+  float2* states;   // [units, splits, columns of a block]: maximum (log2), sum
+  int* arrivals;    // [units], zero between launches
+  std::int64_t query_session_stride;
+  std::int64_t query_token_stride;
+  std::int64_t out_session_stride;
+  std::int64_t out_token_stride;
+  double attention_factor;
+  int classes;
+  int max_segments;
+  int max_queries;
+  int group;          // query heads per KV head
+  int column_blocks;  // blocks that share a KV head
+  int num_pairs;
+  bool interleaved;
+  ElementType input_type;
+  ElementType output_type;
+  Variant variant;
+};
+
+/// How rows of a stored type become operands of the tensor cores: pairs of channels in 16 bits
+/// each. kBytes: of a channel.
+template <class Element>
+struct StoredRow {
+  using H = Half<Element>;
+  static constexpr int kBytes = 2;
+  static constexpr bool kScaled = false;
+};
+
+__device__ inline std::uint32_t fused_multiply_add_bf16(std::uint32_t a, std::uint32_t b,
+                                                        std::uint32_t c) {
+  std::uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
+
+template <>
+struct StoredRow<std::int8_t> {
+  using H = Half<bf16>;
+  static constexpr int kBytes = 1;
+  static constexpr bool kScaled = true;
+  /// Channels 2 * which and the next of four. The low 7 bits behind the exponent of 128 are 128 +
+  /// them; less 128, or 256 where the sign is set: exact.
+  static __device__ std::uint32_t pair(std::uint32_t four, int which) {
+    const std::uint32_t x = __byte_perm(four, 0, which == 0 ? 0x4140 : 0x4342);
+    const std::uint32_t low = (x & 0x007f007fU) | 0x43004300U;
+    const std::uint32_t minus = (x & 0x00800080U) | 0xc300c300U;  // -128, or -256
+    return fused_multiply_add_bf16(low, 0x3f803f80U, minus);
+  }
+};
+
+template <>
+struct StoredRow<fp8_e4m3> {
+  using H = Half<bf16>;
+  static constexpr int kBytes = 1;
+  static constexpr bool kScaled = true;
+  /// Exponent and mantissa in their places of a bf16, times 2^120 for the exponents' other bias:
+  /// exact, subnormal codes included. The code of NaN, which no quantised row holds, reads as 480.
+  static __device__ std::uint32_t pair(std::uint32_t four, int which) {
+    const std::uint32_t x = __byte_perm(four, 0, which == 0 ? 0x1404 : 0x3424);
+    const std::uint32_t y = ((x >> 4) & 0x07f007f0U) | (x & 0x80008000U);
+    return fused_multiply_add_bf16(y, 0x7b807b80U, 0x80008000U);
+  }
+};
+
+__device__ inline void stream_load_half_word(std::uint32_t* to, const std::uint16_t* from) {
+  std::uint16_t x;
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  *to = x;
+}
+
+/// KeyFragment for rows of any stored type.
+template <class Element, int kHeadDim>
+struct StoredKeys {
+  using Row = StoredRow<Element>;
+  static constexpr int kBytes = Row::kBytes;
+  std::uint32_t raw[2][kHeadDim * kBytes / 16];
+
+  __device__ void load(const unsigned char* const (&row)[2], int t) {
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 32; ++c)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        stream_load(&raw[half][2 * kBytes * c],
+                    reinterpret_cast<const std::uint16_t*>(row[half] + (32 * c + 8 * t) * kBytes),
+                    std::integral_constant<int, 2 * kBytes>());
+    if constexpr (kHeadDim % 32 == 16) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        stream_load(&raw[half][kHeadDim / 32 * 2 * kBytes],
+                    reinterpret_cast<const std::uint16_t*>(row[half] +
+                                                           (kHeadDim / 32 * 32 + 4 * t) * kBytes),
+                    std::integral_constant<int, kBytes>());
+    }
+  }
+  __device__ std::uint32_t pair(int half, int i) const {
+    if constexpr (kBytes == 2)
+      return raw[half][i];
+    else
+      return Row::pair(raw[half][i / 2], i % 2);
+  }
+};
+
+/// ValueFragment for rows of any stored type.
+template <class Element, int kHeadDim>
+struct StoredValues {
+  using Row = StoredRow<Element>;
+  static constexpr int kBytes = Row::kBytes;
+  static constexpr int kRest = kHeadDim % 64 / 16;  // pairs of channels behind the runs of 64
+  static constexpr int kWords = kHeadDim / 64 * 2 * kBytes + (kRest * kBytes + 1) / 2;
+  std::uint32_t raw[4][kWords];
+
+  __device__ void load(int j, const unsigned char* row, int g) {
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 64; ++c)
+      stream_load(&raw[j][2 * kBytes * c],
+                  reinterpret_cast<const std::uint16_t*>(row + (64 * c + 8 * g) * kBytes),
+                  std::integral_constant<int, 2 * kBytes>());
+    static_assert(kRest < 3, "no vector load of three registers");
+    if constexpr (kRest > 0) {
+      const auto* const from = reinterpret_cast<const std::uint16_t*>(
+          row + (kHeadDim / 64 * 64 + 2 * kRest * g) * kBytes);
+      std::uint32_t* const to = &raw[j][kHeadDim / 64 * 2 * kBytes];
+      if constexpr (kRest * kBytes == 1)
+        stream_load_half_word(to, from);
+      else
+        stream_load(to, from, std::integral_constant<int, kRest * kBytes / 2>());
+    }
+  }
+  __device__ void clear(int j) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) raw[j][i] = 0;
+  }
+  __device__ std::uint32_t pair(int j, int i) const {
+    if constexpr (kBytes == 2)
+      return raw[j][i];
+    else
+      return Row::pair(raw[j][i / 2], i % 2);
+  }
+};
+
+__device__ inline float load_input(const void* data, ElementType type, std::int64_t index) {
+  if (type == ElementType::kF32) return __ldg(static_cast<const float*>(data) + index);
+  const std::uint32_t bits = __ldg(static_cast<const std::uint16_t*>(data) + index);
+  return type == ElementType::kBF16 ? Half<bf16>::low(bits) : Half<f16>::low(bits);
+}
+
+/// A counter that another stream may be writing.
+__device__ inline std::int64_t load_acquire(const std::int64_t* from) {
+  std::int64_t x;
+  asm volatile("ld.acquire.gpu.global.s64 %0, [%1];" : "=l"(x) : "l"(from) : "memory");
+  return x;
+}
+
+/// Adds `count` parts up, in order; a part's weight is 2^(its maximum - the highest).
+template <class StateOf, class PartOf>
+__device__ float2 merge_parts(int count, const StateOf& state_of, const PartOf& part_of,
+                              float4& total) {
+  float most = -__int_as_float(0x7f800000);
+  for (int i = 0; i < count; ++i) most = fmaxf(most, state_of(i).x);
+  const float base = most == -__int_as_float(0x7f800000) ? 0 : most;
+  float sum = 0;
+  total = {0, 0, 0, 0};
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    const float2 state = state_of(i);
+    const float4 part = part_of(i);
+    const float weight = power_of_two(state.x - base);
+    sum += state.y * weight;
+    total.x += part.x * weight;
+    total.y += part.y * weight;
+    total.z += part.z * weight;
+    total.w += part.w * weight;
+  }
+  return {most, sum};
+}
+
+/// Shared memory for the warps' parts of 8 columns; before, for the angles of a block's tokens.
+template <int kHeadDim, int kWarps>
+inline constexpr int kSegmentSharedBytes = (kHeadDim + kPartPadding + 2) * 4 * kDecodeHeads* kWarps;
+
+template <class Element, int kHeadDim, int kColumnTiles, class Variant>
+__global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>::kWarps* kWarpSize,
+                                  SegmentBlock<Element, kHeadDim, kColumnTiles>::kBlocks)
+    segment_attention_kernel(const __grid_constant__ SegmentAttentionParams<Element, Variant> p) {
+  using Row = StoredRow<Element>;
+  using H = typename Row::H;
+  using Transform = decltype(p.variant.transform);
+  constexpr bool kPlain = std::remove_cv_t<Transform>::kIdentity;
+  constexpr int kSegmentWarps = SegmentBlock<Element, kHeadDim, kColumnTiles>::kWarps;
+  constexpr int kSegmentThreads = kSegmentWarps * kWarpSize;
+  constexpr int kRow = kQueryRow<kHeadDim>;
+  constexpr int kChannelTiles = kHeadDim / 16;
+  constexpr int kPart = kHeadDim + kPartPadding;
+  constexpr int kColumns = kDecodeHeads * kColumnTiles;
+  constexpr int kPairs = kHeadDim / 2;
+  const float kInfinity = __int_as_float(0x7f800000);
+
+  __shared__ __align__(16) std::uint16_t queries[2][kColumns][kRow];  // high and low parts
+  __shared__ int tile_begin[kMaxListSegments + 1];                    // of each segment
+  __shared__ int entries[kMaxListSegments];                           // visible ones
+  __shared__ unsigned place_changes[kMaxListSegments / 32];  // segments unlike the one before
+  __shared__ int last_block;
+  extern __shared__ __align__(16) unsigned char dynamic[];
+
+  const int tid = static_cast<int>(threadIdx.x);
+  const int warp = tid / kWarpSize;
+  const int lane = tid % kWarpSize;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int splits = static_cast<int>(gridDim.x);
+  const int split = static_cast<int>(blockIdx.x);
+  const int kv_head = static_cast<int>(blockIdx.y) / p.column_blocks;
+  const int column_block = static_cast<int>(blockIdx.y) - kv_head * p.column_blocks;
+  const std::int64_t session = blockIdx.z;
+  const std::int64_t unit = session * gridDim.y + blockIdx.y;
+
+  wait_for_previous_kernel();
+  const device::SegmentReader reader = p.readers[session];
+  const int first_column = column_block * kColumns;
+  const int columns = min(kColumns, reader.queries * p.group - first_column);
+  if (columns <= 0) return;
+  const std::int64_t list = session * p.classes + p.head_class[kv_head];
+  const int head_row = p.head_row[kv_head];
+  const device::Segment<Element>* const segments = p.segments + list * p.max_segments;
+  const int count = p.counts[list];
+
+  // Entries, tiles and changes of place of the whole list.
+  for (int i = tid; i < kMaxListSegments / 32; i += kSegmentThreads) place_changes[i] = 0;
+  __syncthreads();
+  for (int s = tid; s < count; s += kSegmentThreads) {
+    const device::Segment<Element>& segment = segments[s];
+    std::int64_t visible = min(segment.visible, segment.count);
+    if (segment.visible_tokens != nullptr)
+      visible = min(visible, load_acquire(segment.visible_tokens) - segment.first_index);
+    const int n = static_cast<int>(max(visible, std::int64_t{0}));
+    entries[s] = n;
+    tile_begin[s + 1] = (n + kDecodeTile - 1) / kDecodeTile;
+    if (s > 0 &&
+        (segments[s - 1].shift != segment.shift || segments[s - 1].ceiling != segment.ceiling))
+      atomicOr(&place_changes[s / 32], 1U << (s % 32));
+  }
+  __syncthreads();
+  if (warp == 0) {
+    int before = 0;
+    if (lane == 0) tile_begin[0] = 0;
+    for (int first = 0; first < count; first += kWarpSize) {
+      const int s = first + lane;
+      int x = s < count ? tile_begin[s + 1] : 0;
+#pragma unroll
+      for (int step = 1; step < kWarpSize; step *= 2) {
+        const int left = __shfl_up_sync(0xffffffffU, x, step);
+        if (lane >= step) x += left;
+      }
+      if (s < count) tile_begin[s + 1] = before + x;
+      before += __shfl_sync(0xffffffffU, x, kWarpSize - 1);
+    }
+  }
+  __syncthreads();
+
+  const int tiles = count == 0 ? 0 : tile_begin[count];
+  const int share = max(1, (tiles + splits - 1) / splits);
+  const int active = max(1, (tiles + share - 1) / share);
+  if (split >= active) return;
+  const int begin = split * share;
+  const int end = min(begin + share, tiles);
+
+  // A column is one head of one token.
+  const auto token_of = [&](int column) {
+    return (first_column + min(column, columns - 1)) / p.group;
+  };
+  const auto head_of = [&](int column) {
+    return static_cast<std::int64_t>(kv_head) * p.group +
+           (first_column + min(column, columns - 1)) % p.group;
+  };
+  const int first_token = token_of(0);
+  const int tokens = token_of(columns - 1) - first_token + 1;
+  const auto reader_position = [&](int token, double shift, double ceiling) {
+    return fmin(reader.first_position + token + shift, ceiling);
+  };
+
+  // Queries as a reader at a segment's place has them; base-2 scores unless a transform comes.
+  const auto rotate_queries = [&](double shift, double ceiling) {
+    float2* const angles = reinterpret_cast<float2*>(dynamic);  // [tokens, num_pairs]
+    for (int e = tid; e < tokens * p.num_pairs; e += kSegmentThreads) {
+      const int token = e / p.num_pairs;
+      const int pair = e - token * p.num_pairs;
+      angles[e] = rotation_at(reader_position(first_token + token, shift, ceiling),
+                              p.frequencies[pair], p.attention_factor);
+    }
+    __syncthreads();
+    const float scale = p.variant.sm_scale * (kPlain ? kLog2E : 1);
+    for (int e = tid; e < columns * kPairs; e += kSegmentThreads) {
+      const int column = e / kPairs;
+      const int pair = e - column * kPairs;
+      const int token = token_of(column);
+      const bool rotated = pair < p.num_pairs;
+      const bool halves = rotated && !p.interleaved;
+      const int c0 = halves ? pair : 2 * pair;
+      const int c1 = halves ? pair + p.num_pairs : 2 * pair + 1;
+      const std::int64_t row = session * p.query_session_stride + token * p.query_token_stride +
+                               head_of(column) * kHeadDim;
+      const float x = load_input(p.query, p.input_type, row + c0) * scale;
+      const float y = load_input(p.query, p.input_type, row + c1) * scale;
+      const float2 turned =
+          rotated ? angles[(token - first_token) * p.num_pairs + pair] : float2{1, 0};
+      const float a = x * turned.x - y * turned.y;
+      const float b = y * turned.x + x * turned.y;
+      const std::uint32_t high = H::pack(a, b);
+      const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
+      queries[0][column][c0] = static_cast<std::uint16_t>(high);
+      queries[0][column][c1] = static_cast<std::uint16_t>(high >> 16);
+      queries[1][column][c0] = static_cast<std::uint16_t>(low);
+      queries[1][column][c1] = static_cast<std::uint16_t>(low >> 16);
+    }
+  };
+
+  // Where a warp reads: its tile, and what it needs of the tile's segment.
+  int tile = 0;
+  int at = 0;  // segment
+  int opened = -1;
+  int first_entry = 0;
+  int present = 0;
+  const unsigned char* keys = nullptr;
+  const unsigned char* values = nullptr;
+  std::int64_t key_stride = 0;  // bytes
+  std::int64_t value_stride = 0;
+  const float* key_scales = nullptr;
+  const float* value_scales = nullptr;
+  std::int64_t key_scale_stride = 0;
+  std::int64_t value_scale_stride = 0;
+  std::int64_t first_index = 0;
+  device::KeyInfo first_key{};
+  device::TileVisibility verdict = device::TileVisibility::kAll;
+  // Goes on to the next tile of [tile, run_end) that anybody sees; false: there is none.
+  const auto open = [&](int run_end) {
+    for (; tile < run_end; tile += kSegmentWarps) {
+      while (tile >= tile_begin[at + 1]) ++at;
+      const device::Segment<Element>& segment = segments[at];
+      if (at != opened) {
+        opened = at;
+        keys = reinterpret_cast<const unsigned char*>(segment.keys +
+                                                      head_row * segment.key_head_stride);
+        values = reinterpret_cast<const unsigned char*>(segment.values +
+                                                        head_row * segment.value_head_stride);
+        key_stride = segment.key_token_stride * Row::kBytes;
+        value_stride = segment.value_token_stride * Row::kBytes;
+        if constexpr (Row::kScaled) {
+          key_scales = segment.key_scales + head_row * segment.key_scale_head_stride;
+          value_scales = segment.value_scales + head_row * segment.value_scale_head_stride;
+          key_scale_stride = segment.key_scale_token_stride;
+          value_scale_stride = segment.value_scale_token_stride;
+        }
+        first_index = segment.first_index;
+        first_key.kind = segment.kind;
+        first_key.group = segment.group;
+      }
+      first_entry = (tile - tile_begin[at]) * kDecodeTile;
+      present = min(entries[at] - first_entry, kDecodeTile);
+      first_key.index = first_index + first_entry;
+      verdict = p.variant.visibility.classify(reader.first_index + first_token,
+                                              reader.first_index + first_token + tokens - 1,
+                                              first_key, first_key.index + present - 1);
+      if (verdict != device::TileVisibility::kNone) return true;
+    }
+    return false;
+  };
+
+  StoredKeys<Element, kHeadDim> key;
+  StoredValues<Element, kHeadDim> value;
+  float key_scale[2] = {1, 1};  // of entries g and g + 8
+  float value_scale[2] = {1, 1};
+  // Entries beyond the visible ones are read as the last of those and masked.
+  const auto load_keys = [&] {
+    const unsigned char* rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int entry = first_entry + min(g + 8 * half, present - 1);
+      rows[half] = keys + entry * key_stride;
+      if constexpr (Row::kScaled) {
+        key_scale[half] = __ldg(key_scales + entry * key_scale_stride);
+        value_scale[half] = __ldg(value_scales + entry * value_scale_stride);
+      }
+    }
+    key.load(rows, t);
+  };
+  const auto value_slot = [&](int j) {
+    return 2 * t + (j & 1) + 8 * (j >> 1);
+  };
+  const auto load_values = [&] {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      value.load(j, values + (first_entry + min(value_slot(j), present - 1)) * value_stride, g);
+  };
+
+  // Columns 8 n + 2 t + i: running maximum (the same in all lanes of a t), own share of the sum.
+  float maximum[kColumnTiles][2];
+  float sum[kColumnTiles][2];
+  float out[kColumnTiles][kChannelTiles][4];
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      maximum[n][i] = -kInfinity;
+      sum[n][i] = 0;
+    }
+#pragma unroll
+    for (int c = 0; c < kChannelTiles; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][c][i] = 0;
+  }
+
+  // Runs of segments at one place.
+  int run = 0;
+  while (begin < end && tile_begin[run + 1] <= begin) ++run;
+  for (int next_tile = begin; next_tile < end;) {
+    int run_end = run + 1;
+    while (run_end < count && (place_changes[run_end / 32] >> (run_end % 32) & 1U) == 0) ++run_end;
+    const int tiles_end = min(end, tile_begin[run_end]);
+    if (tiles_end <= next_tile) {  // nothing but empty segments
+      run = run_end;
+      continue;
+    }
+    const double shift = segments[run].shift;
+    const double ceiling = segments[run].ceiling;
+    __syncthreads();  // all have read the queries of the run before
+    rotate_queries(shift, ceiling);
+    __syncthreads();
+
+    tile = next_tile + warp;
+    at = run;
+    bool more = open(tiles_end);
+    if (more) {
+      load_keys();
+      load_values();
+    }
+    while (more) {
+      const bool whole = present == kDecodeTile && verdict == device::TileVisibility::kAll;
+      float s[kColumnTiles][4];
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        if (n > 0 && n * kDecodeHeads >= columns) continue;
+        float high[2][4] = {};  // two chains: matrix instructions wait for their accumulator
+        float low[2][4] = {};
+        // Columns without a query repeat the last, and are dropped.
+        const int column = min(n * kDecodeHeads + g, columns - 1);
+        const std::uint16_t* const q_high = queries[0][column];
+        const std::uint16_t* const q_low = queries[1][column];
+#pragma unroll
+        for (int c = 0; c < kHeadDim / 32; ++c) {
+          const uint4 qh = *reinterpret_cast<const uint4*>(q_high + 32 * c + 8 * t);
+          const uint4 ql = *reinterpret_cast<const uint4*>(q_low + 32 * c + 8 * t);
+          const std::uint32_t a0[4] = {key.pair(0, 4 * c), key.pair(1, 4 * c),
+                                       key.pair(0, 4 * c + 1), key.pair(1, 4 * c + 1)};
+          const std::uint32_t a1[4] = {key.pair(0, 4 * c + 2), key.pair(1, 4 * c + 2),
+                                       key.pair(0, 4 * c + 3), key.pair(1, 4 * c + 3)};
+          H::multiply_add(high[0], a0, qh.x, qh.y);
+          H::multiply_add(low[0], a0, ql.x, ql.y);
+          H::multiply_add(high[1], a1, qh.z, qh.w);
+          H::multiply_add(low[1], a1, ql.z, ql.w);
+        }
+        if constexpr (kHeadDim % 32 == 16) {
+          constexpr int i = kHeadDim / 8 - 2;
+          constexpr int base = kHeadDim / 32 * 32;
+          const uint2 qh = *reinterpret_cast<const uint2*>(q_high + base + 4 * t);
+          const uint2 ql = *reinterpret_cast<const uint2*>(q_low + base + 4 * t);
+          const std::uint32_t a[4] = {key.pair(0, i), key.pair(1, i), key.pair(0, i + 1),
+                                      key.pair(1, i + 1)};
+          H::multiply_add(high[0], a, qh.x, qh.y);
+          H::multiply_add(low[0], a, ql.x, ql.y);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          s[n][i] = ((high[0][i] + high[1][i]) + (low[0][i] + low[1][i])) * key_scale[i / 2];
+        if constexpr (!kPlain) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int c = n * kDecodeHeads + 2 * t + i % 2;
+            const device::ScorePlace place{
+                head_of(c), segments[at].first_position + (first_entry + g + 8 * (i / 2)) -
+                                reader_position(token_of(c), shift, ceiling)};
+            s[n][i] = p.variant.transform.apply(place, s[n][i]) * kLog2E;
+          }
+        }
+      }
+      unsigned seen[2] = {~0U, ~0U};  // a quad of bits for entries 0 to 7, 8 to 15
+      if (!whole) {
+        bool any[2] = {false, false};
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int c = n * kDecodeHeads + 2 * t + i % 2;
+            if (n > 0 && n * kDecodeHeads >= columns) continue;
+            const int entry = g + 8 * (i / 2);
+            const int token = token_of(c);
+            device::KeyInfo info = first_key;
+            info.index += entry;
+            const bool visible =
+                entry < present &&
+                (verdict == device::TileVisibility::kAll ||
+                 p.variant.visibility.visible(
+                     {reader.first_index + token, reader.first_position + token}, info));
+            if (!visible) s[n][i] = -kInfinity;
+            any[i / 2] = any[i / 2] || visible;
+          }
+        seen[0] = __ballot_sync(0xffffffffU, any[0]);
+        seen[1] = __ballot_sync(0xffffffffU, any[1]);
+      }
+      const float weight_scale[2] = {value_scale[0], value_scale[1]};
+      tile += kSegmentWarps;
+      more = open(tiles_end);
+      if (more) load_keys();
+
+      if (!whole) {
+        // A row that nobody sees may hold anything, NaN included, and 0 * NaN is not 0.
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if ((seen[j / 2] >> (4 * (2 * t + j % 2)) & 0xfU) == 0) value.clear(j);
+      }
+      std::uint32_t high[kColumnTiles][2];  // probabilities, columns x entries
+      std::uint32_t low[kColumnTiles][2];
+      float factor[kColumnTiles][2];
+      bool rescale = false;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        if (n > 0 && n * kDecodeHeads >= columns) continue;
+        float probability[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float most = fmaxf(s[n][i], s[n][i + 2]);
+          most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 4));
+          most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 8));
+          most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 16));
+          most = fmaxf(most, maximum[n][i]);
+          const float base = most == -kInfinity ? 0 : most;  // nothing seen yet: e^-inf, not NaN
+          factor[n][i] = power_of_two(maximum[n][i] - base);
+          maximum[n][i] = most;
+          probability[i] = power_of_two(s[n][i] - base);
+          probability[i + 2] = power_of_two(s[n][i + 2] - base);
+          sum[n][i] = sum[n][i] * factor[n][i] + (probability[i] + probability[i + 2]);
+        }
+        rescale = rescale || factor[n][0] != 1 || factor[n][1] != 1;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float a = probability[2 * half];
+          float b = probability[2 * half + 1];
+          if constexpr (Row::kScaled) {
+            const bool unseen = (seen[half] >> (4 * g) & 0xfU) == 0;
+            const float scale = unseen ? 0 : weight_scale[half];
+            a *= scale;
+            b *= scale;
+          }
+          const std::uint32_t rounded = H::pack(a, b);
+          high[n][half] = transpose(rounded);
+          low[n][half] = transpose(H::pack(a - H::low(rounded), b - H::high(rounded)));
+        }
+      }
+      if (__any_sync(0xffffffffU, rescale)) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          if (n > 0 && n * kDecodeHeads >= columns) continue;
+#pragma unroll
+          for (int c = 0; c < kChannelTiles; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) out[n][c][i] *= factor[n][i % 2];
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < kChannelTiles; ++c) {
+        const std::uint32_t r[4] = {value.pair(0, c), value.pair(1, c), value.pair(2, c),
+                                    value.pair(3, c)};
+        const std::uint32_t a[4] = {
+            __byte_perm(r[0], r[1], 0x5410), __byte_perm(r[0], r[1], 0x7632),
+            __byte_perm(r[2], r[3], 0x5410), __byte_perm(r[2], r[3], 0x7632)};
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+          if (n > 0 && n * kDecodeHeads >= columns) continue;
+          H::multiply_add(out[n][c], a, high[n][0], high[n][1]);
+          H::multiply_add(out[n][c], a, low[n][0], low[n][1]);
+        }
+      }
+      if (more) load_values();
+    }
+    next_tile = tiles_end;
+    run = run_end;
+  }
+
+  // Warps leave their parts in shared memory, 8 columns at a time.
+  float* const parts = reinterpret_cast<float*>(dynamic);  // [warps, 8, kPart]
+  float2* const states = reinterpret_cast<float2*>(parts + kSegmentWarps * kDecodeHeads * kPart);
+  const auto finish = [&](int column, int channel, float2 state, float4 total) {
+    const int token = token_of(column);
+    const std::int64_t head = head_of(column);
+    const float sink = p.variant.sink.logit(head) * kLog2E;
+    const float top = fmaxf(state.x, sink);
+    float scale = 0;
+    if (!(state.y == 0)) {
+      const float weight = power_of_two(state.x - top);
+      scale = weight / (state.y * weight + power_of_two(sink - top));
+    }
+    store_output(
+        p.out, p.output_type,
+        session * p.out_session_stride + token * p.out_token_stride + head * kHeadDim + channel,
+        {total.x * scale, total.y * scale, total.z * scale, total.w * scale});
+    if (p.lse != nullptr && channel == 0)
+      p.lse[(session * p.max_queries + token) *
+                (static_cast<std::int64_t>(gridDim.y / p.column_blocks) * p.group) +
+            head] =
+          state.y == 0 ? -kInfinity : (state.x + __log2f(state.y)) * 0.693147180559945309F;
+  };
+  const std::int64_t first_part = (unit * splits + split) * kColumns;
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n) {
+    const int width = min(columns - n * kDecodeHeads, kDecodeHeads);
+    if (width <= 0) continue;
+    __syncthreads();  // what was in shared memory has been read
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float total = sum[n][i];
+      total += __shfl_xor_sync(0xffffffffU, total, 4);
+      total += __shfl_xor_sync(0xffffffffU, total, 8);
+      total += __shfl_xor_sync(0xffffffffU, total, 16);
+      const int column = 2 * t + i;
+      if (g == 0) states[warp * kDecodeHeads + column] = {maximum[n][i], total};
+      float* const row = parts + (warp * kDecodeHeads + column) * kPart;
+#pragma unroll
+      for (int c = 0; c < kChannelTiles; ++c)
+        *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {
+            out[n][c][i], out[n][c][i + 2]};
+    }
+    __syncthreads();
+    for (int e = tid; e < width * (kHeadDim / 4); e += kSegmentThreads) {
+      const int column = e / (kHeadDim / 4);
+      const int channel = e % (kHeadDim / 4) * 4;
+      float4 total;
+      const float2 state = merge_parts(
+          kSegmentWarps, [&](int i) { return states[i * kDecodeHeads + column]; },
+          [&](int i) {
+            return *reinterpret_cast<const float4*>(parts + (i * kDecodeHeads + column) * kPart +
+                                                    channel);
+          },
+          total);
+      const int of_block = n * kDecodeHeads + column;
+      if (active == 1) {
+        finish(of_block, channel, state, total);
+      } else {
+        *reinterpret_cast<float4*>(p.partials + (first_part + of_block) * kHeadDim + channel) =
+            total;
+        if (channel == 0) p.states[first_part + of_block] = state;
+      }
+    }
+  }
+  if (active == 1) return;
+
+  // The block that arrives last merges all; it leaves the counter as it found it.
+  __syncthreads();
+  if (tid == 0) {
+    __threadfence();
+    const bool last = atomicAdd(p.arrivals + unit, 1) == active - 1;
+    if (last) p.arrivals[unit] = 0;
+    __threadfence();
+    last_block = last ? 1 : 0;
+  }
+  __syncthreads();
+  if (last_block == 0) return;
+  for (int e = tid; e < columns * (kHeadDim / 4); e += kSegmentThreads) {
+    const int column = e / (kHeadDim / 4);
+    const int channel = e % (kHeadDim / 4) * 4;
+    const std::int64_t first = unit * splits * kColumns + column;
+    float4 total;
+    const float2 state = merge_parts(
+        active, [&](int i) { return __ldcg(p.states + first + i * kColumns); },
+        [&](int i) {
+          return __ldcg(reinterpret_cast<const float4*>(
+              p.partials + (first + i * kColumns) * kHeadDim + channel));
+        },
+        total);
+    finish(column, channel, state, total);
+  }
+}
+
+}  // namespace detail
+
+/// Scratch and schedule of segment attention for one shape; layers share it. Only construction
+/// allocates. Computes what attend() (attention/attend.hpp) says: out = sum softmax(score)_j v_j
+/// and lse = ln sum e^score over the visible keys of all segments; a row that sees nothing gives 0
+/// and -infinity. Queries and probabilities carry 16 bits (22 for f16).
+///
+/// kColumnTiles: heads times queries that a block takes on, in eights. 1 for single queries; 2
+/// reads rows half as often where there are more than 8 (head sizes up to 128: registers).
+template <class Element, int kHeadDim, class Variant = device::AttentionVariant<>,
+          int kColumnTiles = 1>
+class SegmentAttentionPlan {
+  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16> ||
+                    std::is_same_v<Element, fp8_e4m3> || std::is_same_v<Element, std::int8_t>,
+                "segments hold bf16, f16, fp8_e4m3 or int8_t");
+  static_assert(kHeadDim == 64 || kHeadDim == 80 || kHeadDim == 96 || kHeadDim == 128 ||
+                    kHeadDim == 256,
+                "head sizes 64, 80, 96, 128 and 256 are built");
+  static_assert(kColumnTiles >= 1 && kColumnTiles * kHeadDim <= 256, "too many registers");
+
+ public:
+  /// splits: blocks per KV head and session; 0: as many as fill the machine.
+  /// \throws Error(kShape) when extents do not fit; Error(kDevice).
+  SegmentAttentionPlan(const SegmentAttentionShape& shape, const SegmentRotation& rotation,
+                       int splits = 0)
+      : shape_(shape), attention_factor_(rotation.attention_factor) {
+    const auto require = [](bool good, const char* field, const std::string& expected,
+                            std::int64_t found) {
+      if (!good)
+        throw Error(ErrorCode::kShape, {"segment attention does not fit", "SegmentAttentionShape",
+                                        field, expected, std::to_string(found)});
+    };
+    require(shape.num_kv_heads >= 1, "num_kv_heads", "at least 1", shape.num_kv_heads);
+    require(shape.num_qo_heads >= 1 && shape.num_qo_heads % shape.num_kv_heads == 0, "num_qo_heads",
+            "a multiple of num_kv_heads", shape.num_qo_heads);
+    require(shape.batch_size >= 1 && shape.batch_size <= 65535, "batch_size", "1 to 65535",
+            shape.batch_size);
+    require(shape.max_queries >= 1 && shape.max_queries <= detail::kMaxSegmentQueries,
+            "max_queries", "1 to " + std::to_string(detail::kMaxSegmentQueries), shape.max_queries);
+    require(shape.max_segments >= 1 && shape.max_segments <= detail::kMaxListSegments,
+            "max_segments", "1 to " + std::to_string(detail::kMaxListSegments), shape.max_segments);
+    require(static_cast<int>(rotation.frequencies.size()) <= kHeadDim / 2, "frequencies",
+            "at most " + std::to_string(kHeadDim / 2),
+            static_cast<std::int64_t>(rotation.frequencies.size()));
+    const auto kv_heads = static_cast<std::size_t>(shape.num_kv_heads);
+    std::vector<std::int32_t> classes(kv_heads, shape.head_classes.empty() ? 0 : -1);
+    std::vector<std::int32_t> rows(kv_heads);
+    for (std::size_t h = 0; h < kv_heads; ++h) rows[h] = static_cast<std::int32_t>(h);
+    for (std::size_t c = 0; c < shape.head_classes.size(); ++c)
+      for (std::size_t j = 0; j < shape.head_classes[c].size(); ++j) {
+        const std::int32_t head = shape.head_classes[c][j];
+        require(
+            head >= 0 && head < shape.num_kv_heads && classes[static_cast<std::size_t>(head)] < 0,
+            "head_classes", "each KV head once", head);
+        classes[static_cast<std::size_t>(head)] = static_cast<std::int32_t>(c);
+        rows[static_cast<std::size_t>(head)] = static_cast<std::int32_t>(j);
+      }
+    for (std::size_t h = 0; h < kv_heads; ++h)
+      require(classes[h] >= 0, "head_classes", "each KV head once", static_cast<std::int64_t>(h));
+
+    group_ = static_cast<int>(shape.num_qo_heads / shape.num_kv_heads);
+    column_blocks_ = static_cast<int>((group_ * shape.max_queries + kColumns - 1) / kColumns);
+    const std::int64_t units = shape.batch_size * shape.num_kv_heads * column_blocks_;
+    int device = 0;
+    int multiprocessors = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+               "cudaDeviceGetAttribute");
+    check_cuda(
+        cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
+    splits_ = splits > 0 ? splits : choose(units, shape.max_keys, Block::kBlocks * multiprocessors);
+    head_class_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(classes));
+    head_row_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(rows));
+    const auto parts = static_cast<std::size_t>(units * splits_ * kColumns);
+    partials_ = Buffer<float, cuda>(parts * kHeadDim);
+    states_ = Buffer<float2, cuda>(parts);
+    arrivals_ = Buffer<int, cuda>(static_cast<std::size_t>(units));
+    std::vector<detail::TurnFrequency> turns;
+    for (const double frequency : rotation.frequencies) {
+      const long double exact =
+          static_cast<long double>(frequency) / (2 * std::numbers::pi_v<long double>);
+      const auto high = static_cast<double>(exact);
+      turns.push_back({high, static_cast<double>(exact - static_cast<long double>(high))});
+    }
+    interleaved_ = rotation.interleaved;
+    frequencies_ =
+        Buffer<detail::TurnFrequency, cuda>(std::span<const detail::TurnFrequency>(turns));
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // buffers are zero
+  }
+
+  const SegmentAttentionShape& shape() const { return shape_; }
+  int splits() const { return splits_; }
+
+  /// Blocks that fill `places` once, none with less than 4 tiles.
+  static int choose(std::int64_t units, std::int64_t max_keys, int places) {
+    const std::int64_t tiles = (max_keys + detail::kDecodeTile - 1) / detail::kDecodeTile;
+    const std::int64_t most = std::max<std::int64_t>(1, tiles / 4);
+    return static_cast<int>(std::clamp<std::int64_t>(places / units, 1, most));
+  }
+
+  /// One layer's attention. May be captured: lists, prefixes and readers are read when it runs.
+  /// Preconditions: `lists` was made for the same shape; alignment as Segment says, queries and
+  /// outputs aligned to 16 bytes. \throws Error(kDevice) if the launch is refused.
+  void launch(const SegmentListsView<Element>& lists, const SegmentAttentionTensors& x,
+              const Variant& variant, cudaStream_t stream) const {
+    const detail::SegmentAttentionParams<Element, Variant> params{
+        .segments = lists.segments,
+        .counts = lists.counts,
+        .readers = lists.readers,
+        .head_class = head_class_.data(),
+        .head_row = head_row_.data(),
+        .frequencies = frequencies_.data(),
+        .query = x.query,
+        .out = x.out,
+        .lse = x.lse,
+        .partials = const_cast<float*>(partials_.data()),
+        .states = const_cast<float2*>(states_.data()),
+        .arrivals = const_cast<int*>(arrivals_.data()),
+        .query_session_stride = x.query_session_stride,
+        .query_token_stride = x.query_token_stride,
+        .out_session_stride = x.out_session_stride,
+        .out_token_stride = x.out_token_stride,
+        .attention_factor = attention_factor_,
+        .classes = static_cast<int>(shape_.num_classes()),
+        .max_segments = static_cast<int>(shape_.max_segments),
+        .max_queries = static_cast<int>(shape_.max_queries),
+        .group = group_,
+        .column_blocks = column_blocks_,
+        .num_pairs = static_cast<int>(frequencies_.size()),
+        .interleaved = interleaved_,
+        .input_type = x.input_type,
+        .output_type = x.output_type,
+        .variant = variant};
+    const dim3 grid(static_cast<unsigned>(splits_),
+                    static_cast<unsigned>(shape_.num_kv_heads * column_blocks_),
+                    static_cast<unsigned>(shape_.batch_size));
+    kernel()<<<grid, Block::kWarps * detail::kWarpSize, kSharedBytes, stream>>>(params);
+    check_cuda(cudaGetLastError(), "segment_attention_kernel");
+  }
+
+ private:
+  static constexpr int kColumns = detail::kDecodeHeads * kColumnTiles;
+  using Block = detail::SegmentBlock<Element, kHeadDim, kColumnTiles>;
+  static constexpr int kSharedBytes = detail::kSegmentSharedBytes<kHeadDim, Block::kWarps>;
+  using Kernel = void (*)(detail::SegmentAttentionParams<Element, Variant>);
+  static Kernel kernel() {
+    return detail::segment_attention_kernel<Element, kHeadDim, kColumnTiles, Variant>;
+  }
+
+  SegmentAttentionShape shape_;
+  double attention_factor_;
+  bool interleaved_ = false;
+  int group_ = 1;
+  int column_blocks_ = 1;
+  int splits_ = 1;
+  Buffer<std::int32_t, cuda> head_class_;
+  Buffer<std::int32_t, cuda> head_row_;
+  Buffer<detail::TurnFrequency, cuda> frequencies_;
+  Buffer<float, cuda> partials_;
+  Buffer<float2, cuda> states_;
+  Buffer<int, cuda> arrivals_;
+};
+
+}  // namespace sluice

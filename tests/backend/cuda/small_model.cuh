@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MIT
+/// A small decoder with random weights, on the device and for the plain reference.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include <sluice/backend/cuda/decoder.cuh>
+#include <sluice/core/random.hpp>
+
+#include "backend/cuda/decoder_oracle.hpp"
+#include "backend/cuda/device_test.hpp"
+
+namespace sluice_test {
+
+using namespace sluice;
+
+/// A small model with random weights, on both sides.
+struct SmallModel {
+  PlainDecoderConfig plain;
+  PlainWeights host;
+  CudaDecoderShape shape;
+  std::vector<double> frequencies;
+  std::optional<CudaDecoderWeights<bf16>> device;
+
+  SmallModel(int head_dim, bool interleaved, std::uint64_t seed) {
+    plain = {.vocab_size = 300,
+             .hidden_size = 192,
+             .intermediate_size = 328,
+             .num_qo_heads = 4,
+             .num_kv_heads = 2,
+             .head_dim = head_dim,
+             .num_layers = 3,
+             .norm_eps = 1e-5,
+             .sm_scale = 1 / std::sqrt(static_cast<double>(head_dim)),
+             .interleaved = interleaved};
+    shape = {plain.vocab_size,   plain.hidden_size,  plain.intermediate_size,
+             plain.num_qo_heads, plain.num_kv_heads, plain.head_dim,
+             plain.num_layers,   plain.norm_eps,     plain.sm_scale};
+    for (int i = 0; i < head_dim / 2; ++i)
+      frequencies.push_back(std::pow(plain.theta, -2.0 * i / head_dim));
+    Random random(seed);
+    const auto matrix = [&](std::int64_t rows, std::int64_t cols) {
+      std::vector<float> m = random_floats(random, static_cast<std::size_t>(rows * cols),
+                                           1.5 / std::sqrt(static_cast<double>(cols)));
+      for (float& v : m) v = static_cast<float>(bf16(v));
+      return m;
+    };
+    const auto norm = [&] {
+      std::vector<float> v =
+          random_floats(random, static_cast<std::size_t>(shape.hidden_size), 0.2);
+      for (float& x : v) x += 1;
+      return v;
+    };
+    device.emplace(shape, false);
+    host.embedding =
+        random_floats(random, static_cast<std::size_t>(shape.vocab_size * shape.hidden_size), 1);
+    for (float& v : host.embedding) v = static_cast<float>(bf16(v));
+    host.output = matrix(shape.vocab_size, shape.hidden_size);
+    host.output_norm = norm();
+    device->embedding.upload(rounded_to<bf16>(host.embedding));
+    device->output.upload(rounded_to<bf16>(host.output));
+    device->output_norm.upload(host.output_norm);
+    for (std::int64_t l = 0; l < shape.num_layers; ++l) {
+      PlainLayer layer;
+      layer.attention_norm = norm();
+      layer.query = matrix(shape.query_size(), shape.hidden_size);
+      layer.key = matrix(shape.kv_size(), shape.hidden_size);
+      layer.value = matrix(shape.kv_size(), shape.hidden_size);
+      layer.output = matrix(shape.hidden_size, shape.query_size());
+      layer.feed_forward_norm = norm();
+      layer.gate = matrix(shape.intermediate_size, shape.hidden_size);
+      layer.up = matrix(shape.intermediate_size, shape.hidden_size);
+      layer.down = matrix(shape.hidden_size, shape.intermediate_size);
+      CudaLayerWeights<bf16>& to = device->layers[static_cast<std::size_t>(l)];
+      to.attention_norm.upload(layer.attention_norm);
+      to.feed_forward_norm.upload(layer.feed_forward_norm);
+      to.output.upload(rounded_to<bf16>(layer.output));
+      to.down.upload(rounded_to<bf16>(layer.down));
+      device->set_query_key_value(l, rounded_to<bf16>(layer.query), rounded_to<bf16>(layer.key),
+                                  rounded_to<bf16>(layer.value));
+      device->set_gate_up(l, rounded_to<bf16>(layer.gate), rounded_to<bf16>(layer.up));
+      host.layers.push_back(std::move(layer));
+    }
+  }
+
+  CudaDecoderOptions options(std::int64_t batch, std::int64_t sinks, std::int64_t window,
+                             std::int64_t chunk, bool overlap) const {
+    CudaDecoderOptions result;
+    const bool full = window == 0;
+    result.step = {.num_sink_tokens = sinks,
+                   .window_size = full ? DecodeStepConfig::kUnlimitedWindow : window,
+                   .capacity = full ? 256 : sinks + window + std::max<std::int64_t>(chunk - 1, 0),
+                   .batch_size = batch,
+                   .frequencies = frequencies,
+                   .interleaved = plain.interleaved};
+    result.max_chunk = chunk;
+    result.overlap = overlap;
+    result.history_size = 512;
+    return result;
+  }
+  PlainDecoder oracle(std::int64_t sinks, std::int64_t window) const {
+    PlainDecoderConfig config = plain;
+    config.num_sink_tokens = sinks;
+    config.window_size = window;
+    return PlainDecoder(config, host);
+  }
+};
+
+/// ||found - expected|| / ||expected||.
+inline double relative_error(std::span<const float> found, const std::vector<double>& expected) {
+  double error = 0;
+  double norm = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const double difference = static_cast<double>(found[i]) - expected[i];
+    error += difference * difference;
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(error / norm);
+}
+
+inline std::int32_t argmax(std::span<const float> logits) {
+  return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+}
+
+// Keys and values that fall on the other side of a rounding than the reference's: a bf16 unit of a
+// few entries among thousands. Everything else is float32.
+inline constexpr double kExactBound = 1e-3;
+// Inputs of every product are rounded to bf16, by 2^-9 of their size at most; 13 products.
+inline constexpr double kRoundedBound = 13 * 0x1p-9;
+
+}  // namespace sluice_test
