@@ -542,7 +542,7 @@ def draw_streaminnc(records, folder):
                              for record in records], "o-", color=ACCENT, linewidth=1.8,
                    markersize=4, label="windows that see the signal beyond their edges")
     deviation.set_xlabel("overlap of consecutive windows in %")
-    deviation.set_ylabel("RMS deviation of the stream, % of the range")
+    deviation.set_ylabel("RMS deviation, % of the range")
     deviation.set_ylim(bottom=-0.1)
     deviation.legend(fontsize=8, frameon=False)
     for axis in (speed, deviation):

@@ -30,6 +30,16 @@ using test::run_whole;
 
 using Values = std::vector<float>;
 
+static_assert(StreamLayer<StreamConv1d> && StreamLayer<StreamConv2d> &&
+              StreamLayer<StreamConvTranspose1d> && StreamLayer<StreamPool1d> &&
+              StreamLayer<StreamRunningMean> && StreamLayer<StreamDelay>);
+static_assert(StreamLayer<FrameLinear> && StreamLayer<FrameActivation> && StreamLayer<FrameGlu> &&
+              StreamLayer<FrameAffine> && StreamLayer<FrameNorm> && StreamLayer<StreamGroupNorm>);
+static_assert(StreamLayer<StreamLstm> && StreamLayer<StreamGru> && StreamLayer<StreamAttention>);
+static_assert(StreamLayer<AnyStreamLayer> && StreamLayer<StreamChain> &&
+              StreamLayer<StreamParallel> && StreamLayer<StreamResidual>);
+static_assert(!StreamLayer<PackedLinear>, "rows in, rows out, but no stream");
+
 StreamConv1d conv_of(std::int64_t in, std::int64_t out, const StreamKernelConfig& time,
                      const Values& weight, const Values& bias) {
   return {{.in_channels = in, .out_channels = out, .time = time},
@@ -119,6 +129,8 @@ TEST(StreamResidual, DelaysTheInputAsTheBranch) {
   expect_declared_latency(outer, 40);
   EXPECT_EQ(latency_of(outer).look_ahead, 4);
   EXPECT_EQ(latency_of(outer).receptive_field, 9);
+  // Of the kernels 6 and 2 frames, of the inputs 4 and 1 that wait; what counts them.
+  EXPECT_EQ(outer.state_bytes(), (6 + 2 + 4 + 1) * 5 * sizeof(float) + 2 * 17 + 2 * 8);
 
   StreamAttention attention = random_attention(random, 4, FrameVisibility{4, 1, 4});
   const StreamResidual chunked(attention);
