@@ -272,6 +272,19 @@ TEST(StreamAttention, HeadsOfAnyWidth) {
   }
 }
 
+// Keys and values of the frames that may be seen, queries of those that may wait.
+TEST(StreamAttention, StateGrowsWithTheWindow) {
+  Random random(9);
+  FrameAttentionConfig config{.width = 8, .num_heads = 2};
+  config.visibility = FrameVisibility::chunked_limited(6, 2);
+  EXPECT_EQ(layer_of(config, random_parts(random, config, false)).state_bytes(),
+            ((6 + 2) * 16 + 2 * 8) * sizeof(float) + 16);
+  config.visibility = FrameVisibility::window(70, 1);
+  config.positions = FramePositions::kAbsoluteKey;
+  EXPECT_EQ(layer_of(config, random_parts(random, config, false)).state_bytes(),
+            ((70 + 1) * 24 + 8) * sizeof(float) + 16);
+}
+
 // Chunk sizes are data: layers with other windows share the weights.
 TEST(StreamAttention, OneSetOfWeightsServesAnyWindow) {
   Random random(4);

@@ -119,6 +119,8 @@ TEST(StreamResidual, DelaysTheInputAsTheBranch) {
   expect_declared_latency(outer, 40);
   EXPECT_EQ(latency_of(outer).look_ahead, 4);
   EXPECT_EQ(latency_of(outer).receptive_field, 9);
+  // Of the kernels 6 and 2 frames, of the inputs 4 and 1 that wait; what counts them.
+  EXPECT_EQ(outer.state_bytes(), (6 + 2 + 4 + 1) * 5 * sizeof(float) + 2 * 17 + 2 * 8);
 
   StreamAttention attention = random_attention(random, 4, FrameVisibility{4, 1, 4});
   const StreamResidual chunked(attention);

@@ -112,6 +112,9 @@ void expect_exact_streaming(const Layer& layer, const Frames& in, std::uint64_t 
         left = true;
         const auto copy = state;
         const std::vector<std::byte> bytes = save_stream_state(layer, state);
+        // What is declared holds what is saved, besides the frame around it and a count a row,
+        // which is twice the size of a row of one float.
+        ASSERT_LE(bytes.size(), layer.state_bytes() * 3 + 200);
         // Another stream goes through the state; then the first comes back.
         Frames rest = room_for(layer, in.rows);
         layer.step(in.view(), state, rest.view());

@@ -229,16 +229,24 @@ class StreamAttention {
 
   std::int64_t max_outputs(std::int64_t frames) const { return timing().max_outputs(frames); }
   std::int64_t max_flush_outputs() const { return timing().max_flush_outputs(); }
+  /// The frames that are waiting, and those that they and later ones see.
   std::size_t state_bytes() const {
-    return static_cast<std::size_t>(capacity_ * key_size() + query_capacity_ * config_.width) *
+    const std::int64_t waiting = config_.visibility.right + config_.visibility.chunk - 1;
+    return static_cast<std::size_t>((config_.visibility.left + waiting) * key_size() +
+                                    waiting * config_.width) *
                sizeof(float) +
            2 * sizeof(std::int64_t);
   }
   void save(const State& state, ByteWriter& writer) const {
     writer.write(state.frames);
     writer.write(state.next);
-    writer.write_span(std::span<const float>(state.keys));
-    writer.write_span(std::span<const float>(state.queries));
+    for (std::int64_t t = config_.visibility.begin(state.next); t < state.frames; ++t)
+      writer.write_span(std::span<const float>(state.keys.data() + t % capacity_ * key_size(),
+                                               static_cast<std::size_t>(key_size())));
+    for (std::int64_t t = state.next; t < state.frames; ++t)
+      writer.write_span(
+          std::span<const float>(state.queries.data() + t % query_capacity_ * config_.width,
+                                 static_cast<std::size_t>(config_.width)));
   }
   void restore(ByteReader& reader, State& state) const {
     const std::size_t at = reader.offset();
@@ -250,8 +258,14 @@ class StreamAttention {
     if (const std::int64_t next = timing().outputs_after(state.frames); state.next != next)
       reader.fail_at(at + sizeof(state.frames), "unexpected value", "next frame",
                      std::to_string(next), std::to_string(state.next));
-    reader.read_span("keys", std::span<float>(state.keys));
-    reader.read_span("queries", std::span<float>(state.queries));
+    for (std::int64_t t = config_.visibility.begin(state.next); t < state.frames; ++t)
+      reader.read_span("keys and values",
+                       std::span<float>(state.keys.data() + t % capacity_ * key_size(),
+                                        static_cast<std::size_t>(key_size())));
+    for (std::int64_t t = state.next; t < state.frames; ++t)
+      reader.read_span("queries",
+                       std::span<float>(state.queries.data() + t % query_capacity_ * config_.width,
+                                        static_cast<std::size_t>(config_.width)));
   }
   StreamTiming timing() const { return config_.visibility.timing(); }
 

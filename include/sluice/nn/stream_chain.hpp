@@ -10,7 +10,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <type_traits>
 #include <typeinfo>
 #include <utility>
 #include <vector>
@@ -203,7 +205,7 @@ class FrameQueue {
     size_ -= count;
   }
   static std::size_t bytes(std::int64_t capacity, std::int64_t width) {
-    return static_cast<std::size_t>(capacity * width) * sizeof(float) + 2 * sizeof(std::int64_t);
+    return static_cast<std::size_t>(capacity * width) * sizeof(float) + sizeof(std::int64_t);
   }
   void save(ByteWriter& writer) const {
     writer.write(size_);
@@ -404,8 +406,7 @@ class StreamParallel {
     // What a branch has written and the slowest has not: what arrives while that one waits, one
     // row of difference in phase, a block, and what the end adds.
     for (const AnyStreamLayer& branch : branches_)
-      capacity_.push_back(detail::ceil_div(longest_wait_ * latency_.upsample, latency_.stride) + 1 +
-                          branch.max_outputs(block_frames) + branch.max_flush_outputs());
+      capacity_.push_back(ahead() + branch.max_outputs(block_frames) + branch.max_flush_outputs());
   }
 
   std::int64_t in_width() const { return branches_[0].in_width(); }
@@ -466,8 +467,8 @@ class StreamParallel {
   std::size_t state_bytes() const {
     std::size_t sum = 0;
     for (std::size_t b = 0; b < branches_.size(); ++b)
-      sum += branches_[b].state_bytes() +
-             detail::FrameQueue::bytes(capacity_[b], branches_[b].out_width());
+      sum +=
+          branches_[b].state_bytes() + detail::FrameQueue::bytes(ahead(), branches_[b].out_width());
     return sum;
   }
   void save(const State& state, ByteWriter& writer) const {
@@ -517,6 +518,10 @@ class StreamParallel {
           refuse("rows after " + std::to_string(inputs) + " frames and the end",
                  std::to_string(first), std::to_string(rows));
       }
+  }
+  // Rows that a branch may have written and the slowest not.
+  std::int64_t ahead() const {
+    return detail::ceil_div(longest_wait_ * latency_.upsample, latency_.stride) + 1;
   }
   [[noreturn]] static void refuse(std::string field, std::string expected, std::string found) {
     throw Error(ErrorCode::kConfig, {"branches do not keep in step", "StreamParallel",
@@ -616,7 +621,7 @@ class StreamResidual {
   std::int64_t max_outputs(std::int64_t frames) const { return branch_.max_outputs(frames); }
   std::int64_t max_flush_outputs() const { return branch_.max_flush_outputs(); }
   std::size_t state_bytes() const {
-    return branch_.state_bytes() + detail::FrameQueue::bytes(capacity_, in_width());
+    return branch_.state_bytes() + detail::FrameQueue::bytes(capacity_ - block_frames_, in_width());
   }
   void save(const State& state, ByteWriter& writer) const {
     branch_.save(state.branch, writer);

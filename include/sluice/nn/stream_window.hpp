@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
