@@ -57,6 +57,7 @@
 #include "sluice/nn/log_mel.hpp"
 #include "sluice/nn/norm.hpp"
 #include "sluice/nn/packed_linear.hpp"
+#include "sluice/nn/patch_embedding.hpp"
 #include "sluice/nn/quantised_blocks.hpp"
 #include "sluice/nn/silero_vad.hpp"
 #include "sluice/nn/stream_attention.hpp"

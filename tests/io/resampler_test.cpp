@@ -101,6 +101,13 @@ TEST(Resampler, ConstantsStayConstants) {
   }
 }
 
+TEST(Resampler, FiniteSamplesStayFinite) {
+  std::vector<float> in;
+  for (int i = 0; i < 2000; ++i) in.push_back(i / 50 % 2 == 0 ? 3.4e38F : -3.4e38F);
+  for (const float sample : run_whole(Resampler(48000, 16000), in))
+    ASSERT_TRUE(std::isfinite(sample));
+}
+
 TEST(Resampler, AnyChunkingGivesTheSameBitsAndTheSameLength) {
   Random random(5);
   for (const Rates rates : kRates) {

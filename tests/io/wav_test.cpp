@@ -251,8 +251,11 @@ TEST(AudioInput, SamplesThatAreNotFiniteAreRefusedOrSilenced) {
   EXPECT_EQ(zeroing.zeroed(), 3);
   AudioInput rejecting = input_of(file);
   std::vector<float> samples(4);
-  expect_error(ErrorCode::kFormat, {"memory.wav", "frame 1, channel 1", "NaN"},
-               [&] { rejecting.read(samples); });
+  EXPECT_EQ(rejecting.read(samples), 1);  // what stands before it comes first
+  EXPECT_EQ(samples[0], 1.0F);
+  for (int i = 0; i < 2; ++i)
+    expect_error(ErrorCode::kFormat, {"memory.wav", "frame 1, channel 1", "NaN"},
+                 [&] { rejecting.read(samples); });
 }
 
 TEST(AudioInput, NothingAskedForChangesNothing) {
@@ -264,8 +267,8 @@ TEST(AudioInput, NothingAskedForChangesNothing) {
 }
 
 TEST(AudioInput, TruncatedFilesGiveWhatIsThereAndThenTheError) {
-  Bytes file = wav_file(3, 32, 1, 16000, floats_as_bytes(std::vector<float>(5000, 0.5F)));
-  file.resize(file.size() - 401);
+  const Bytes whole = wav_file(3, 32, 1, 16000, floats_as_bytes(std::vector<float>(5000, 0.5F)));
+  const Bytes file(whole.begin(), whole.end() - 401);
   AudioInput input = input_of(file);
   std::vector<float> piece(1000);
   std::int64_t count = 0;
@@ -273,6 +276,17 @@ TEST(AudioInput, TruncatedFilesGiveWhatIsThereAndThenTheError) {
     while (const std::int64_t part = input.read(piece)) count += part;
   });
   EXPECT_EQ(count, 4899);
+  // In packets, resampled: all of them, and then the error, every time.
+  AudioInput other = open_pcm(ByteSource::of_memory(std::span(file).subspan(44), "raw"), {48000, 1},
+                              SampleEncoding::kF32);
+  AudioPackets packets(other, 1000, 1000);
+  AudioPackets::Frame packet = packets.make_frame();
+  ASSERT_TRUE(packets.read(packet));
+  EXPECT_EQ(packet.samples.size(), 1000U);
+  ASSERT_TRUE(packets.read(packet));
+  EXPECT_EQ(packet.samples.size(), 633U);  // a third of 4899, all in all
+  for (int i = 0; i < 2; ++i)
+    expect_error(ErrorCode::kFormat, {"truncated audio"}, [&] { packets.read(packet); });
 }
 
 TEST(AudioPackets, KeepTheSourceClock) {

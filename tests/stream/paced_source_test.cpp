@@ -258,6 +258,27 @@ TEST(PacedSource, RandomClocksAndConsumers) {
   }
 }
 
+TEST(PacedSource, WhatTheSourceThrowsComesBehindItsFrames) {
+  struct Broken : Counter {
+    bool read(Frame& frame) {
+      if (next == 3) throw Error(ErrorCode::kFormat, {"truncated", "source", "", "", ""});
+      return Counter::read(frame);
+    }
+  };
+  Broken source;
+  VirtualClock clock;
+  PacedSource paced(source, clock, {.queue_length = 5});
+  paced.start();
+  clock.advance(1'000 * kMs);
+  Counter::Frame frame;
+  for (std::int64_t i = 0; i < 3; ++i) {
+    ASSERT_EQ(paced.next(frame), FrameStatus::kFrame);
+    EXPECT_EQ(frame.numbers, Numbers{i});
+  }
+  EXPECT_TRUE(test::error_of([&] { paced.next(frame); }));
+  EXPECT_EQ(paced.next(frame), FrameStatus::kEnd);
+}
+
 TEST(PacedSource, RefusesConfigurationsByName) {
   struct Plain {
     struct Frame {};

@@ -53,8 +53,8 @@ class AudioInput {
       throw Error(ErrorCode::kConfig, {"no such channel", reader_->name(), "channel",
                                        "0 to " + std::to_string(format_.channels - 1),
                                        std::to_string(*config.channel)});
-    ready_.resize(static_cast<std::size_t>(
-        std::max(resampler_.max_outputs(kBlock), resampler_.max_flush_outputs())));
+    ready_.resize(
+        static_cast<std::size_t>(resampler_.max_outputs(kBlock) + resampler_.max_flush_outputs()));
   }
 
   std::int64_t sample_rate() const noexcept { return config_.sample_rate; }
@@ -64,8 +64,8 @@ class AudioInput {
 
   /// Reads at most out.size() samples: how many, 0 only at the end (and for an empty `out`, which
   /// changes nothing). Waits for the first of them.
-  /// \throws Error(kFormat) naming the frame for a sample that is not finite (kReject), after every
-  /// frame of the pieces before it was handed out; and what the reader throws.
+  /// \throws Error(kFormat) naming the frame for a sample that is not finite (kReject), and what
+  /// the reader throws, after the samples before it were handed out; from then on every call does.
   std::int64_t read(std::span<float> out) {
     std::size_t done = 0;
     while (done == 0 && !out.empty()) {
@@ -78,11 +78,17 @@ class AudioInput {
     return static_cast<std::int64_t>(done);
   }
 
-  /// Reads until `out` is full or the audio ends: how many.
+  /// Reads until `out` is full or the audio ends: how many. An error behind samples that were read
+  /// is thrown by the next call.
   std::int64_t read_full(std::span<float> out) {
     std::int64_t done = 0;
     while (done < static_cast<std::int64_t>(out.size())) {
-      const std::int64_t count = read(out.subspan(static_cast<std::size_t>(done)));
+      std::int64_t count = 0;
+      try {
+        count = read(out.subspan(static_cast<std::size_t>(done)));
+      } catch (const Error&) {
+        if (done == 0) throw;
+      }
       if (count == 0) break;
       done += count;
     }
@@ -106,35 +112,45 @@ class AudioInput {
     return format_.sample_rate;
   }
 
+  // What cannot be read ends the audio: the rest of the samples before it comes out first.
   bool refill() {
     next_ = end_ = 0;
     while (end_ == 0) {
-      if (ended_) return false;
-      const std::int64_t count = reader_->read(kBlock, frames_.data());
-      if (count == 0) {
-        ended_ = true;
-        end_ = static_cast<std::size_t>(resampler_.flush(ready_));
-      } else {
-        mix(count);
+      if (ended_) {
+        if (error_) throw *error_;
+        return false;
+      }
+      std::int64_t count = 0;
+      try {
+        count = mix(reader_->read(kBlock, frames_.data()));
+      } catch (const Error& error) {
+        error_ = error;
+      }
+      if (count > 0)
         end_ = static_cast<std::size_t>(
             resampler_.step(std::span(mono_).first(static_cast<std::size_t>(count)), ready_));
-      }
+      if (count > 0 && !error_) continue;
+      ended_ = true;
+      end_ += static_cast<std::size_t>(resampler_.flush(std::span(ready_).subspan(end_)));
     }
     return true;
   }
 
-  void mix(std::int64_t count) {
+  // Mixes frames_ into mono_: how many of them, those before a sample that is refused.
+  std::int64_t mix(std::int64_t count) {
     const std::int64_t channels = format_.channels;
-    for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t i = 0; i < count; ++i, ++read_frames_) {
       float* const frame = frames_.data() + i * channels;
       for (std::int64_t c = 0; c < channels; ++c) {
         if (std::isfinite(frame[c])) continue;
-        if (config_.non_finite == NonFinite::kReject)
-          throw Error(
-              ErrorCode::kFormat,
-              {"sample is not a finite number", reader_->name(),
-               "frame " + std::to_string(read_frames_ + i) + ", channel " + std::to_string(c),
-               "a finite number", std::isnan(frame[c]) ? "NaN" : "infinity"});
+        if (config_.non_finite == NonFinite::kReject) {
+          error_ =
+              Error(ErrorCode::kFormat,
+                    {"sample is not a finite number", reader_->name(),
+                     "frame " + std::to_string(read_frames_) + ", channel " + std::to_string(c),
+                     "a finite number", std::isnan(frame[c]) ? "NaN" : "infinity"});
+          return i;
+        }
         frame[c] = 0.0F;
         ++zeroed_;
       }
@@ -146,7 +162,7 @@ class AudioInput {
       for (std::int64_t c = 0; c < channels; ++c) sum += static_cast<double>(frame[c]);
       mono_[static_cast<std::size_t>(i)] = static_cast<float>(sum / static_cast<double>(channels));
     }
-    read_frames_ += count;
+    return count;
   }
 
   std::unique_ptr<AudioReader> reader_;
@@ -159,6 +175,7 @@ class AudioInput {
   std::size_t next_ = 0;
   std::size_t end_ = 0;
   bool ended_ = false;
+  std::optional<Error> error_;  // what ended it
   std::int64_t read_frames_ = 0;
   std::int64_t samples_ = 0;
   std::int64_t zeroed_ = 0;

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <numbers>
 #include <numeric>
 #include <span>
@@ -178,7 +179,10 @@ class Resampler {
         for (std::int64_t k = 0; k < 4; ++k)
           sums[k] += static_cast<double>(x[i + k]) * static_cast<double>(w[i + k]);
       for (; i < taps_; ++i) sums[0] += static_cast<double>(x[i]) * static_cast<double>(w[i]);
-      out[written++] = static_cast<float>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      // Finite samples stay finite: the filter overshoots.
+      constexpr double kMost = std::numeric_limits<float>::max();
+      const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      out[written++] = static_cast<float>(std::clamp(sum, -kMost, kMost));
       phase_ += down_;
       begin += static_cast<std::size_t>(phase_ / up_);
       phase_ %= up_;

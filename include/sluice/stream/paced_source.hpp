@@ -8,6 +8,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <string>
 #include <thread>
@@ -158,7 +159,11 @@ class PacedSource {
   FrameStatus poll(Frame& frame) {
     const std::int64_t now = read_clock();
     admit(now);
-    if (waiting_ == 0) return ended_ && !has_pending_ ? FrameStatus::kEnd : FrameStatus::kNone;
+    if (waiting_ == 0) {
+      if (!ended_ || has_pending_) return FrameStatus::kNone;
+      if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
+      return FrameStatus::kEnd;
+    }
     std::swap(frame, queue_[place(0)]);
     const std::int64_t late = now - due_ns(frame);
     if (paced() && late > config_.late_after_ns) {
@@ -231,10 +236,13 @@ class PacedSource {
     for (;;) {
       if (!has_pending_) {
         if (ended_) return;
-        if (!source_.read(pending_)) {
+        try {
+          ended_ = !source_.read(pending_);
+        } catch (...) {
           ended_ = true;
-          return;
+          failure_ = std::current_exception();
         }
+        if (ended_) return;
         has_pending_ = true;
         ++counts_.read;
       }
@@ -289,6 +297,7 @@ class PacedSource {
   Frame pending_;  // read, and not due or not let in
   bool has_pending_ = false;
   bool ended_ = false;
+  std::exception_ptr failure_;  // what ended it
   bool started_ = false;
   std::int64_t origin_ns_ = 0;
   std::int64_t last_ns_ = 0;  // the clock when it was read last
