@@ -6,14 +6,13 @@
 
 A column is a folder of shards (data.py), @ and a number adds coloured noise at that ratio in dB (seeded). Every utterance is followed by 200 ms of
 silence. Lags: AL and LAAL in source words (a word counts as read once the aligned end is within the frames heard) and in milliseconds of audio.
-`--dump FILE --dump-count N` writes token ids, CTC labels and write frames of the first N utterances of the first column, and `--dump-audio FILE`
-their samples, for comparison with the C++ runtime.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 
@@ -71,7 +70,7 @@ class Column:
             self.references.append(pieces.decode(corpus.token_ids[i, : corpus.tokens[i]].tolist()).split())
             self.ends.append(corpus.word_ends[i, : corpus.words[i]].tolist())
             self.waves.append(np.concatenate((audio[start : start + count], np.zeros(TRAIL, np.int16))))
-            self.samples.append(count + TRAIL)
+            self.samples.append(int(count) + TRAIL)
         self.batches = []
         generator = torch.Generator(device).manual_seed(5)
         for first in range(0, len(order), batch):
@@ -85,7 +84,7 @@ class Column:
             self.batches.append((rows, wave))
 
     def frames(self, row: int) -> int:
-        return features.source_frames(self.samples[row])
+        return int(features.source_frames(self.samples[row]))
 
     def oracle(self, row: int) -> list[int]:
         ends = np.array([self.ends[row]])
@@ -160,12 +159,9 @@ def main() -> None:
     parser.add_argument("--pieces", help="pieces.json, for .pt files")
     parser.add_argument("--column", action="append", required=True)
     parser.add_argument("--most", type=int, default=0, help="utterances of a column at most, evenly over the lengths; 0: all")
-    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--batch-size", type=int, default=250, help="utterances side by side; 16 is a good choice on a CPU")
     parser.add_argument("--json")
-    parser.add_argument("--dump")
-    parser.add_argument("--dump-count", type=int, default=100)
-    parser.add_argument("--dump-audio")
-    parser.add_argument("--quick", action="store_true", help="only batch and CTC-triggered k = 1 and 3")
+    parser.add_argument("--policies", default=".*", help="regular expression of the policies' names, e.g. 'batch|ctc k=[13] delay=4'")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -183,39 +179,16 @@ def main() -> None:
         for column in columns:
             began = time.time()
             for name, policy in policies(layout).items():
-                if args.quick and name not in ("batch", "ctc k=1 delay=4", "ctc k=3 delay=4"):
+                if not re.fullmatch(args.policies, name):
                     continue
                 rows.setdefault(name, {})[column.name] = score(column, run(model, layout, column, policy, pieces.ends_word), pieces)
             if layout in ("group", "batch"):
                 rows.setdefault("ctc head alone", {})[column.name] = ctc_report(model, column, pieces)
             print(f"{layout} {column.name}: {time.time() - began:.1f} s", file=sys.stderr, flush=True)
-        if layout == "group" and args.dump:
-            dump(model, columns[0], pieces, args)
         if args.json:
             with open(args.json, "w", encoding="utf-8") as file:
                 json.dump(results, file, indent=1)
     print(table(results))
-
-
-def dump(model, column: Column, pieces: Pieces, args: argparse.Namespace) -> None:
-    chosen = np.linspace(0, len(column.references) - 1, min(args.dump_count, len(column.references))).astype(int).tolist()
-    out = []
-    done = {name: run(model, "group", column, policy, pieces.ends_word) for name, policy in policies("group").items() if name.startswith(("batch", "ctc"))}
-    labels: dict[int, list[int]] = {}
-    for rows, wave in column.batches:
-        for r, found in zip(rows, decode.source_pass(model, model.normalise(features.log_mel(wave)))[2].tolist()):
-            labels[r] = found[: column.frames(r)]
-    for r in chosen:
-        entry = {"reference": " ".join(column.references[r]), "samples": int(column.samples[r]), "frames": column.frames(r), "ctc_labels": labels[r], "policies": {}}
-        for name, utterances in done.items():
-            u = utterances[r]
-            entry["policies"][name] = {"tokens": u.tokens, "word_frames": [w[0] for w in u.words], "finished": [w[1] for w in u.words],
-                                       "text": pieces.decode(u.tokens)}
-        out.append(entry)
-    with open(args.dump, "w", encoding="utf-8") as file:
-        json.dump(out, file)
-    if args.dump_audio:
-        np.savez_compressed(args.dump_audio, **{f"u{n:03d}": column.waves[r] for n, r in enumerate(chosen)})
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ columns+=(--column "noisy_10db=$work/test/held_out_voices@10")
 index=0
 for layout in group interleaved reencode batch; do
   model=$work/out/$layout.pt
-  extra=()
   [ $layout = group ] && [ -e "$out/listen-en.gguf" ] && model=$out/listen-en.gguf
-  [ $layout = group ] && extra=(--dump "$work/dump.json" --dump-audio "$work/dump_audio.npz")
-  CUDA_VISIBLE_DEVICES=$((index % gpus)) python3 "$here/evaluate.py" --$layout "$model" --pieces "$text/pieces.json" "${columns[@]}" "${extra[@]}" \
+  CUDA_VISIBLE_DEVICES=$((index % gpus)) python3 "$here/evaluate.py" --$layout "$model" --pieces "$text/pieces.json" "${columns[@]}" \
     --json "$work/out/$layout.json" >"$work/logs/$layout.eval" 2>&1 &
   index=$((index + 1))
 done

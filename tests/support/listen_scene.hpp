@@ -389,7 +389,7 @@ class NaiveListener {
     const auto put_word = [&] {
       const auto number = static_cast<std::size_t>(written);
       heard.push_back(
-          {false, utterance, written++, word, static_cast<std::int64_t>(clock.back()),
+          {false, utterance, written++, word, static_cast<std::int64_t>(now_at),
            number < counted.size() ? static_cast<std::int64_t>(clock[counted[number]]) : -1});
       word.clear();
     };
@@ -452,8 +452,7 @@ class NaiveListener {
       if (!ended && !pause && !silence) continue;
       if (!silence) {
         if (!word.empty()) put_word();
-        heard.push_back(
-            {true, utterance, written, {}, static_cast<std::int64_t>(clock.back()), -1});
+        heard.push_back({true, utterance, written, {}, static_cast<std::int64_t>(now_at), -1});
       }
       return pause || silence ? seen : 0;
     }
