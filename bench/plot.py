@@ -6,8 +6,8 @@
 
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
-written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus and, per
-benchmark program, its sweeps.
+written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus,
+streaminnc and, per benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
 
@@ -54,8 +54,13 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
    "llama_cpp_ms": 10.4, "ratio": 2.0, "ratio_min": 1.9, "ratio_max": 2.1, "meta": {...}}
       lines of versus_llama_cpp.py: the ratio is theirs over ours, of rounds in turns
 
-Records of the kinds context_append, context_update, context_fork, context_checkpoint (context_bench)
-and head_map (head_map_bench) are tables of their own: they are read over.
+  {"kind": "streaminnc", "window": 1024, "hop": 256, "work_ratio": 4.0, "speedup": 3.8,
+   "deviation_zero_padding": 0.03, "deviation_signal_padding": 0.0, "meta": {...}}
+      lines of stream_layers_bench --json: speedup of reuse over running every window anew
+
+Records of the kinds context_append, context_update, context_fork, context_checkpoint
+(context_bench), head_map (head_map_bench), streaminnc_misaligned and frame_encoder
+(stream_layers_bench) are tables of their own: they are read over.
 
 `meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
 under the picture. Exit status: 0, or 1 with the reason (file and line) on stderr.
@@ -89,9 +94,12 @@ REQUIRED = {
     "passkey": {"policy": str, "passkey_depth": int | float, "digits_recalled": int},
     "versus": {"weights": str, "task": str, "threads": int, "ratio": int | float,
                "ratio_min": int | float, "ratio_max": int | float},
+    "streaminnc": {"window": int, "hop": int, "work_ratio": int | float, "speedup": int | float,
+                   "deviation_zero_padding": int | float},
 }
 # Read over: nothing is drawn of them.
-TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map")
+TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
+          "streaminnc_misaligned", "frame_encoder")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
@@ -140,6 +148,7 @@ def check_record(record, where):
              "policy": [record.get("perplexity"), record.get("cache_bytes")],
              "passkey": [1 + record.get("digits_recalled", 0)],
              "versus": [record.get("ratio"), record.get("ratio_min"), record.get("ratio_max")],
+             "streaminnc": [record.get("speedup"), record.get("work_ratio")],
              "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
     if bad or not drawn:
@@ -479,6 +488,33 @@ def draw_versus(records, folder):
     save(made, folder, "versus_llama_cpp", records)
 
 
+def draw_streaminnc(records, folder):
+    """Speed-up of reuse over the work that it removes, and what zero padding makes of the output."""
+    made, (speed, deviation) = figure(columns=2, width=5.2)
+    records = sorted(records, key=lambda record: record["work_ratio"])
+    ratios = [record["work_ratio"] for record in records]
+    speed.plot(ratios, ratios, color="#000000", linestyle=":", linewidth=1.2,
+               label="window / hop: all work removed")
+    speed.plot(ratios, [record["speedup"] for record in records], "o-", color=ACCENT,
+               linewidth=1.8, markersize=4, label="measured")
+    speed.set_xlabel("window / hop")
+    speed.set_ylabel("times as fast as windows run anew")
+    speed.legend(fontsize=8, frameon=False)
+    overlap = [100 * (1 - record["hop"] / record["window"]) for record in records]
+    deviation.plot(overlap, [100 * record["deviation_zero_padding"] for record in records], "o-",
+                   color=SECOND, linewidth=1.8, markersize=4, label="windows padded with zeros")
+    deviation.plot(overlap, [100 * record.get("deviation_signal_padding", 0.0)
+                             for record in records], "o-", color=ACCENT, linewidth=1.8,
+                   markersize=4, label="windows that see the signal beyond their edges")
+    deviation.set_xlabel("overlap of consecutive windows in %")
+    deviation.set_ylabel("RMS deviation of the stream, % of the range")
+    deviation.set_ylim(bottom=-0.1)
+    deviation.legend(fontsize=8, frameon=False)
+    for axis in (speed, deviation):
+        tidy(axis)
+    save(made, folder, "streaminnc", records)
+
+
 def sweep(entry):
     """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
     first argument with a name is the sweep; None for a run without one."""
@@ -529,7 +565,7 @@ def draw_benchmark(run, folder):
 DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
         "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
-        "versus": draw_versus}
+        "versus": draw_versus, "streaminnc": draw_streaminnc}
 
 
 def main():

@@ -34,6 +34,7 @@ else()
 endif()
 
 run(${CMAKE_COMMAND} -S ${CMAKE_CURRENT_LIST_DIR}/${WAY} -B ${work}/build -G ${GENERATOR}
-    -D CMAKE_CXX_COMPILER=${COMPILER} -D WITH_IO=${WITH_IO} ${how})
+    -D CMAKE_CXX_COMPILER=${COMPILER} -D WITH_IO=${WITH_IO}
+    -D WITH_AUDIO=${WITH_AUDIO} ${how})
 run(${CMAKE_COMMAND} --build ${work}/build)
 run(${work}/build/consumer)
