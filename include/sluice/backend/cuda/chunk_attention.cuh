@@ -432,6 +432,15 @@ class ChunkAttentionPlan {
                                       static_cast<std::uint64_t>(2 * p.head_stride)};
     const std::uint32_t tile[3] = {64, detail::kItemKeys, 1};
     const std::uint32_t sinks[3] = {64, detail::kItemSinks, 1};
+    // What runs at once reads the windows of a band of heads, and as many blocks of queries further
+    // on: that must stay in the second-level cache, of which a multiprocessor is near to one half.
+    constexpr std::int64_t kNear = std::int64_t{20} << 20;
+    constexpr std::int64_t kRowBytes = 2 * 2 * kHeadDim;
+    const std::int64_t group = p.num_qo_heads / p.num_kv_heads;
+    const std::int64_t queries = multiprocessors_ / group * detail::kItemQueries;
+    const std::int64_t seen = std::min(p.window, p.base + p.tokens);
+    const std::int64_t band =
+        std::clamp<std::int64_t>((kNear / kRowBytes - queries) / seen, 1, p.num_kv_heads);
     detail::HopperAttentionParams params{
         .query =
             detail::tensor_map<Element, 4>(p.rotated, {kDim, heads, tokens, 2},
@@ -448,7 +457,8 @@ class ChunkAttentionPlan {
         .sinks = p.sinks,
         .ring = p.ring,
         .num_qo_heads = p.num_qo_heads,
-        .group = p.num_qo_heads / p.num_kv_heads,
+        .group = static_cast<int>(group),
+        .band = static_cast<int>(band * group),
         .written = static_cast<int>(std::min(p.base + p.tokens, capacity)),
         .scale_log2 = p.scale_log2};
     const std::int64_t items =

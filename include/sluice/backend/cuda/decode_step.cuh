@@ -172,6 +172,7 @@ class DecodeStep {
                    std::to_string(totals_.size()), std::to_string(totals.size())});
     totals_.upload(totals, stream);
     run(0, stream, false);
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   }
   /// The counts, read back. Waits for the stream.
   std::vector<std::int64_t> totals(cudaStream_t stream = nullptr) const {

@@ -338,6 +338,7 @@ class CudaDecoder {
     detail::TokenChoiceParams p = choice_params(0, 0);
     p.parts = 0;
     choose(p, static_cast<unsigned>(batch_size()), stream);
+    check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");  // steps may use another
   }
 
   /// One step of all sessions. May be captured. \throws Error(kDevice).

@@ -48,7 +48,8 @@ struct HopperAttentionParams {
   int sinks;
   int ring;  // slots that are no sinks'
   int num_qo_heads;
-  int group;    // query heads per KV head
+  int group;  // query heads per KV head
+  int band;  // query heads whose items come side by side: their keys stay in the second-level cache
   int written;  // slots that hold a token, the chunk's own included
   float scale_log2;
 };
@@ -253,9 +254,12 @@ struct HopperItem {
   int counts[2];  // their keys
 
   __device__ HopperItem(const HopperAttentionParams& p, int item) {
-    head = item % p.num_qo_heads;
     const int blocks = (p.tokens + kItemQueries - 1) / kItemQueries;
-    first_token = (blocks - 1 - item / p.num_qo_heads) * kItemQueries;  // who sees most begins
+    const int band = item / (p.band * blocks);
+    const int rest = item - band * p.band * blocks;
+    const int width = min(p.band, p.num_qo_heads - band * p.band);
+    head = band * p.band + rest % width;
+    first_token = (blocks - 1 - rest / width) * kItemQueries;  // who sees most begins
     first = p.base + first_token;
     const std::int64_t last = p.base + min(first_token + kItemQueries, p.tokens) - 1;
     sinks_seen = static_cast<int>(min(static_cast<std::int64_t>(p.sinks), last + 1));

@@ -346,8 +346,8 @@ struct StoredValues {
 };
 
 __device__ inline float load_input(const void* data, ElementType type, std::int64_t index) {
-  if (type == ElementType::kF32) return __ldg(static_cast<const float*>(data) + index);
-  const std::uint32_t bits = __ldg(static_cast<const std::uint16_t*>(data) + index);
+  if (type == ElementType::kF32) return static_cast<const float*>(data)[index];
+  const std::uint32_t bits = static_cast<const std::uint16_t*>(data)[index];
   return type == ElementType::kBF16 ? Half<bf16>::low(bits) : Half<f16>::low(bits);
 }
 
@@ -358,25 +358,42 @@ __device__ inline std::int64_t load_acquire(const std::int64_t* from) {
   return x;
 }
 
-/// Adds `count` parts up, in order; a part's weight is 2^(its maximum - the highest).
-template <class StateOf, class PartOf>
+/// Adds `count` parts up, in order, a batch of loads at a time; a part's weight is
+/// 2^(its maximum - the highest).
+template <int kBatch, class StateOf, class PartOf>
 __device__ float2 merge_parts(int count, const StateOf& state_of, const PartOf& part_of,
                               float4& total) {
-  float most = -__int_as_float(0x7f800000);
-  for (int i = 0; i < count; ++i) most = fmaxf(most, state_of(i).x);
-  const float base = most == -__int_as_float(0x7f800000) ? 0 : most;
+  const float kInfinity = __int_as_float(0x7f800000);
+  float most = -kInfinity;
   float sum = 0;
   total = {0, 0, 0, 0};
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) {
-    const float2 state = state_of(i);
-    const float4 part = part_of(i);
-    const float weight = power_of_two(state.x - base);
-    sum += state.y * weight;
-    total.x += part.x * weight;
-    total.y += part.y * weight;
-    total.z += part.z * weight;
-    total.w += part.w * weight;
+  for (int first = 0; first < count; first += kBatch) {
+    float2 states[kBatch];
+    float4 parts[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int from = min(first + i, count - 1);
+      states[i] = state_of(from);
+      parts[i] = part_of(from);
+      if (first + i >= count) states[i] = {-kInfinity, 0};
+    }
+    float grown = most;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) grown = fmaxf(grown, states[i].x);
+    const float base = grown == -kInfinity ? 0 : grown;
+    const float keep = power_of_two(most - base);
+    most = grown;
+    sum *= keep;
+    total = {total.x * keep, total.y * keep, total.z * keep, total.w * keep};
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float weight = power_of_two(states[i].x - base);
+      sum += states[i].y * weight;
+      total.x += parts[i].x * weight;
+      total.y += parts[i].y * weight;
+      total.z += parts[i].z * weight;
+      total.w += parts[i].w * weight;
+    }
   }
   return {most, sum};
 }
@@ -406,6 +423,8 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
   __shared__ int tile_begin[kMaxListSegments + 1];                    // of each segment
   __shared__ int entries[kMaxListSegments];                           // visible ones
   __shared__ unsigned place_changes[kMaxListSegments / 32];  // segments unlike the one before
+  __shared__ double2 places[kMaxListSegments];               // shifts and ceilings
+  __shared__ __align__(16) unsigned char raw_queries[kColumns * kHeadDim * 4];  // as they came
   __shared__ int last_block;
   extern __shared__ __align__(16) unsigned char dynamic[];
 
@@ -431,6 +450,26 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
   const device::Segment<Element>* const segments = p.segments + list * p.max_segments;
   const int count = p.counts[list];
 
+  // A column is one head of one token.
+  const auto token_of = [&](int column) {
+    return (first_column + min(column, columns - 1)) / p.group;
+  };
+  const auto head_of = [&](int column) {
+    return static_cast<std::int64_t>(kv_head) * p.group +
+           (first_column + min(column, columns - 1)) % p.group;
+  };
+  // Queries come beside the list.
+  const int element_bytes = p.input_type == ElementType::kF32 ? 4 : 2;
+  const int row_vectors = kHeadDim * element_bytes / 16;
+  for (int e = tid; e < columns * row_vectors; e += kSegmentThreads) {
+    const int column = e / row_vectors;
+    const std::int64_t row = session * p.query_session_stride +
+                             token_of(column) * p.query_token_stride + head_of(column) * kHeadDim;
+    copy_async(raw_queries + 16 * e, static_cast<const unsigned char*>(p.query) +
+                                         row * element_bytes + 16 * (e - column * row_vectors));
+  }
+  copies_commit();
+
   // Entries, tiles and changes of place of the whole list.
   for (int i = tid; i < kMaxListSegments / 32; i += kSegmentThreads) place_changes[i] = 0;
   __syncthreads();
@@ -441,6 +480,11 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       visible = min(visible, load_acquire(segment.visible_tokens) - segment.first_index);
     const int n = static_cast<int>(max(visible, std::int64_t{0}));
     entries[s] = n;
+    places[s] = {segment.shift, segment.ceiling};
+    const auto* const rest = reinterpret_cast<const unsigned char*>(&segment);
+#pragma unroll
+    for (int at = 64; at < static_cast<int>(sizeof(segment)); at += 32)  // a sector each
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(rest + at));
     tile_begin[s + 1] = (n + kDecodeTile - 1) / kDecodeTile;
     if (s > 0 &&
         (segments[s - 1].shift != segment.shift || segments[s - 1].ceiling != segment.ceiling))
@@ -471,14 +515,6 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
   const int begin = split * share;
   const int end = min(begin + share, tiles);
 
-  // A column is one head of one token.
-  const auto token_of = [&](int column) {
-    return (first_column + min(column, columns - 1)) / p.group;
-  };
-  const auto head_of = [&](int column) {
-    return static_cast<std::int64_t>(kv_head) * p.group +
-           (first_column + min(column, columns - 1)) % p.group;
-  };
   const int first_token = token_of(0);
   const int tokens = token_of(columns - 1) - first_token + 1;
   const auto reader_position = [&](int token, double shift, double ceiling) {
@@ -504,10 +540,10 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       const bool halves = rotated && !p.interleaved;
       const int c0 = halves ? pair : 2 * pair;
       const int c1 = halves ? pair + p.num_pairs : 2 * pair + 1;
-      const std::int64_t row = session * p.query_session_stride + token * p.query_token_stride +
-                               head_of(column) * kHeadDim;
-      const float x = load_input(p.query, p.input_type, row + c0) * scale;
-      const float y = load_input(p.query, p.input_type, row + c1) * scale;
+      const float x =
+          load_input(raw_queries, p.input_type, std::int64_t{column} * kHeadDim + c0) * scale;
+      const float y =
+          load_input(raw_queries, p.input_type, std::int64_t{column} * kHeadDim + c1) * scale;
       const float2 turned =
           rotated ? angles[(token - first_token) * p.num_pairs + pair] : float2{1, 0};
       const float a = x * turned.x - y * turned.y;
@@ -627,8 +663,9 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       run = run_end;
       continue;
     }
-    const double shift = segments[run].shift;
-    const double ceiling = segments[run].ceiling;
+    const double shift = places[run].x;
+    const double ceiling = places[run].y;
+    copies_wait();
     __syncthreads();  // all have read the queries of the run before
     rotate_queries(shift, ceiling);
     __syncthreads();
@@ -840,7 +877,7 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       const int column = e / (kHeadDim / 4);
       const int channel = e % (kHeadDim / 4) * 4;
       float4 total;
-      const float2 state = merge_parts(
+      const float2 state = merge_parts<4>(
           kSegmentWarps, [&](int i) { return states[i * kDecodeHeads + column]; },
           [&](int i) {
             return *reinterpret_cast<const float4*>(parts + (i * kDecodeHeads + column) * kPart +
@@ -875,7 +912,7 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
     const int channel = e % (kHeadDim / 4) * 4;
     const std::int64_t first = unit * splits * kColumns + column;
     float4 total;
-    const float2 state = merge_parts(
+    const float2 state = merge_parts<8>(
         active, [&](int i) { return __ldcg(p.states + first + i * kColumns); },
         [&](int i) {
           return __ldcg(reinterpret_cast<const float4*>(
