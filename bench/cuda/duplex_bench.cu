@@ -81,8 +81,8 @@ void measure(const char* name, const CudaDecoderShape& shape, std::int64_t chunk
   options.policy.read =
       std::max<std::int64_t>(1, (kSourceTokens - chunk) / std::max<std::int64_t>(steps, 1));
   double one = 0;
-  for (const int multiprocessors : {0, 112, 88}) {  // of the source's products; 0: all
-    options.source.product_multiprocessors = multiprocessors;
+  for (const int multiprocessors : {0, 66}) {  // of the target's products; 0: all
+    options.target.vector_multiprocessors = multiprocessors;
     CudaDuplex<bf16, kHeadDim> pair(*weights, options);
     time_run(pair, source, 8, DuplexStreams::kTwo, 1);
     const double in_turns = time_run(pair, source, steps, DuplexStreams::kOne, 3);
@@ -93,7 +93,7 @@ void measure(const char* name, const CudaDecoderShape& shape, std::int64_t chunk
     const double writing = one - reading;
     std::printf(
         "{\"bench\": \"duplex_cuda\", \"model\": \"%s\", \"source_tokens\": %lld, \"chunk\": %lld, "
-        "\"product_multiprocessors\": %d, \"steps\": %lld, \"reading_ms\": %.3f, "
+        "\"vector_multiprocessors\": %d, \"steps\": %lld, \"reading_ms\": %.3f, "
         "\"writing_ms\": %.3f, \"r\": %.3f, \"one_stream_ms\": %.3f, \"two_streams_ms\": %.3f, "
         "\"speed_up\": %.3f, \"overlap_efficiency\": %.3f, \"same_text\": %s}\n",
         name, static_cast<long long>(kSourceTokens), static_cast<long long>(chunk), multiprocessors,

@@ -149,8 +149,8 @@ struct CudaDecoderOptions {
   /// max_chunk - 1 entries beyond sinks and window.
   std::int64_t max_chunk = 0;
   std::int64_t history_size = 0;  ///< chosen tokens kept per session, the newest; 0: none
-  /// Multiprocessors that products of several rows should take up, 0: all (MatrixProducts).
-  int product_multiprocessors = 0;
+  /// Multiprocessors that products with one row take up, 0: all (MatrixVectorPlan).
+  int vector_multiprocessors = 0;
   bool overlap = true;  ///< launches fetch weights and cache rows ahead of their turn
 };
 
@@ -277,7 +277,7 @@ class CudaDecoder {
         attention_(
             {weights.shape().num_qo_heads, weights.shape().num_kv_heads, weights.shape().head_dim},
             options.step, options.overlap),
-        vector_(options.overlap),
+        vector_(options.overlap, options.vector_multiprocessors),
         overlap_(options.overlap && supports_overlap()),
         frequencies_(options.step.frequencies.begin(), options.step.frequencies.end()) {
     options_.step.frequencies = {};
@@ -300,7 +300,7 @@ class CudaDecoder {
     attended_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.query_size()));
     activated_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.intermediate_size));
     if (batch > 1 || options.max_chunk > 0) {
-      products_.emplace(options.product_multiprocessors);
+      products_.emplace();
       rounded_ = Buffer<Element, cuda>(
           size(rows, std::max({s.hidden_size, s.query_size(), s.intermediate_size})));
       gate_up_ = Buffer<float, cuda>(size(rows, 2 * s.intermediate_size));

@@ -39,10 +39,8 @@ class MatrixProducts {
   static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16>);
 
  public:
-  /// multiprocessors: how many products should take up, so that another stream's kernels find
-  /// room; 0: all. \throws Error(kDevice).
-  explicit MatrixProducts(int multiprocessors = 0)
-      : multiprocessors_(multiprocessors), workspace_(kWorkspaceBytes) {
+  /// \throws Error(kDevice).
+  MatrixProducts() : workspace_(kWorkspaceBytes) {
     check_cublas(cublasLtCreate(&handle_), "cublasLtCreate");
   }
   ~MatrixProducts() {
@@ -107,11 +105,6 @@ class MatrixProducts {
     check_cublas(cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSA,
                                                 &transposed, sizeof(transposed)),
                  "cublasLtMatmulDescSetAttribute");
-    if (multiprocessors_ > 0)
-      check_cublas(
-          cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET,
-                                         &multiprocessors_, sizeof(multiprocessors_)),
-          "cublasLtMatmulDescSetAttribute");
     check_cublas(
         cublasLtMatrixLayoutCreate(&plan.w, kType, cols, rows, static_cast<std::int64_t>(cols)),
         "cublasLtMatrixLayoutCreate");
@@ -138,7 +131,6 @@ class MatrixProducts {
   }
 
   cublasLtHandle_t handle_ = nullptr;
-  int multiprocessors_;
   Buffer<std::uint8_t, cuda> workspace_;
   std::map<Extents, Plan> plans_;
 };

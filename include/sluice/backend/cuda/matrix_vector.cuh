@@ -315,13 +315,15 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
 template <class Element>
 class MatrixVectorPlan {
  public:
-  /// \throws Error(kDevice).
-  explicit MatrixVectorPlan(bool overlap) {
+  /// multiprocessors: how many a launch takes up, so that another stream's kernels keep the rest;
+  /// 0: all. \throws Error(kDevice).
+  explicit MatrixVectorPlan(bool overlap, int multiprocessors = 0) {
     int device = 0;
     int major = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
     check_cuda(cudaDeviceGetAttribute(&blocks_, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
+    if (multiprocessors > 0) blocks_ = std::min(blocks_, multiprocessors);
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
                "cudaDeviceGetAttribute");
     check_cuda(
