@@ -5,6 +5,11 @@
 ///   prefill:N   milliseconds to read N tokens at once, no logits but the last's
 ///   ttft:N      the same and the first token
 ///   endless:N   milliseconds of N tokens in the steady state of 4 sinks + 1,020 keys
+///   window:W    milliseconds of single tokens in the steady state of W keys, 4 of them sinks
+///   stream:N    milliseconds to read N tokens through 4 sinks + 1,020 keys
+///   limits      what the machine allows the same threads at this moment
+/// Beside the times stand what a row has to do at least: bytes to read for a token, or the products
+/// of weights and of attention.
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -18,6 +23,9 @@
 #include <string_view>
 #include <vector>
 
+#include "support/machine_limits.hpp"
+
+#include "sluice/backend/cpu/kernel_table.hpp"
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_gguf.hpp"
 #include "sluice/stream/session.hpp"
@@ -30,7 +38,7 @@ constexpr const char* kHelp =
     "usage: speed_bench MODEL.gguf THREADS [int8] TASK...\n"
     "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are "
     "that\n"
-    "tasks: decode:N prefill:N ttft:N endless:N (N tokens); JSON lines on stdout\n";
+    "tasks: decode:N prefill:N ttft:N endless:N (N tokens) window:W stream:N limits; JSON lines\n";
 
 using Model = std::shared_ptr<const Decoder>;
 
@@ -66,12 +74,12 @@ struct Setting {
 };
 
 Session<f16> make_session(const Model& model, CachePolicy policy, std::int64_t capacity,
-                          const Setting& setting) {
+                          const Setting& setting, std::int64_t window = 1024) {
   SessionOptions options;
   options.activations = setting.activations;
   options.cache.policy = policy;
   options.cache.num_sink_tokens = 4;
-  options.cache.window_size = 1020;
+  options.cache.window_size = window - 4;
   options.cache.capacity = capacity;
   options.num_threads = setting.threads;
   return Session<f16>(model, options);
@@ -92,9 +100,9 @@ std::vector<double> decode(const Model& model, std::int64_t cached, const Settin
   return ms;
 }
 
-std::vector<double> read(const Model& model, std::int64_t tokens, const Setting& setting,
-                         bool writes) {
-  Session<f16> session = make_session(model, CachePolicy::kFull, tokens + 8, setting);
+std::vector<double> read(const Model& model, CachePolicy policy, std::int64_t tokens,
+                         const Setting& setting, bool writes) {
+  Session<f16> session = make_session(model, policy, tokens + 8, setting);
   const std::vector<Token> prompt = random_tokens(model, tokens);
   std::vector<double> ms;
   for (int i = 0; i < 3; ++i) {
@@ -107,9 +115,11 @@ std::vector<double> read(const Model& model, std::int64_t tokens, const Setting&
   return ms;
 }
 
-std::vector<double> endless(const Model& model, std::int64_t tokens, const Setting& setting) {
-  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, setting);
-  session.accept(random_tokens(model, 1100));
+/// Milliseconds of `tokens` single tokens once `window` keys, 4 of them sinks, are there.
+std::vector<double> endless(const Model& model, std::int64_t window, std::int64_t tokens,
+                            const Setting& setting) {
+  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, setting, window);
+  session.accept(random_tokens(model, window + 76));
   session.step();
   std::vector<double> ms;
   for (std::int64_t i = 0; i < tokens; ++i) {
@@ -120,12 +130,53 @@ std::vector<double> endless(const Model& model, std::int64_t tokens, const Setti
   return ms;
 }
 
+/// What a task has to do at least.
+struct Work {
+  double bytes = 0;     // to read, of one token
+  double products = 0;  // multiplications and additions of all tokens that are read
+};
+
+/// Of weights without the embedding's row lookups, and of f16 keys and values.
+Work work_of(const Model& model, std::int64_t tokens, std::int64_t keys, bool causal) {
+  const DecoderConfig& c = model->config();
+  const DecoderWeights& weights = model->weights();
+  double bytes = static_cast<double>(weights.output.bytes());
+  double values = 0;
+  for (const DecoderLayerWeights& layer : weights.layers)
+    for (const WeightMatrix* matrix : {&layer.query, &layer.key, &layer.value, &layer.output,
+                                       &layer.gate, &layer.up, &layer.down}) {
+      bytes += static_cast<double>(matrix->bytes());
+      values += static_cast<double>(matrix->rows * matrix->cols);
+    }
+  const auto layers = static_cast<double>(c.num_layers());
+  const auto n = static_cast<double>(tokens);
+  const auto k = static_cast<double>(keys);
+  // Of T tokens that read themselves, token t sees t keys, at most `keys`.
+  const double seen =
+      causal ? std::min(n, k) * (std::min(n, k) + 1) / 2 + std::max(0.0, n - k) * k : n * k;
+  const auto head_values = static_cast<double>(c.num_qo_heads * c.head_dim);
+  Work work;
+  work.bytes = bytes + layers * 2 * 2 * k * static_cast<double>(c.num_kv_heads * c.head_dim);
+  work.products = 2 * values * n + layers * 4 * head_values * seen;
+  return work;
+}
+
+void print_limits(const Setting& setting) {
+  ThreadTeam team(setting.threads);
+  const bench::MachineLimits limits = bench::measure_machine(team);
+  std::cout << "{\"task\": \"limits\", \"threads\": " << setting.threads << ", \"kernels\": \""
+            << kernel_target() << "\", \"read_gb_per_s\": " << limits.read_gb_per_s
+            << ", \"f32_gflop_per_s\": " << limits.f32_gflop_per_s
+            << ", \"bf16_gflop_per_s\": " << limits.bf16_gflop_per_s
+            << ", \"int8_gop_per_s\": " << limits.int8_gop_per_s << "}" << std::endl;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
   const std::vector<std::string> arguments(argv + 1, argv + argc);
   if (!arguments.empty() && arguments[0] == "--benchmark_list_tests") {
-    std::cout << "decode\nprefill\nttft\nendless\n";
+    std::cout << "decode\nprefill\nttft\nendless\nwindow\nstream\nlimits\n";
     return 0;
   }
   if (arguments.size() < 3) {
@@ -143,17 +194,32 @@ int main(int argc, char** argv) try {
     const std::string name = task.substr(0, colon);
     const std::int64_t count =
         colon == std::string::npos ? 0 : std::atoll(task.c_str() + colon + 1);
+    if (name == "limits") {
+      print_limits(setting);
+      continue;
+    }
     std::vector<double> ms;
-    if (name == "decode")
+    Work work;
+    if (name == "decode") {
       ms = decode(model, count, setting);
-    else if (name == "prefill" || name == "ttft")
-      ms = read(model, count, setting, name == "ttft");
-    else if (name == "endless")
-      ms = endless(model, count, setting);
-    else
+      work.bytes = work_of(model, 1, count, false).bytes;
+    } else if (name == "prefill" || name == "ttft") {
+      ms = read(model, CachePolicy::kFull, count, setting, name == "ttft");
+      work.products = work_of(model, count, count, true).products;
+    } else if (name == "stream") {
+      ms = read(model, CachePolicy::kSinkWindow, count, setting, false);
+      work.products = work_of(model, count, 1024, true).products;
+    } else if (name == "endless" || (name == "window" && count >= 8)) {
+      constexpr std::int64_t kSteps = 64;
+      ms = name == "endless" ? endless(model, 1024, count, setting)
+                             : endless(model, count, kSteps, setting);
+      work.bytes = work_of(model, 1, name == "endless" ? 1024 : count, false).bytes;
+    } else {
       throw std::invalid_argument("unknown task '" + task + "'");
+    }
     std::cout << "{\"task\": \"" << task << "\", \"load_ms\": " << load_ms
-              << ", \"peak_resident_mb\": " << peak_resident_mb() << ", \"ms\": [";
+              << ", \"peak_resident_mb\": " << peak_resident_mb() << ", \"bytes\": " << work.bytes
+              << ", \"products\": " << work.products << ", \"ms\": [";
     for (std::size_t i = 0; i < ms.size(); ++i) std::cout << (i == 0 ? "" : ", ") << ms[i];
     std::cout << "]}" << std::endl;
   }

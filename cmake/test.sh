@@ -9,7 +9,8 @@ Builds sluice and runs every test, on a fresh Debian 12 too: missing packages ar
 apt (through sudo if need be), and the default model is fetched into the user's cache.
 
   1. release    everything: tests, consumers, benchmarks, examples; -O3 -march=native
-  2. portable   the kernels' tests without -march=native
+  2. portable   the kernels' tests without -march=native, and under each instruction set of a
+                program that holds several
   3. sanitizers the tests and fuzzers under AddressSanitizer and UndefinedBehaviorSanitizer
   4. threads    the tests that share data between threads under ThreadSanitizer
 

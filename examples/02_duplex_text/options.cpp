@@ -218,6 +218,9 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       ->check(whole_number(1, 1024));
   with_default("--target-threads", o.target_threads, "threads that write")
       ->check(whole_number(1, 1024));
+  with_default("--shared-threads", o.shared_threads,
+               "one team of so many threads that helps both sides, in place of the two; 0: none")
+      ->check(whole_number(0, 1024));
   flag("--sequential", o.sequential,
        "read and write in turns on one thread: the same tokens, later");
 

@@ -61,6 +61,7 @@ struct Options {
 
   int source_threads = 1;
   int target_threads = 1;
+  int shared_threads = 0;  // of one team for both sides; 0: a team each
   bool sequential = false;
 
   bool json = false;

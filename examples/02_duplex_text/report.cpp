@@ -98,7 +98,10 @@ void print_setting(const sluice::LoadedModel& model, const Options& options,
             << "policy   " << policy_text(options) << "; source units: " << to_string(options.unit)
             << "s, at most " << options.max_unit_tokens << " tokens\n"
             << "running  ";
-  if (duplex.concurrent)
+  if (options.shared_threads > 0)
+    std::cerr << (duplex.concurrent ? "both sides" : "in turns") << " with one team of "
+              << options.shared_threads << (options.shared_threads == 1 ? " thread" : " threads");
+  else if (duplex.concurrent)
     std::cerr << "source " << options.source_threads << " + target " << options.target_threads
               << (options.target_threads == 1 ? " thread" : " threads");
   else
@@ -213,6 +216,7 @@ Json report_json(const sluice::LoadedModel& model, const Options& options, const
         {"concurrent", !options.sequential},
         {"source_threads", options.source_threads},
         {"target_threads", options.target_threads},
+        {"shared_threads", options.shared_threads},
         {"max_tokens", options.max_tokens},
         {"temperature", s.temperature},
         {"top_k", s.top_k},

@@ -25,6 +25,7 @@
 
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
+#include "sluice/core/threads.hpp"
 #include "sluice/model/load_model.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/duplex.hpp"
@@ -124,6 +125,8 @@ class Runner {
     if (options_.max_tokens != kForEver) duplex.max_target_tokens = options_.max_tokens;
     duplex.source_threads = options_.source_threads;
     duplex.target_threads = options_.target_threads;
+    if (options_.shared_threads > 0)
+      duplex.team = std::make_shared<sluice::ThreadTeam>(options_.shared_threads);
     duplex.concurrent = !options_.sequential;
     return duplex;
   }

@@ -846,6 +846,26 @@ TEST(AttendCalls, AWorkspaceMayBeUsedAgainAndAgain) {
   }
 }
 
+// Few rows over many keys: keys are cut into parts that are merged, at places that no number of
+// threads changes. The windows end inside a part, and one part is hidden from every row.
+TEST(AttendCalls, FewRowsOverManyKeys) {
+  Scene<f16, f16> scene({.kv_heads = 2, .group = 3, .dim = 32, .value_dim = 32}, rotary_for(32), 9);
+  add_sinks_and_ring(scene, 4, 704, 3700, 1900, 3700);
+  for (const std::int64_t tokens : {2, 9, 17}) {
+    const std::vector<float> rows = scene.queries(tokens);
+    const std::int64_t first = 3700 - tokens;
+    for (const std::int64_t window : {300, 2001}) {
+      const AttentionVariant<> variant{
+          .sm_scale = 0.2F, .visibility = {.window_size = window, .num_sink_tokens = 4}};
+      const Outcome alone =
+          scene.check(rows, first, static_cast<Position>(first), variant, causal(window, 4));
+      const Outcome three = scene.run(rows, first, static_cast<Position>(first), variant, 3);
+      EXPECT_EQ(alone.out, three.out);
+      EXPECT_EQ(alone.lse, three.lse);
+    }
+  }
+}
+
 TEST(AttendCalls, RowsMayBePassedInParts) {
   Scene<f16, f16> scene({.kv_heads = 2, .group = 2, .dim = 64, .value_dim = 64}, rotary_for(64), 7);
   add_sinks_and_ring(scene, 4, 701, 1000, 120, 200);

@@ -227,7 +227,8 @@ class DuplexTextTest(unittest.TestCase):
         arguments = ("--json", "-n", "60", "--ignore-eos", "-k", "2", *SAMPLED)
         expected = final_tokens(self.done(*arguments))
         self.assertEqual(len(expected), 60)
-        for more in (("--source-threads", "2"), ("--target-threads", "2"), ("--sequential",)):
+        for more in (("--source-threads", "2"), ("--target-threads", "2"), ("--shared-threads", "2"),
+                     ("--sequential",)):
             self.assertEqual(final_tokens(self.done(*arguments, *more)), expected)
         self.assertNotEqual(final_tokens(self.done(*arguments, "--seed", "8")), expected)
 

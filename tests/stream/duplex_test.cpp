@@ -203,11 +203,12 @@ void expect_repeatable(const Policy& policy, const DuplexOptions& base, const st
   sequential.queue_tokens = 256;
   const Outcome reference = run(policy, sequential, units);
   EXPECT_FALSE(reference.reader.final_tokens.empty());
-  for (const std::uint64_t seed : {0, 1, 2}) {
+  for (const std::uint64_t seed : {0, 1, 2, 3}) {
     DuplexOptions concurrent = base;
     concurrent.concurrent = true;
     concurrent.source_threads = seed == 2 ? 2 : 1;
     concurrent.target_threads = seed == 1 ? 3 : 1;
+    if (seed == 3) concurrent.team = std::make_shared<ThreadTeam>(2);
     const Outcome found = run(policy, concurrent, units, seed);
     EXPECT_EQ(found.reader.final_tokens, reference.reader.final_tokens);
     EXPECT_EQ(found.trace.entries, reference.trace.entries);
@@ -786,6 +787,8 @@ TEST(DuplexStress, RandomFeedCancelStop) {
     o.coalesce_units = 1 + static_cast<std::int64_t>(random.below(3));
     o.source_threads = 1 + static_cast<int>(random.below(2));
     o.target_threads = 1 + static_cast<int>(random.below(2));
+    if (random.below(3) == 0)
+      o.team = std::make_shared<ThreadTeam>(1 + static_cast<int>(random.below(3)));
     const bool throws = random.below(8) == 0;
     struct Mixed {
       WaitK<FixedUnits> wait_k;

@@ -51,3 +51,8 @@ linker may keep that slow copy for the whole program. Include <sluice/sluice.cuh
 #else
 #define SLUICE_KERNELS_INCLUDED 0
 #endif
+// 1 in units whose functions are hidden from the rest of the program (kernels for one of several
+// instruction sets): they must not have threads of their own.
+#if !defined(SLUICE_KERNELS_ISOLATED)
+#define SLUICE_KERNELS_ISOLATED 0
+#endif

@@ -119,27 +119,12 @@ class ThreadTeam {
     }
     SLUICE_ASSERT(count <= kMaxItems);
     using Callable = std::remove_reference_t<Function>;
-    // Relaxed: a member uses what it read here only if it then claims an item, which fails unless
-    // this fork-join is still open.
-    context_.store(const_cast<void*>(static_cast<const void*>(&function)),
-                   std::memory_order_relaxed);
-    invoke_.store([](void* context, std::int64_t item,
-                     int member) { (*static_cast<Callable*>(context))(item, member); },
-                  std::memory_order_relaxed);
-    count_.store(count, std::memory_order_relaxed);
-    unfinished_.store(static_cast<std::uint32_t>(count), std::memory_order_relaxed);
-    const std::uint64_t fork = (shares_[0].open.load(std::memory_order_relaxed) | kItemMask) + 1;
-    for (int member = 0; member < num_threads_; ++member) {
-      const WorkRange share = share_of(count, member, num_threads_);
-      shares_[static_cast<std::size_t>(member)].open.store(
-          fork | static_cast<std::uint64_t>(share.end - share.begin), std::memory_order_release);
-    }
-    generation_.fetch_add(1, std::memory_order_seq_cst);
-    generation_.notify_all();
-    const Clock::time_point begin = Clock::now();
-    const std::uint32_t own = take_part(0);
-    if (unfinished_.load(std::memory_order_acquire) != 0) await_others(begin, own);
-    busy_.store(false, std::memory_order_release);
+    fork_join(
+        const_cast<void*>(static_cast<const void*>(&function)),
+        [](void* context, std::int64_t item, int member) {
+          (*static_cast<Callable*>(context))(item, member);
+        },
+        count);
   }
 
   /// Calls function(range, member) for consecutive ranges of `grain` of `total` items, the last
@@ -161,6 +146,10 @@ class ThreadTeam {
 
  private:
   using Clock = std::chrono::steady_clock;
+
+  // Defined below: what waits and wakes is compiled once in a program with several kernel
+  // libraries.
+  void fork_join(void* context, void (*invoke)(void*, std::int64_t, int), std::int64_t count);
 
   // Low bits of Share::open: items of the share that nobody has claimed yet; above them the number
   // of the fork-join, so that nobody can claim from one that is over.
@@ -296,5 +285,29 @@ class ThreadTeam {
   std::vector<Share> shares_;
   std::vector<std::jthread> workers_;  // last: joined before the members above go
 };
+
+#if !SLUICE_KERNELS_ISOLATED
+inline void ThreadTeam::fork_join(void* context, void (*invoke)(void*, std::int64_t, int),
+                                  std::int64_t count) {
+  // Relaxed: a member uses what it read here only if it then claims an item, which fails unless
+  // this fork-join is still open.
+  context_.store(context, std::memory_order_relaxed);
+  invoke_.store(invoke, std::memory_order_relaxed);
+  count_.store(count, std::memory_order_relaxed);
+  unfinished_.store(static_cast<std::uint32_t>(count), std::memory_order_relaxed);
+  const std::uint64_t fork = (shares_[0].open.load(std::memory_order_relaxed) | kItemMask) + 1;
+  for (int member = 0; member < num_threads_; ++member) {
+    const WorkRange share = share_of(count, member, num_threads_);
+    shares_[static_cast<std::size_t>(member)].open.store(
+        fork | static_cast<std::uint64_t>(share.end - share.begin), std::memory_order_release);
+  }
+  generation_.fetch_add(1, std::memory_order_seq_cst);
+  generation_.notify_all();
+  const Clock::time_point begin = Clock::now();
+  const std::uint32_t own = take_part(0);
+  if (unfinished_.load(std::memory_order_acquire) != 0) await_others(begin, own);
+  busy_.store(false, std::memory_order_release);
+}
+#endif
 
 }  // namespace sluice

@@ -86,12 +86,17 @@ inline void activate(Activation activation, std::span<const float> x, std::span<
 /// out[i] = activation(gate[i]) * up[i] for `count` values (the gated unit of arXiv 2002.05202).
 /// gate, up, out: [count]; out may be the memory of gate or of up, but may not overlap them
 /// otherwise, so threads may take separate ranges. Allocates nothing.
-inline void gate_up(Activation activation, const float* gate, const float* up, float* out,
-                    std::int64_t count) {
+void gate_up(Activation activation, const float* gate, const float* up, float* out,
+             std::int64_t count);
+
+#if SLUICE_KERNELS_INCLUDED
+SLUICE_KERNEL void gate_up(Activation activation, const float* gate, const float* up, float* out,
+                           std::int64_t count) {
   detail::with_activation(activation, [&](auto function) {
     detail::for_each_register(count, out,
                               [&](auto&& load) { return function(load(gate)) * load(up); });
   });
 }
+#endif
 
 }  // namespace sluice

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <span>
 
+#include "sluice/backend/cpu/kernel_table.hpp"
 #include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/core/backend.hpp"
 #include "sluice/core/config.hpp"

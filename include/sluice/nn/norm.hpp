@@ -13,6 +13,10 @@ namespace sluice {
 
 namespace detail {
 
+void rms_norm_row(const float* x, const float* weight, std::int64_t count, float eps,
+                  bool add_one_to_weight, float* y);
+
+#if SLUICE_KERNELS_INCLUDED
 // The sum of squares in float64 over float32 sums of at most 16 products a lane, so that its error
 // stays near one rounding whatever the length.
 inline double sum_of_squares(const float* x, std::int64_t count) {
@@ -36,8 +40,8 @@ inline double sum_of_squares(const float* x, std::int64_t count) {
   return total;
 }
 
-inline void rms_norm_row(const float* x, const float* weight, std::int64_t count, float eps,
-                         bool add_one_to_weight, float* y) {
+SLUICE_KERNEL void rms_norm_row(const float* x, const float* weight, std::int64_t count, float eps,
+                                bool add_one_to_weight, float* y) {
   const double mean = sum_of_squares(x, count) / static_cast<double>(count);
   const simd::VecF scale =
       simd::broadcast(static_cast<float>(1.0 / std::sqrt(mean + static_cast<double>(eps))));
@@ -51,6 +55,7 @@ inline void rms_norm_row(const float* x, const float* weight, std::int64_t count
     simd::store_partial(y + i, simd::load_partial(x + i, rest) * scale * factor, rest);
   }
 }
+#endif
 
 }  // namespace detail
 

@@ -76,6 +76,10 @@ struct DuplexOptions {
   std::int64_t delay_capacity = 65536;
   int source_threads = 1;
   int target_threads = 1;
+  /// One team for both sides, in place of one each (source_threads and target_threads are not used
+  /// then), and for whoever else holds it: its members help the side that forks first, and the
+  /// other when that one waits for source, so that two cores need no more than two threads.
+  std::shared_ptr<ThreadTeam> team{};
   /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;
   /// Two threads, or everything on the caller's (the sequential loop of the published systems).
@@ -151,14 +155,14 @@ class DuplexEngine {
         source_(model_->make_group<Key, Value>("source", kSourceGroup, source_plan())),
         target_(model_->make_group<Key, Value>("target", kTargetGroup, target_plan())),
         reader_(source_->open_reader()),
-        source_team_(options.source_threads),
-        target_team_(options.target_threads),
+        source_team_(team_of(options, options.source_threads)),
+        target_team_(team_of(options, options.target_threads)),
         source_workspace_(*model_, source_->cache().max_chunk(), source_->cache().max_entries(),
-                          options.source_threads, DecoderWorkspace::kDefaultSegments,
+                          source_team_->size(), DecoderWorkspace::kDefaultSegments,
                           options.activations),
         target_workspace_(*model_, target_->cache().max_chunk(),
                           source_->cache().max_entries() + target_->cache().max_entries(),
-                          options.target_threads, DecoderWorkspace::kDefaultSegments,
+                          target_team_->size(), DecoderWorkspace::kDefaultSegments,
                           options.activations),
         sampler_(options.sampler, model_->config().vocab_size),
         queue_(options.queue_units, options.queue_tokens, options.queue_embeddings,
@@ -232,7 +236,7 @@ class DuplexEngine {
     else
       input.tokens = unit_tokens_.span().first(static_cast<std::size_t>(tokens));
     feed_group(*source_, input, GroupReader<Key, Value>{.own_group = kSourceGroup},
-               source_workspace_, source_team_);
+               source_workspace_, *source_team_);
     const std::int64_t end = monotonic_ns();
     metrics_.on_source_work(end - begin, end, tokens);
     for (std::int64_t u = 0; u < units; ++u)
@@ -305,6 +309,10 @@ class DuplexEngine {
   /// GroupedLayout counts each group from its origin, as caches do by themselves. Any other
   /// layout's answers are stored token by token, and depend on the order of arrival.
   static constexpr bool explicit_positions() { return !std::is_same_v<Layout, GroupedLayout>; }
+
+  static std::shared_ptr<ThreadTeam> team_of(const DuplexOptions& options, int threads) {
+    return options.team ? options.team : std::make_shared<ThreadTeam>(threads);
+  }
 
   static const DuplexOptions& checked(const DuplexOptions& options, const Decoder& model) {
     const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
@@ -470,11 +478,11 @@ class DuplexEngine {
     reader.bidirectional = options_.bidirectional_prefix && count > 1;
     reader.probe = probe();
     const std::int64_t begin = monotonic_ns();
-    feed_group(*target_, DecoderInput{to_feed_}, reader, target_workspace_, target_team_);
+    feed_group(*target_, DecoderInput{to_feed_}, reader, target_workspace_, *target_team_);
     to_feed_ = {};
     model_->logits(target_workspace_.hidden_states().rows - 1,
                    {logits_.data(), 1, static_cast<std::int64_t>(logits_.size())},
-                   target_workspace_, target_team_);
+                   target_workspace_, *target_team_);
     if (reader.probe.newest > 0 && count == 1) {
       float sum = 0;
       for (const float share : target_workspace_.attention_mass()) sum += share;
@@ -614,8 +622,8 @@ class DuplexEngine {
   std::unique_ptr<Group<Key, Value>> source_;
   std::unique_ptr<Group<Key, Value>> target_;
   int reader_;
-  ThreadTeam source_team_;
-  ThreadTeam target_team_;
+  std::shared_ptr<ThreadTeam> source_team_;
+  std::shared_ptr<ThreadTeam> target_team_;
   DecoderWorkspace source_workspace_;
   DecoderWorkspace target_workspace_;
   Sampler sampler_;

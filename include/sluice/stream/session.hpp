@@ -47,7 +47,8 @@ struct SessionOptions {
   CacheOptions cache;
   SamplerOptions sampler;
   int num_threads = 1;  ///< of the session's own team; not used when `team` is set
-  /// A team shared with other sessions that never step at the same time; null: the session's own.
+  /// A team shared with other sessions; null: the session's own. Of several that step at the same
+  /// time one has its help at each moment, and the others go on alone.
   std::shared_ptr<ThreadTeam> team;
   /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;

@@ -2,8 +2,6 @@
 // Products of bf16 weights with activations rounded to bf16 against a plain loop over their
 // definition, bit for bit and for every way of cutting the work; and against exact products within
 // the documented bound.
-#include "sluice/backend/cpu/linear_bf16.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -13,20 +11,15 @@
 #include <gtest/gtest.h>
 
 #include "sluice/nn/linear.hpp"
+#include "support/kernel_arithmetic.hpp"
 #include "support/random_matrix.hpp"
 
 namespace sluice {
 namespace {
 
+using test::multiply_add;
 using test::random_values;
 using test::RandomMatrix;
-
-// a * b + c with the roundings of this build's vectors: one where it has fused multiply-add.
-float multiply_add(float a, float b, float c) {
-  float lanes[simd::kWidth];
-  simd::store(lanes, simd::fma(simd::broadcast(a), simd::broadcast(b), simd::broadcast(c)));
-  return lanes[0];
-}
 
 // One output from the definition: four chains of column pairs, the second of a pair first.
 float expected_product(const float* weights, const float* x, std::int64_t cols) {

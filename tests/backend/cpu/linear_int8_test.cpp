@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Products with activations of eight bits against a plain loop over their definition, bit for bit
 // and for every way of cutting the work; and against exact products within the documented bound.
-#include "sluice/backend/cpu/linear_int8.hpp"
-
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -13,23 +12,19 @@
 #include <gtest/gtest.h>
 
 #include "sluice/nn/linear.hpp"
+#include "support/kernel_arithmetic.hpp"
 #include "support/random_matrix.hpp"
 
 namespace sluice {
 namespace {
 
+using test::kernels;
+using test::multiply_add;
 using test::random_values;
 using test::RandomMatrix;
 
 constexpr ElementType kTypes[] = {ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kQ4_1,
                                   ElementType::kQ4_K, ElementType::kQ6_K};
-
-// a * b + c with the roundings of this build's vectors: one where it has fused multiply-add.
-float multiply_add(float a, float b, float c) {
-  float lanes[simd::kWidth];
-  simd::store(lanes, simd::fma(simd::broadcast(a), simd::broadcast(b), simd::broadcast(c)));
-  return lanes[0];
-}
 
 // One row's columns of a unit: weight[i] = scale * level[i] + offset.
 struct Unit {
@@ -107,7 +102,7 @@ std::vector<Unit> units_of(const RandomMatrix& weight, std::int64_t row) {
   }
   const int run = type == ElementType::kQ4_K ? 2 : 1;
   for (std::size_t u = 0; u < units.size(); ++u)
-    units[u].chain = static_cast<int>(u) / run % detail::kInt8Chains;
+    units[u].chain = static_cast<int>(u) / run % kernels().int8_chains;
   return units;
 }
 
@@ -140,7 +135,7 @@ Rounded round_token(const float* x, std::int64_t cols) {
 }
 
 float expected_product(const std::vector<Unit>& units, const Rounded& x) {
-  std::vector<float> chains(detail::kInt8Chains, 0.0F);
+  std::vector<float> chains(static_cast<std::size_t>(kernels().int8_chains), 0.0F);
   std::size_t column = 0;
   for (const Unit& unit : units) {
     std::int64_t products = 0;

@@ -10,6 +10,7 @@
 
 #include <gtest/gtest.h>
 
+#include "sluice/backend/cpu/linear_task.hpp"
 #include "support/random_matrix.hpp"
 
 namespace sluice {

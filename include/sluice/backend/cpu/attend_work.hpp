@@ -33,6 +33,10 @@ namespace sluice::detail {
 
 inline constexpr std::int64_t kTileKeys = 128;   // keys of a prefill tile
 inline constexpr std::int64_t kBlockPanels = 4;  // panels of a prefill work item, at most
+inline constexpr std::int64_t kItems = 16;       // work items that a prefill call should have
+inline constexpr std::int64_t kSplitTiles = 4;   // tiles of keys of a split in a prefill, at least
+// Rows of all splits of a prefill call, at most: every workspace has room for them.
+inline constexpr std::int64_t kPrefillSplitRows = 32;
 
 /// What reads keys of one element type. `rotary`: of the queries, for keys that are stored raw.
 struct KeyKernels {
@@ -521,32 +525,38 @@ class CpuAttention {
     values_.sums(segment, kv_head, split.begin, count, group, value_dim, scores, out, more);
   }
 
+  /// Merges the splits of a KV head's query heads, of all rows.
   void merge_heads(std::int64_t kv_head, std::int64_t splits) {
-    for (std::int64_t g = 0; g < workspace_.group_; ++g)
-      merge_splits(first_head(kv_head) + g, splits);
+    for (std::int64_t token = 0; token < query_.rows.tokens; ++token)
+      for (std::int64_t g = 0; g < workspace_.group_; ++g)
+        merge_splits(token, first_head(kv_head) + g, splits);
   }
 
-  /// Adds the splits of one head in their order; the first split's row is the accumulator.
-  void merge_splits(std::int64_t head, std::int64_t splits) {
+  /// Where a split leaves a row: a place of partial_out_ and partial_state_.
+  std::int64_t partial_row(std::int64_t split, std::int64_t token, std::int64_t head) const {
+    return (split * query_.rows.tokens + token) * workspace_.shape_.num_qo_heads + head;
+  }
+
+  /// Adds the splits of one row in their order; the first split's row is the accumulator.
+  void merge_splits(std::int64_t token, std::int64_t head, std::int64_t splits) {
     const std::int64_t dim = workspace_.shape_.value_dim;
-    const std::int64_t heads = workspace_.shape_.num_qo_heads;
+    const auto state = [&](std::int64_t s) -> const SoftmaxState& {
+      return workspace_.partial_state_[static_cast<std::size_t>(partial_row(s, token, head))];
+    };
     SoftmaxState all;
-    for (std::int64_t s = 0; s < splits; ++s)
-      all.max = std::max(all.max,
-                         workspace_.partial_state_[static_cast<std::size_t>(s * heads + head)].max);
-    float* sum = workspace_.partial_out_.data() + head * dim;
+    for (std::int64_t s = 0; s < splits; ++s) all.max = std::max(all.max, state(s).max);
+    float* sum = workspace_.partial_out_.data() + partial_row(0, token, head) * dim;
     for (std::int64_t s = 0; s < splits && !all.empty(); ++s) {
-      const SoftmaxState& part =
-          workspace_.partial_state_[static_cast<std::size_t>(s * heads + head)];
+      const SoftmaxState& part = state(s);
       const float factor = part.empty() ? 0.0F : std::exp(part.max - all.max);
-      const float* from = workspace_.partial_out_.data() + (s * heads + head) * dim;
+      const float* from = workspace_.partial_out_.data() + partial_row(s, token, head) * dim;
       if (s == 0)
         for (std::int64_t d = 0; d < dim; ++d) sum[d] *= factor;
       else
         for (std::int64_t d = 0; d < dim; ++d) sum[d] += factor * from[d];
       all.sum += part.sum * factor;
     }
-    finish(0, head, sum, all);
+    finish(token, head, sum, all);
   }
 
   // ---- several query rows --------------------------------------------------------------------
@@ -583,18 +593,49 @@ class CpuAttention {
     const auto blocks = [&] {
       return (tokens + block_tokens() - 1) / block_tokens();
     };
-    while (block_panels > 1 && blocks() * segment_heads() < 16) block_panels /= 2;
+    while (block_panels > 1 && blocks() * segment_heads() < kItems) block_panels /= 2;
     const std::int64_t count = blocks();
-    team.for_each(count * segment_heads(), [&](std::int64_t item, int member) {
+    const std::int64_t heads = segment_heads();
+    // Few rows over many keys are too few items: their tiles of keys are shared out, too.
+    std::int64_t tiles = 0;
+    for (const AnySegment& segment : segments_) tiles += tiles_of(segment);
+    const std::int64_t splits = std::max<std::int64_t>(
+        1, std::min({kItems / (count * heads), kPrefillSplitRows / tokens, tiles / kSplitTiles}));
+    if (splits > 1)
+      for (std::int64_t j = 0; j < heads; ++j)
+        workspace_.splits_left_[static_cast<std::size_t>(j)].store(count * splits,
+                                                                   std::memory_order_relaxed);
+    team.for_each(count * heads * splits, [&](std::int64_t item, int member) {
+      const std::int64_t kv_head = item / (count * splits);
+      const std::int64_t split = item / count % splits;
       // Later blocks see more keys than earlier ones: the long items first.
       const std::int64_t block = count - 1 - item % count;
-      prefill_block(item / count, block * block_tokens(),
-                    std::min((block + 1) * block_tokens(), tokens),
+      prefill_block(kv_head, block * block_tokens(), std::min((block + 1) * block_tokens(), tokens),
+                    {split, splits, tiles},
                     workspace_.scratch_[static_cast<std::size_t>(member)].data());
+      // The last one has seen what the others wrote.
+      if (splits > 1 && workspace_.splits_left_[static_cast<std::size_t>(kv_head)].fetch_sub(
+                            1, std::memory_order_acq_rel) == 1)
+        merge_heads(kv_head, splits);
     });
   }
 
-  void prefill_block(std::int64_t kv_head, std::int64_t begin, std::int64_t end, float* scratch) {
+  /// Which part of all tiles of keys an item takes.
+  struct TileSplit {
+    std::int64_t index;
+    std::int64_t count;
+    std::int64_t tiles;
+
+    bool takes(std::int64_t tile) const {
+      return tile >= tiles * index / count && tile < tiles * (index + 1) / count;
+    }
+  };
+  static std::int64_t tiles_of(const AnySegment& segment) {
+    return (segment.rule.visible + kTileKeys - 1) / kTileKeys;
+  }
+
+  void prefill_block(std::int64_t kv_head, std::int64_t begin, std::int64_t end,
+                     const TileSplit& split, float* scratch) {
     const std::int64_t group = workspace_.group_;
     const std::int64_t key_cols = workspace_.extents_.key_cols;
     const std::int64_t value_cols = workspace_.extents_.value_cols;
@@ -617,10 +658,12 @@ class CpuAttention {
     std::fill_n(block.max, columns, kMinusInfinity);
     std::fill_n(block.sum, columns, 0.0F);
 
-    int loaded = -1;  // the rotation that block.query has
+    int loaded = -1;        // the rotation that block.query has
+    std::int64_t tile = 0;  // of all segments
     for (std::size_t s = 0; s < segments_.size(); ++s) {
       const AnySegment& segment = segments_[s];
       for (std::int64_t first = 0; first < segment.rule.visible; first += kTileKeys) {
+        if (!split.takes(tile++)) continue;
         const std::int64_t last = std::min(first + kTileKeys, segment.rule.visible);
         if (classify(segment, begin, end, first, last) == TileVisibility::kNone) continue;
         if (loaded != table_of_[s]) load_queries(s, block);
@@ -633,7 +676,7 @@ class CpuAttention {
           prefill_panel(segment, block, column, first, last);
       }
     }
-    finish_block(block);
+    finish_block(block, split);
   }
 
   /// Query rows of a block as columns, rotated for segment s. Columns beyond the last are 0.
@@ -731,16 +774,28 @@ class CpuAttention {
     }
   }
 
-  void finish_block(const Block& block) {
+  /// Leaves the rows of a block where they belong, or as a split's part.
+  void finish_block(const Block& block, const TileSplit& split) {
     const std::int64_t value_cols = workspace_.extents_.value_cols;
     const std::int64_t group = workspace_.group_;
     const std::int64_t columns = block.columns(group);
     for (std::int64_t c = 0; c < columns; c += simd::kWidth) {
       transpose(block.sums + c / kTileColumns * kTileColumns * value_cols + c % kTileColumns,
                 kTileColumns, value_cols, simd::kWidth, block.rows, value_cols);
-      for (std::int64_t i = 0; i < simd::kWidth && c + i < columns; ++i)
-        finish(block.begin + (c + i) / group, first_head(block.kv_head) + (c + i) % group,
-               block.rows + i * value_cols, {.max = block.max[c + i], .sum = block.sum[c + i]});
+      for (std::int64_t i = 0; i < simd::kWidth && c + i < columns; ++i) {
+        const std::int64_t token = block.begin + (c + i) / group;
+        const std::int64_t head = first_head(block.kv_head) + (c + i) % group;
+        const float* const sums = block.rows + i * value_cols;
+        const SoftmaxState state{.max = block.max[c + i], .sum = block.sum[c + i]};
+        if (split.count == 1) {
+          finish(token, head, sums, state);
+          continue;
+        }
+        const std::int64_t row = partial_row(split.index, token, head);
+        const std::int64_t dim = workspace_.shape_.value_dim;
+        std::copy_n(sums, dim, workspace_.partial_out_.data() + row * dim);
+        workspace_.partial_state_[static_cast<std::size_t>(row)] = state;
+      }
     }
   }
 

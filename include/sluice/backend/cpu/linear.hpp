@@ -822,6 +822,8 @@ SLUICE_KERNEL LinearExtents linear_extents(std::int64_t cols, std::int64_t token
   const std::int64_t many = panels + kPanelTokens * cols;
   const std::int64_t few = kStreamTokens * max_prepared_size(cols);
   LinearExtents extents;
+  extents.int8_chains = kInt8Chains;
+  extents.fused = simd::kFusedMultiplyAdd;
   extents.member = round_up(std::max({many, few, pair_scratch_size(cols), int8_scratch_size(cols),
                                       int8_stream_scratch_size(cols)}),
                             64);

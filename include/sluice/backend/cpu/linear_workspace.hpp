@@ -69,13 +69,14 @@ struct alignas(64) StreamCursor {
   std::atomic<std::int64_t> next_block{0};
 };
 
-/// Floats of scratch of each member, and of all of them together for tokens in rounded form.
+/// What depends on the instruction set of the kernels.
 struct LinearExtents {
-  std::int64_t member = 0;
-  std::int64_t rounded = 0;
+  std::int64_t member = 0;   ///< floats of scratch of a member
+  std::int64_t rounded = 0;  ///< of all of them together, for tokens in rounded form
+  int int8_chains = 0;       ///< chains of additions of the products with activations of 8 bits
+  bool fused = false;        ///< additions of products round once
 };
-LinearExtents linear_extents(std::int64_t cols, std::int64_t tokens,
-                                           Activations activations);
+LinearExtents linear_extents(std::int64_t cols, std::int64_t tokens, Activations activations);
 
 }  // namespace detail
 
@@ -142,7 +143,7 @@ namespace detail {
 
 // The products behind linear_many in nn/linear.hpp.
 void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
-                               LinearWorkspace& workspace, ThreadTeam& team, cpu);
+                 LinearWorkspace& workspace, ThreadTeam& team, cpu);
 
 }  // namespace detail
 

@@ -72,6 +72,112 @@ inline constexpr int kNumRegisters = 32;
 inline constexpr int kNumRegisters = 16;
 #endif
 
+/// What this translation unit is compiled for.
+#if SLUICE_SIMD_AVX512
+inline constexpr const char* kSetName = "AVX-512";
+#elif SLUICE_SIMD_AVX
+inline constexpr const char* kSetName = "AVX";
+#elif SLUICE_SIMD_SSE
+inline constexpr const char* kSetName = "SSE2";
+#else
+inline constexpr const char* kSetName = "portable";
+#endif
+
+/// Whether fma() rounds once.
+#if SLUICE_SIMD_AVX512 || defined(__FP_FAST_FMAF)
+inline constexpr bool kFusedMultiplyAdd = true;
+#else
+inline constexpr bool kFusedMultiplyAdd = false;
+#endif
+
+/// The extensions of x86-64 that the compiler may use here: bit i stands for the i-th of the list.
+inline constexpr std::uint64_t kExtensions = 0
+#if defined(__SSSE3__)
+                                             | std::uint64_t{1} << 0
+#endif
+#if defined(__SSE4_1__)
+                                             | std::uint64_t{1} << 1
+#endif
+#if defined(__SSE4_2__)
+                                             | std::uint64_t{1} << 2
+#endif
+#if defined(__POPCNT__)
+                                             | std::uint64_t{1} << 3
+#endif
+#if defined(__AVX__)
+                                             | std::uint64_t{1} << 4
+#endif
+#if defined(__AVX2__)
+                                             | std::uint64_t{1} << 5
+#endif
+#if defined(__FMA__)
+                                             | std::uint64_t{1} << 6
+#endif
+#if defined(__F16C__)
+                                             | std::uint64_t{1} << 7
+#endif
+#if defined(__BMI__)
+                                             | std::uint64_t{1} << 8
+#endif
+#if defined(__BMI2__)
+                                             | std::uint64_t{1} << 9
+#endif
+#if defined(__LZCNT__)
+                                             | std::uint64_t{1} << 10
+#endif
+#if defined(__MOVBE__)
+                                             | std::uint64_t{1} << 11
+#endif
+#if defined(__AVX512F__)
+                                             | std::uint64_t{1} << 12
+#endif
+#if defined(__AVX512BW__)
+                                             | std::uint64_t{1} << 13
+#endif
+#if defined(__AVX512CD__)
+                                             | std::uint64_t{1} << 14
+#endif
+#if defined(__AVX512DQ__)
+                                             | std::uint64_t{1} << 15
+#endif
+#if defined(__AVX512VL__)
+                                             | std::uint64_t{1} << 16
+#endif
+#if defined(__AVX512IFMA__)
+                                             | std::uint64_t{1} << 17
+#endif
+#if defined(__AVX512VBMI__)
+                                             | std::uint64_t{1} << 18
+#endif
+#if defined(__AVX512VBMI2__)
+                                             | std::uint64_t{1} << 19
+#endif
+#if defined(__AVX512VNNI__)
+                                             | std::uint64_t{1} << 20
+#endif
+#if defined(__AVX512BITALG__)
+                                             | std::uint64_t{1} << 21
+#endif
+#if defined(__AVX512VPOPCNTDQ__)
+                                             | std::uint64_t{1} << 22
+#endif
+#if defined(__AVX512BF16__)
+                                             | std::uint64_t{1} << 23
+#endif
+#if defined(__AVXVNNI__)
+                                             | std::uint64_t{1} << 24
+#endif
+#if defined(__GFNI__)
+                                             | std::uint64_t{1} << 25
+#endif
+#if defined(__VAES__)
+                                             | std::uint64_t{1} << 26
+#endif
+#if defined(__VPCLMULQDQ__)
+                                             | std::uint64_t{1} << 27
+#endif
+    ;
+
 namespace detail {
 #if SLUICE_HAS_VECTOR_EXTENSIONS
 typedef float NativeF __attribute__((vector_size(kWidth * 4)));

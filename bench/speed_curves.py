@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Cost as work grows, and how near it is to what the machine allows.
+
+    python3 bench/speed_curves.py --model MODEL.gguf [--threads 2] [--activations int8]
+                            [--windows 64 ... 16384] [--lengths 512 ... 16384] [--cached 1 1024 4096]
+                            [--program build/bench/speed_bench] [--output bench/results]
+
+Three tables: ms a step against the window (4 sinks among its keys), ms to read a text against its
+length through 4 sinks + 1,020 keys, and single tokens behind a full cache. The machine's limits are
+measured between the rows: a row's fraction is of the larger of those before and behind it.
+
+  bytes / ms against the rate at which the same threads read memory, for single tokens
+  products / ms against the rate of multiply-adds of the instruction that the weights' type uses
+
+Nothing is asserted here. Writes OUTPUT/speed_curves_<model>_t<threads>.jsonl.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+
+
+def rows(program, model, threads, activations, tasks):
+    command = [program, model, str(threads)] + (["int8"] if activations == "int8" else []) + tasks
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
+
+
+def peak_name(model, activations):
+    """Which of the measured peaks the products of a file's weights could reach."""
+    if activations != "int8":
+        return "f32_gflop_per_s"
+    return "bf16_gflop_per_s" if "bf16" in model.lower() else "int8_gop_per_s"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--activations", choices=["f32", "int8"], default="int8")
+    parser.add_argument("--windows", type=int, nargs="*",
+                        default=[64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--lengths", type=int, nargs="*",
+                        default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--cached", type=int, nargs="*", default=[1, 1024, 4096])
+    parser.add_argument("--program", default="build/bench/speed_bench")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("bench/results"))
+    arguments = parser.parse_args()
+
+    tasks = ([f"window:{w}" for w in arguments.windows] +
+             [f"decode:{n}" for n in arguments.cached] +
+             [f"stream:{n}" for n in arguments.lengths])
+    interleaved = ["limits"]
+    for task in tasks:
+        interleaved += [task, "limits"]
+    found = rows(arguments.program, arguments.model, arguments.threads, arguments.activations,
+                 interleaved)
+    name = pathlib.Path(arguments.model).stem
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with open(arguments.output / f"speed_curves_{name}_t{arguments.threads}.jsonl", "w",
+              encoding="utf-8") as file:
+        for row in found:
+            file.write(json.dumps(row) + "\n")
+
+    peak = peak_name(arguments.model, arguments.activations)
+    print(f"| {name}, {arguments.threads} threads | ms: median, least | read, of the limit "
+          "| products, of the peak |\n|---|---|---|---|")
+    for i in range(1, len(found), 2):
+        row, around = found[i], (found[i - 1], found[i + 1])
+        median, least = statistics.median(row["ms"]), min(row["ms"])
+        read = products = ""
+        if row["bytes"]:
+            rate = row["bytes"] / median * 1e-6
+            limit = max(limits["read_gb_per_s"] for limits in around)
+            read = f"{rate:.1f} GB/s, {rate / limit:.0%} of {limit:.1f}"
+        if row["products"]:
+            rate = row["products"] / median * 1e-6
+            limit = max(limits[peak] for limits in around)
+            products = f"{rate:.0f} G/s, {rate / limit:.0%} of {limit:.0f}"
+        print(f"| {row['task']} | {median:.2f}, {least:.2f} | {read} | {products} |")
+
+
+if __name__ == "__main__":
+    main()
