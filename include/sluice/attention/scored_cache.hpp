@@ -119,8 +119,10 @@ class ScoredKvCache {
     evicted_of_head_.resize(size(heads));
     row_scores_ = Buffer<float>(size(heads * largest_head()));
     reduced_ = Buffer<double>(size(heads * largest_head()));
-    if (stores_queries()) {
+    if (stores_queries() || (policy_.source == ScoreSource::kAllQueries &&
+                             policy_.position_rule == PositionRule::kInCache))
       plain_keys_ = Buffer<float>(size(heads * panel_rows() * shape.head_dim));
+    if (stores_queries()) {
       panel_query_ = Buffer<float>(size(heads * shape.head_dim * detail::kTileColumns));
       panel_scores_ = Buffer<float>(size(heads * panel_rows() * detail::kTileColumns));
     }
@@ -325,6 +327,7 @@ class ScoredKvCache {
       const std::int64_t count = size_of(seen.layer, h);
       double* pending = pending_.data() + pending_row(seen.layer, h);
       place_queries(seen.layer, h, query.first_index, query.rows.tokens);
+      if (turns_keys(seen.layer)) widen_keys(seen.layer, h, count);
       for (std::int64_t t = 0; t < query.rows.tokens; ++t) {
         // The chunk's later tokens are not seen.
         const std::int64_t visible = count - (query.rows.tokens - 1 - t);
@@ -761,39 +764,37 @@ class ScoredKvCache {
                                            count);
   }
 
-  /// row_scores_[j] = sm_scale <R(reader) q, key j> for the first `count` entries. placed: which of
-  /// the placed queries it is.
+  /// A head's row scores: sm_scale <R(reader) q, key j> for the first `count` entries. placed:
+  /// which of the placed queries it is. Keys at ranks: widen_keys() has turned them.
   void key_scores(std::int64_t layer, std::int64_t kv_head, const float* query, std::int64_t placed,
                   std::int64_t count) {
     const std::int64_t dim = shape_.head_dim;
-    const Rotary* rotary = rotaries_[size(layer)];
-    const Tables& tables = tables_[size(layer)];
-    const bool ranks = policy_.position_rule == PositionRule::kInCache;
     float q[kMaxRotaryDim];
-    float k[kMaxRotaryDim];
-    if (rotary == nullptr)
-      std::copy_n(query, dim, q);
+    load_query(layer, query, placed, q, 1);
+    if (turns_keys(layer))
+      dot_products(q, plain_keys_.data() + kv_head * panel_rows() * dim, count,
+                   row_scores_of(kv_head));
     else
-      rotary->rotate(tables.queries->row(placed), query, q);
-    for (std::int64_t d = 0; d < dim; ++d) q[d] *= sm_scale_;
-    const Key* key = keys_.data() + row_of(layer, kv_head, 0) * dim;
-    float* scores = row_scores_of(kv_head);
+      dot_products(q, keys_.data() + row_of(layer, kv_head, 0) * dim, count,
+                   row_scores_of(kv_head));
+  }
+  /// scores[j] = <q, keys[j]>.
+  template <class T>
+  void dot_products(const float* q, const T* keys, std::int64_t count, float* scores) const {
+    const std::int64_t dim = shape_.head_dim;
     const std::int64_t whole = dim - dim % simd::kWidth;
-    for (std::int64_t j = 0; j < count; ++j, key += dim) {
+    for (std::int64_t j = 0; j < count; ++j, keys += dim) {
       simd::VecF sum = simd::zero();
       float rest = 0;
-      if (ranks && rotary != nullptr) {
-        rotary->rotate(tables.ranks->row(j), key, k);
-        for (std::int64_t d = 0; d < whole; d += simd::kWidth)
-          sum = simd::fma(simd::load(q + d), simd::load(k + d), sum);
-        for (std::int64_t d = whole; d < dim; ++d) rest += q[d] * k[d];
-      } else {
-        for (std::int64_t d = 0; d < whole; d += simd::kWidth)
-          sum = simd::fma(simd::load(q + d), simd::load(key + d), sum);
-        for (std::int64_t d = whole; d < dim; ++d) rest += q[d] * static_cast<float>(key[d]);
-      }
+      for (std::int64_t d = 0; d < whole; d += simd::kWidth)
+        sum = simd::fma(simd::load(q + d), simd::load(keys + d), sum);
+      for (std::int64_t d = whole; d < dim; ++d) rest += q[d] * static_cast<float>(keys[d]);
       scores[j] = simd::reduce_add(sum) + rest;
     }
+  }
+  /// Whether a layer's keys are raw and turned when they are read.
+  bool turns_keys(std::int64_t layer) const {
+    return policy_.position_rule == PositionRule::kInCache && rotaries_[size(layer)] != nullptr;
   }
 
   /// x = e^(x - shift).
@@ -868,7 +869,7 @@ class ScoredKvCache {
         load_query(
             layer,
             stored_query(layer, token, width) + (kv_head * group_ + (first + c) % group_) * dim,
-            token - (last - queries), query + c);
+            token - (last - queries), query + c, kColumns);
         // A query of the stream sees what is not after it; proxies attend to all that may leave.
         std::int64_t& end = visible[size(c)];
         end = entries;
@@ -908,8 +909,7 @@ class ScoredKvCache {
   /// A head's keys as floats, rotated where they are read: plain_keys_.
   void widen_keys(std::int64_t layer, std::int64_t kv_head, std::int64_t entries) {
     const std::int64_t dim = shape_.head_dim;
-    const bool turns =
-        policy_.position_rule == PositionRule::kInCache && rotaries_[size(layer)] != nullptr;
+    const bool turns = turns_keys(layer);
     const Key* key = keys_.data() + row_of(layer, kv_head, 0) * dim;
     float* to = plain_keys_.data() + kv_head * panel_rows() * dim;
     for (std::int64_t j = 0; j < entries; ++j, key += dim, to += dim) {
@@ -921,9 +921,9 @@ class ScoredKvCache {
     std::fill_n(to, (panel_rows() - entries) * dim, 0.0F);
   }
 
-  /// A query, rotated and scaled, as a column of a panel.
-  void load_query(std::int64_t layer, const float* query, std::int64_t placed,
-                  float* column) const {
+  /// A query, rotated and scaled, its channels `stride` apart (a column of a panel).
+  void load_query(std::int64_t layer, const float* query, std::int64_t placed, float* to,
+                  std::int64_t stride) const {
     const std::int64_t dim = shape_.head_dim;
     const Rotary* rotary = rotaries_[size(layer)];
     float q[kMaxRotaryDim];
@@ -931,7 +931,7 @@ class ScoredKvCache {
       std::copy_n(query, dim, q);
     else
       rotary->rotate(tables_[size(layer)].queries->row(placed), query, q);
-    for (std::int64_t d = 0; d < dim; ++d) column[d * detail::kTileColumns] = sm_scale_ * q[d];
+    for (std::int64_t d = 0; d < dim; ++d) to[d * stride] = sm_scale_ * q[d];
   }
 
   /// Minus infinity where a column does not attend.
