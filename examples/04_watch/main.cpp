@@ -5,11 +5,9 @@
 #include <cmath>
 #include <cstdint>
 #include <exception>
-#include <functional>
 #include <iostream>
 #include <memory>
 #include <new>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -17,10 +15,11 @@
 
 #include <CLI/CLI.hpp>
 
-#include "frames.hpp"
+#include "scene.hpp"
 #include "watcher.hpp"
 
 #include "sluice/core/error.hpp"
+#include "sluice/io/frame_source.hpp"
 #include "sluice/io/json.hpp"
 #include "sluice/model/load_encoder.hpp"
 #include "sluice/model/load_model.hpp"
@@ -196,11 +195,10 @@ int run(const Options& options) {
                                          options.seed + 1);
   }();
   const sluice::VisionEncoderConfig& vision = encoder.config();
-  const PictureFormat pictures{.width = options.cols * vision.merge * vision.patch_size,
-                               .height = options.rows * vision.merge * vision.patch_size,
-                               .fps = options.fps,
-                               .frames = vision.grid_frames};
-  const double rate = pictures.pictures_per_second();
+  const sluice::PictureFormat size{.width = options.cols * vision.merge * vision.patch_size,
+                                   .height = options.rows * vision.merge * vision.patch_size};
+  // Rounds a second: the encoder may take several frames at once.
+  const double rate = options.fps / static_cast<double>(vision.grid_frames);
   const std::int64_t rounds = std::max<std::int64_t>(1, std::llround(options.vision_window * rate));
   const std::int64_t tokens = options.rows * options.cols;
   sluice::ThreadTeam team(static_cast<int>(options.threads));
@@ -236,10 +234,17 @@ int run(const Options& options) {
       text("The camera shows what happens.", std::min<std::int64_t>(24, options.text_sinks)),
       text("\n\n", 2));
 
-  Pictures source = options.input.empty() ? Pictures::generated(pictures, options.pictures)
-                    : options.input == "-"
-                        ? Pictures::from_stdin(pictures, options.pictures)
-                        : Pictures::from_video(options.input, pictures, options.pictures);
+  const std::unique_ptr<sluice::PictureReader> reader =
+      [&]() -> std::unique_ptr<sluice::PictureReader> {
+    if (options.input.empty()) return std::make_unique<Scene>(size, options.fps);
+    if (options.input == "-")
+      return std::make_unique<sluice::RawVideoReader>(sluice::ByteSource::standard_input(), size,
+                                                      options.fps);
+    return std::make_unique<sluice::FfmpegVideo>(
+        options.input,
+        sluice::FfmpegVideoConfig{.rate = options.fps, .width = size.width, .height = size.height});
+  }();
+  sluice::PictureFrames source(*reader);
   sluice::MonotonicClock clock;
   sluice::PacedSource paced(source, clock,
                             {.speed = options.real_time ? 1.0 : 0.0,
@@ -251,22 +256,27 @@ int run(const Options& options) {
 
   Measured m;
   std::optional<sluice::DeadlineMeter> meter;
-  Picture picture = paced.make_frame();
+  sluice::Picture picture = paced.make_frame();
   const std::int64_t start = sluice::monotonic_ns();
   paced.start();
-  meter.emplace(rate, sluice::DeadlineAnchor::kStreamStart, start);
-  while (support::caught_signal() == 0 && paced.next(picture) == sluice::FrameStatus::kFrame) {
+  // A frame is there once its time is over, and has until the next one is.
+  meter.emplace(rate, sluice::DeadlineAnchor::kStreamStart,
+                start + static_cast<std::int64_t>(1e9 / rate));
+  while (support::caught_signal() == 0 && paced.counts().taken < options.pictures &&
+         paced.next(picture) == sluice::FrameStatus::kFrame) {
+    if (!watcher.take(picture.pixels)) continue;
+    const std::int64_t index = picture.index / vision.grid_frames;
     const std::int64_t now = sluice::monotonic_ns();
     const std::int64_t due = options.real_time ? paced.due_ns(picture) : now;
     sluice::WorkShedder::Choice choice{.amount = options.reply};
-    if (options.real_time) choice = shedder.decide(meter->deadline_ns(picture.index) - now);
+    if (options.real_time) choice = shedder.decide(meter->deadline_ns(index) - now);
     if (choice.skip) {
       meter->on_skipped();
       continue;
     }
-    const FrameTimes times = watcher.see(picture.pixels, choice.amount);
+    const FrameTimes times = watcher.see(choice.amount);
     if (options.real_time) shedder.on_step(choice.index, times.done - now);
-    meter->on_frame(picture.index, times.done);
+    meter->on_frame(index, times.done);
     m.encode.record(times.encoded - times.begin);
     m.read.record(times.read - times.encoded);
     if (choice.amount > 0) {
@@ -294,6 +304,10 @@ int run(const Options& options) {
   m.frames = paced.counts();
   m.shed = shedder.counts();
   report(options, m, watcher);
+  if (m.watched == 0 && support::caught_signal() == 0) {
+    std::cerr << "watch: no frame came from " << reader->name() << '\n';
+    return 1;
+  }
   return 0;
 }
 
@@ -316,7 +330,7 @@ int main(int argc, char** argv) {
   app.add_option("--fps", options.fps, "frames a second")
       ->capture_default_str()
       ->check(support::number(0.01, 1000, "a number from 0.01 to 1000"));
-  app.add_option("-n,--frames", options.pictures, "frames to watch, at most")
+  app.add_option("-n,--frames", options.pictures, "frames to take, at most")
       ->capture_default_str()
       ->check(support::whole_number(1));
   app.add_option("--rows", options.rows, "tokens of a frame, vertically")

@@ -132,14 +132,11 @@ void Watcher::read_text(sluice::SpanRole role, std::span<const Token> tokens) {
   }
 }
 
-FrameTimes Watcher::see(std::span<const std::uint8_t> pixels, std::int64_t reply) {
+FrameTimes Watcher::see(std::int64_t reply) {
   FrameTimes times;
   times.begin = sluice::monotonic_ns();
   const sluice::MatrixView<float> patches(patches_.data(), patch_rows_.rows_per_grid(),
                                           patch_rows_.row_width());
-  const auto bytes = static_cast<std::size_t>(patch_rows_.frame_bytes());
-  for (std::size_t at = 0; at + bytes <= pixels.size(); at += bytes)
-    patch_rows_.accept(pixels.subspan(at, bytes), picture_);
   patch_rows_.read(picture_, 0, patches);
   const sluice::MatrixView<const float> seen = encoder_.encode(patches, encoder_workspace_, team_);
   times.encoded = sluice::monotonic_ns();

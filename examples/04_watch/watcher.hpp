@@ -50,8 +50,10 @@ class Watcher {
   /// The text before the video: structure, what was said before, structure.
   void read_prompt(std::span<const sluice::Token> head, std::span<const sluice::Token> previous,
                    std::span<const sluice::Token> tail);
-  /// A round: the frame, then `reply` tokens about it, which last_reply() gives.
-  FrameTimes see(std::span<const std::uint8_t> pixels, std::int64_t reply);
+  /// Takes a frame's pixels: whether there are as many now as are encoded together.
+  bool take(std::span<const std::uint8_t> pixels) { return patch_rows_.accept(pixels, picture_); }
+  /// A round: what was taken, then `reply` tokens about it, which last_reply() gives.
+  FrameTimes see(std::int64_t reply);
   std::span<const sluice::Token> last_reply() const { return said_; }
   const sluice::KindKvCache<sluice::bf16>& cache() const { return cache_; }
 

@@ -63,7 +63,7 @@ class Watch(unittest.TestCase):
         self.assertEqual(len(pictures), 5)
         done = run("-i", "-", stdin=frames + b"half a frame")
         self.assertEqual(done.returncode, 1)
-        self.assertIn("cut short", done.stderr.decode())
+        self.assertIn("truncated", done.stderr.decode())
         self.assertEqual(run("-i", "-").returncode, 1)  # nothing came
 
     def test_real_time(self):
@@ -75,12 +75,13 @@ class Watch(unittest.TestCase):
         self.assertGreaterEqual(deadlines["jitter_ms"], 0)
 
     def test_frames_are_dropped_or_joined_when_late(self):
-        # Ten thousand a second is too fast for anybody.
+        # 1,000 a second are too many for a reply of 8 tokens each.
         for late, counter in (("drop-oldest", "dropped"), ("drop-newest", "dropped"),
                               ("coalesce", "coalesced")):
             pictures, report = records("-n", 200, "--real-time", "--fps", 1000, "--reply", 8,
                                        "--late", late)
-            self.assertEqual(len(pictures) + report[counter], 200, late)
+            self.assertEqual(len(pictures), 200, late)
+            self.assertGreater(report[counter], 0, late)
             indices = [p["index"] for p in pictures]
             self.assertEqual(indices, sorted(set(indices)))
         pictures, report = records("-n", 50, "--real-time", "--fps", 1000)
