@@ -30,6 +30,16 @@ using test::run_whole;
 
 using Values = std::vector<float>;
 
+static_assert(StreamLayer<StreamConv1d> && StreamLayer<StreamConv2d> &&
+              StreamLayer<StreamConvTranspose1d> && StreamLayer<StreamPool1d> &&
+              StreamLayer<StreamRunningMean> && StreamLayer<StreamDelay>);
+static_assert(StreamLayer<FrameLinear> && StreamLayer<FrameActivation> && StreamLayer<FrameGlu> &&
+              StreamLayer<FrameAffine> && StreamLayer<FrameNorm> && StreamLayer<StreamGroupNorm>);
+static_assert(StreamLayer<StreamLstm> && StreamLayer<StreamGru> && StreamLayer<StreamAttention>);
+static_assert(StreamLayer<AnyStreamLayer> && StreamLayer<StreamChain> &&
+              StreamLayer<StreamParallel> && StreamLayer<StreamResidual>);
+static_assert(!StreamLayer<PackedLinear>, "rows in, rows out, but no stream");
+
 StreamConv1d conv_of(std::int64_t in, std::int64_t out, const StreamKernelConfig& time,
                      const Values& weight, const Values& bias) {
   return {{.in_channels = in, .out_channels = out, .time = time},

@@ -205,6 +205,17 @@ TEST(StreamTiming, UnboundedReachStaysUnbounded) {
   EXPECT_EQ(latency_of(std::span<const StreamTiming>(chain)).receptive_field, kUnboundedFrames);
 }
 
+// Chunks that share no divisor: the period is cut off, the answer stays a bound of what is seen.
+TEST(StreamTiming, OddChunksEndInTime) {
+  std::vector<StreamTiming> chain;
+  for (const std::int64_t chunk : {999983, 999979, 999961, 999959})
+    chain.push_back(FrameVisibility::chunks(chunk, 1).timing());
+  const StreamLatency latency = latency_of(std::span<const StreamTiming>(chain));
+  // Each layer's first chunk ends within the first chunk of the one before.
+  EXPECT_EQ(latency.first_output, 999983);
+  EXPECT_GT(latency.receptive_field, 999983);
+}
+
 // 64-bit counters: 37 hours at 16 kHz would overflow 32 bits.
 TEST(StreamTiming, CountsBeyond32Bits) {
   const std::int64_t many = std::int64_t{1} << 40;

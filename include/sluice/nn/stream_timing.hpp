@@ -133,12 +133,14 @@ constexpr std::int64_t outputs_at_end(std::span<const StreamTiming> chain, std::
 
 /// Walks a chain, first layer first, and adds up: r += (left + right) S and so on, S being the
 /// product of strides so far. Exact also where chunks, strides and look-aheads mix, because outputs
-/// of a whole period are followed back to their inputs, one by one. constexpr; allocates nothing.
+/// of a whole period are followed back to their inputs, one by one; of a period of more than 2^16
+/// outputs (chunks without common divisors) the first 2^16. constexpr; allocates nothing.
 constexpr StreamLatency latency_of(std::span<const StreamTiming> chain) {
   StreamLatency sum;
   std::int64_t period = 1;  // in inputs
   for (const StreamTiming& layer : chain) {
-    period = std::lcm(period, std::lcm(layer.chunk, layer.stride) * sum.stride);
+    if (period <= (std::int64_t{1} << 20))  // beyond that it is cut off in any case
+      period = std::lcm(period, std::lcm(layer.chunk, layer.stride) * sum.stride);
     sum.stride *= layer.stride;
     sum.upsample *= layer.upsample;
     const std::int64_t common = std::gcd(sum.stride, sum.upsample);
@@ -146,7 +148,7 @@ constexpr StreamLatency latency_of(std::span<const StreamTiming> chain) {
     sum.upsample /= common;
   }
   period = std::lcm(period, sum.stride);
-  const std::int64_t outputs = period / sum.stride * sum.upsample;
+  const std::int64_t outputs = std::min(period / sum.stride * sum.upsample, std::int64_t{1} << 16);
   std::int64_t least = kUnboundedFrames;
   std::int64_t most = 0;
   std::int64_t total = 0;
