@@ -20,7 +20,7 @@ class WavWriter {
     return *this;
   }
   WavWriter& number(std::uint64_t value, int width) {
-    for (int i = 0; i < width; ++i) bytes_.push_back(static_cast<std::byte>(value >> (8 * i)));
+    for (int i = 0; i < width; ++i, value >>= 8) bytes_.push_back(static_cast<std::byte>(value));
     return *this;
   }
   const Bytes& bytes() const { return bytes_; }
