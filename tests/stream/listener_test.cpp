@@ -132,6 +132,7 @@ TEST(Listener, WritesWhatTheDefinitionWritesForAnyPieces) {
         for (const std::size_t longest :
              {std::size_t{1}, std::size_t{37}, std::size_t{1000}, samples.size()}) {
           if (longest == 1 && (rule.wait_words != 1 || concurrent)) continue;
+          if (longest == 37 && concurrent) continue;  // threads meet often enough
           const auto heard = listen(model, options, samples, [&] {
             return longest == samples.size() ? longest : 1 + random.below(longest);
           });
