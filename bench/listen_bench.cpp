@@ -1,16 +1,5 @@
 // SPDX-License-Identifier: MIT
-// A listening model on audio that arrives as it is spoken. JSON lines.
-//
-//   listen_bench mode=endless model=M.gguf audio=a.wav,b.wav [minutes=30]   a record a minute
-//   listen_bench mode=overlap model=M.gguf audio=a.wav,b.wav                a record a file and k
-//
-// endless: the files, one behind the other with a second of silence between, over and over, for so
-// many minutes: work, words, lateness and memory of each minute, and the whole. overlap: each file
-// once for each k, and once written after its end: the share of the work that was done before the
-// audio ended, and how long after it the text was complete.
-//
-// Further arguments: k=1,3 (all: 0), speed=1 (times real time), packet_ms=20, threads=1 (of each
-// side), in_turns=0 (1: both sides on one thread), int8=0 (1: rounded activations).
+// A listening model on audio that arrives as it is spoken; kHelp says how it is run.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -43,6 +32,25 @@ namespace {
 
 using namespace sluice;
 using bench::Record;
+
+constexpr const char* kHelp =
+    R"(usage: listen_bench mode=endless|overlap model=M.gguf audio=a.wav,b.wav [name=value]...
+
+A listening model on audio that arrives as it is spoken. JSON lines on stdout.
+
+  mode=endless   the files, one behind the other with a second of silence between, over and over:
+                 work, words, lateness and memory of each minute, and the whole
+  mode=overlap   each file once for each k, and once written after its end: the share of the work
+                 that was done before the audio ended, how long after it the text was complete
+
+  minutes=30     of audio (endless)
+  k=1            words heard before one is written; several with commas; all: 0
+  speed=1        times real time
+  packet_ms=20   audio given at once
+  threads=1      of each side
+  in_turns=0     1: both sides on one thread
+  int8=0         1: rounded activations
+)";
 
 struct Settings {
   std::string mode, model;
@@ -354,6 +362,10 @@ int main(int argc, char** argv) try {
   if (argc == 2 && std::string_view(argv[1]) == "--benchmark_list_tests") {
     std::cout << "endless\noverlap\n";
     return 0;
+  }
+  if (argc < 2 || std::string_view(argv[1]) == "--help" || std::string_view(argv[1]) == "-h") {
+    (argc < 2 ? std::cerr : std::cout) << kHelp;
+    return argc < 2 ? 2 : 0;
   }
   const Settings settings = parse(argc, argv);
   const auto model = load_listen_model(settings.model);
