@@ -278,6 +278,20 @@ void expect_refused(const char* where, Make&& make) {
   }
 }
 
+// frame-stream-algorithms B.5: CarelessWhisper's check of the last two tokens.
+TEST(CountStable, KeepsWhatDidNotFallOrIsStillBest) {
+  const std::array fell{RecheckedToken{3.0F, 3.2F, true}, RecheckedToken{2.0F, 1.5F, false}};
+  EXPECT_EQ(count_stable(fell), 1);
+  const std::array still_best{RecheckedToken{3.0F, 2.9F, true}, RecheckedToken{2.0F, 1.5F, true}};
+  EXPECT_EQ(count_stable(still_best), 2);
+  // What stands behind a token that goes, goes with it; a logit that stays equal did not fall.
+  const std::array first{RecheckedToken{3.0F, 2.9F, false}, RecheckedToken{2.0F, 2.5F, true}};
+  EXPECT_EQ(count_stable(first), 0);
+  const std::array equal{RecheckedToken{3.0F, 3.0F, false}};
+  EXPECT_EQ(count_stable(equal), 1);
+  EXPECT_EQ(count_stable({}), 0);
+}
+
 TEST(Policies, RefuseOptionsThatMakeNoSense) {
   expect_refused("WaitK", [] { WaitK(0, FixedUnits{1}); });
   expect_refused("WaitK", [] { WaitK(1, FixedUnits{1}, -1); });

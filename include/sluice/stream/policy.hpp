@@ -480,4 +480,24 @@ class SpeakOrSilence {
   std::int64_t in_turn_ = 0;
 };
 
+/// A token that was written, scored again after more of the source was read.
+struct RecheckedToken {
+  float logit_then = 0;     ///< its logit when it was written
+  float logit_now = 0;      ///< and with what has been read since
+  bool still_best = false;  ///< no other token has a larger logit now
+};
+
+/// How many of the newest written tokens, given oldest first, stay: those before the first whose
+/// logit fell and that is no longer the best (the released streaming decoder of CarelessWhisper,
+/// which checks the last two after each chunk, takes back the rest and then writes one token at
+/// most). O(tokens); allocates nothing.
+constexpr std::int64_t count_stable(std::span<const RecheckedToken> newest) {
+  std::int64_t count = 0;
+  for (const RecheckedToken& token : newest) {
+    if (!token.still_best && token.logit_now < token.logit_then) break;
+    ++count;
+  }
+  return count;
+}
+
 }  // namespace sluice
