@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 #
 # sluice::kernels: the CPU kernels in a static library. It is built with the flags of the project that
-# it is part of, when something links it; target_compile_options(sluice_kernels PRIVATE
-# -march=native) makes the kernels, and nothing else, as fast as this machine allows. With
-# SLUICE_KERNEL_TARGETS it holds kernels for several instruction sets and picks at start. It is not
-# installed: a library fits one architecture, the package fits all of them.
+# it is part of, when something links it; it must not be given another -march than the units that
+# include sluice, with which it shares inline functions. With SLUICE_KERNEL_TARGETS it holds kernels
+# for several instruction sets, hidden from each other and from the rest, and picks at start:
+# SLUICE_KERNEL_TARGETS=native makes the kernels, and nothing else, as fast as this machine allows.
+# It is not installed: a library fits one architecture, the package fits all of them.
 include_guard()
 include(CheckCXXCompilerFlag)
 
@@ -25,6 +26,9 @@ function(sluice_kernel_object kernel_target file)
   # Unique symbols could not be hidden.
   target_compile_options(
     ${kernel_symbol} PRIVATE $<$<CXX_COMPILER_ID:GNU>:-fno-gnu-unique>)
+  # ld -r and objcopy need machine code, and whatever links it may be a shared library.
+  set_target_properties(${kernel_symbol} PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF
+                                                    POSITION_INDEPENDENT_CODE ON)
   if(NOT kernel_target STREQUAL "baseline")
     target_compile_options(${kernel_symbol} PRIVATE -march=${kernel_target})
   endif()
@@ -41,12 +45,19 @@ endfunction()
 
 set(kernel_sources "")
 set(sluice_kernel_names "")  # also read by tests/
-if(SLUICE_KERNEL_TARGETS AND SLUICE_SANITIZE)
+set(kernel_targets ${SLUICE_KERNEL_TARGETS})
+if(kernel_targets AND SLUICE_SANITIZE)
   message(STATUS "sluice: SLUICE_KERNEL_TARGETS is left out, a sanitizer build has one of them")
-elseif(SLUICE_KERNEL_TARGETS)
+  set(kernel_targets "")
+elseif(kernel_targets AND (NOT CMAKE_CXX_COMPILER_ID STREQUAL "GNU" OR NOT CMAKE_OBJCOPY
+                           OR NOT CMAKE_LINKER))
+  message(STATUS "sluice: SLUICE_KERNEL_TARGETS is left out, it needs GCC and the GNU binutils")
+  set(kernel_targets "")
+endif()
+if(kernel_targets)
   set(kernel_declarations "")
   set(kernel_tables "")
-  foreach(kernel_target IN ITEMS baseline LISTS SLUICE_KERNEL_TARGETS)
+  foreach(kernel_target IN ITEMS baseline LISTS kernel_targets)
     if(NOT kernel_target STREQUAL "baseline")
       string(MAKE_C_IDENTIFIER "SLUICE_COMPILER_KNOWS_${kernel_target}" knows)
       check_cxx_compiler_flag(-march=${kernel_target} ${knows})
@@ -84,6 +95,9 @@ else()
 endif()
 
 add_library(sluice_kernels STATIC EXCLUDE_FROM_ALL ${kernel_sources})
+if(kernel_targets)
+  set_target_properties(sluice_kernels PROPERTIES INTERPROCEDURAL_OPTIMIZATION OFF)
+endif()
 add_library(sluice::kernels ALIAS sluice_kernels)
 target_compile_definitions(sluice_kernels PUBLIC SLUICE_COMPILED_KERNELS=1)
 target_link_libraries(sluice_kernels PUBLIC sluice)

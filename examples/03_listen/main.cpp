@@ -41,9 +41,11 @@ int fail(const char* message, int status) {
 
 sluice::AudioInput open_input(const Options& options, std::int64_t sample_rate) {
   const sluice::AudioInputConfig config{.sample_rate = sample_rate};
-  if (options.input == "-")
-    return sluice::open_pcm(sluice::ByteSource::standard_input(), options.raw, options.encoding,
-                            config);
+  if (options.input == "-") {
+    sluice::ByteSource source = sluice::ByteSource::standard_input();
+    source.stop_when([] { return support::caught_signal() != 0; });  // also while nobody speaks
+    return sluice::open_pcm(std::move(source), options.raw, options.encoding, config);
+  }
 #ifdef SLUICE_LISTEN_SOUND_FILE
   return sluice::open_audio(options.input, config);
 #else

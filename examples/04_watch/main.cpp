@@ -237,9 +237,11 @@ int run(const Options& options) {
   const std::unique_ptr<sluice::PictureReader> reader =
       [&]() -> std::unique_ptr<sluice::PictureReader> {
     if (options.input.empty()) return std::make_unique<Scene>(size, options.fps);
-    if (options.input == "-")
-      return std::make_unique<sluice::RawVideoReader>(sluice::ByteSource::standard_input(), size,
-                                                      options.fps);
+    if (options.input == "-") {
+      sluice::ByteSource frames = sluice::ByteSource::standard_input();
+      frames.stop_when([] { return support::caught_signal() != 0; });
+      return std::make_unique<sluice::RawVideoReader>(std::move(frames), size, options.fps);
+    }
     return std::make_unique<sluice::FfmpegVideo>(
         options.input,
         sluice::FfmpegVideoConfig{.rate = options.fps, .width = size.width, .height = size.height});
@@ -305,7 +307,9 @@ int run(const Options& options) {
   m.shed = shedder.counts();
   report(options, m, watcher);
   if (m.watched == 0 && support::caught_signal() == 0) {
-    std::cerr << "watch: no frame came from " << reader->name() << '\n';
+    std::cerr << (m.frames.taken == 0 ? "watch: no frame came from "
+                                      : "watch: too few frames to answer any came from ")
+              << reader->name() << '\n';
     return 1;
   }
   return 0;

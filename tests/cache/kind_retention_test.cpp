@@ -279,6 +279,43 @@ TEST(KindRetention, RefusesWhatDoesNotFit) {
   }
 }
 
+// Nothing of one conversation is left in the next.
+TEST(KindRetention, AConversationAfterAResetIsAFreshOne) {
+  KindRetention used(small(2, 2));
+  const auto feed = [](KindRetention& retention, SpanRole role, std::int64_t tokens) {
+    retention.begin_span(role);
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      ASSERT_EQ(retention.status(1), CacheStatus::kOk) << to_string(role);
+      retention.append(1);
+      retention.commit();
+    }
+  };
+  feed(used, SpanRole::kHead, 1);
+  feed(used, SpanRole::kPrevious, 5);
+  used.reset();
+  KindRetention fresh(small(2, 2));
+  for (KindRetention* retention : {&used, &fresh}) {
+    feed(*retention, SpanRole::kHead, 2);
+    feed(*retention, SpanRole::kTail, 1);
+    feed(*retention, SpanRole::kTail, 1);  // the tail goes on: it does not begin anew
+    retention->begin_round();
+    feed(*retention, SpanRole::kReply, 2);
+  }
+  std::array<SegmentRule, KindRetention::kMaxSegments> a;
+  std::array<SegmentRule, KindRetention::kMaxSegments> b;
+  const int count = used.rules(a);
+  ASSERT_EQ(count, fresh.rules(b));
+  for (int i = 0; i < count; ++i) {
+    const auto n = static_cast<std::size_t>(i);
+    EXPECT_EQ(a[n].first_position, b[n].first_position) << i;
+    EXPECT_EQ(a[n].shift, b[n].shift) << i;
+    EXPECT_EQ(a[n].first_index, b[n].first_index) << i;
+    EXPECT_EQ(a[n].count, b[n].count) << i;
+    // Head, tail and reply stand one behind the other: nobody is shifted.
+    EXPECT_EQ(a[n].shift, 0) << i;
+  }
+}
+
 TEST(KindRetention, HoldsEachKindToItsRoom) {
   KindRetention retention(small(2, 2));
   EXPECT_EQ(retention.status(1), CacheStatus::kFull);                      // no span is open

@@ -341,6 +341,18 @@ TEST(Ffmpeg, AProgramThatIsNotThere) {
   expect_error(ErrorCode::kConfig, {"width"}, [] { FfmpegVideo video("x.mp4", {.width = -2}); });
 }
 
+// A picture that is refused while the program goes on writing: whoever waited for its end would
+// wait for ever.
+TEST(Ffmpeg, APictureThatIsRefusedEndsIt) {
+  const TempFolder folder;
+  const std::string program = folder.write(
+      "endless", "#!/bin/sh\nprintf 'P6\\n16384 16384\\n255\\n'\nexec cat /dev/zero\n");
+  std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+  FfmpegVideo video("x.mp4", {.program = program});
+  Picture picture;
+  expect_error(ErrorCode::kFormat, {"picture"}, [&] { video.read(picture); });
+}
+
 TEST(ChildProcess, ArgumentsStayWhatTheyAre) {
   const std::string strange = "a b\n'\"$HOME`*;|&\\";
   detail::ChildProcess process({"printf", "%s", strange});

@@ -2,11 +2,14 @@
 #include "sluice/io/sound_file.hpp"
 
 #include <sndfile.h>
+#include <sys/stat.h>
 
 #include <cmath>
 #include <cstdint>
+#include <fstream>
 #include <numbers>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -97,6 +100,22 @@ TEST(SoundFile, WavGoesToItsOwnReader) {
   // libsndfile would read two samples and say nothing.
   expect_error(ErrorCode::kFormat, {path, "truncated audio", "3 frames", "2 frames"},
                [&] { read_all(open_audio(path)); });
+}
+
+// What told that it is WAV was read from the pipe and comes once only.
+TEST(SoundFile, WavThroughANamedPipe) {
+  const TempFolder folder;
+  const std::vector<float> samples{0.5F, 0.25F, -0.125F};
+  const test::Bytes file = test::wav_file(3, 32, 1, 16000, test::floats_as_bytes(samples));
+  const std::string path = folder.path("pipe");
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  std::thread writer([&] {
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(file.data()),
+               static_cast<std::streamsize>(file.size()));
+  });
+  EXPECT_EQ(read_all(open_audio(path)), samples);
+  writer.join();
 }
 
 TEST(SoundFile, DamagedFilesAreTypedErrors) {

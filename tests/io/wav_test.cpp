@@ -165,6 +165,58 @@ TEST(Wav, WhatIsWrongIsNamed) {
   });
 }
 
+TEST(Wav, ALaterFormatChunkReplacesTheEarlierOneWhole) {
+  Bytes file = wav_file(1, 16, 1, 8000, WavWriter().number(0, 2).bytes());
+  // Behind the first format chunk (12 bytes of RIFF, 24 of the chunk) one of A-law.
+  const Bytes second = WavWriter()
+                           .word("fmt ")
+                           .number(16, 4)
+                           .number(6, 2)
+                           .number(1, 2)
+                           .number(8000, 4)
+                           .number(16000, 4)
+                           .number(2, 2)
+                           .number(8, 2)
+                           .bytes();
+  file.insert(file.begin() + 36, second.begin(), second.end());
+  expect_error(ErrorCode::kUnsupported, {"format tag and bits", "6 with 8"},
+               [&] { read_wav(memory(file)); });
+}
+
+TEST(ByteSource, WhatIsPutBackComesOnceMore) {
+  Bytes bytes;
+  for (int i = 0; i < 40; ++i) bytes.push_back(static_cast<Bytes::value_type>(i));
+  ByteSource source = memory(bytes);
+  Bytes front(12);
+  ASSERT_EQ(source.read(front), 12U);
+  source.put_back(front);
+  EXPECT_EQ(source.offset(), 0U);
+  ByteSource moved = std::move(source);
+  Bytes few(5);
+  ASSERT_EQ(moved.read(few), 5U);
+  EXPECT_TRUE(std::equal(few.begin(), few.end(), bytes.begin()));
+  Bytes rest(100);
+  ASSERT_EQ(moved.read(rest), 35U);
+  EXPECT_TRUE(std::equal(bytes.begin() + 5, bytes.end(), rest.begin()));
+  EXPECT_EQ(moved.offset(), 40U);
+}
+
+TEST(ByteSource, EndsWhereItIsToldToWhileNothingComes) {
+  int ends[2];
+  ASSERT_EQ(pipe(ends), 0);
+  ByteSource source = ByteSource::of_descriptor(ends[0], true, "pipe");
+  static int asked = 0;
+  asked = 0;
+  source.stop_when([] { return ++asked > 2; });
+  Bytes bytes(4);
+  EXPECT_EQ(source.read(bytes), 0U);  // nobody writes
+  EXPECT_EQ(asked, 3);
+  asked = -100;
+  ASSERT_EQ(write(ends[1], "abcd", 4), 4);
+  EXPECT_EQ(source.read(bytes), 4U);
+  close(ends[1]);
+}
+
 TEST(Wav, FilesThatCannotBeOpened) {
   const test::TempFolder folder;
   expect_error(ErrorCode::kIo, {folder.path("none"), "No such file"},

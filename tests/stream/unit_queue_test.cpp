@@ -70,6 +70,7 @@ TEST(UnitQueue, HoldsTokensAndEmbeddingsInOrder) {
 TEST(UnitQueue, RefusesSizesOutOfRange) {
   EXPECT_THROW(UnitQueue(1, 1, 1, 0), Error);
   EXPECT_THROW(UnitQueue(1, 1, -1, 1), Error);
+  EXPECT_THROW(UnitQueue(1, 1, 0, 64), Error);
   EXPECT_THROW(UnitQueue(0, 5), Error);
   EXPECT_THROW(UnitQueue(5, 0), Error);
   EXPECT_THROW(UnitQueue(5, std::int64_t{1} << 40), Error);

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -38,8 +39,13 @@ inline std::int64_t pick_clusters(std::span<const float> scores,
     whole += mass(c);
   }
   std::sort(order.begin(), order.begin() + count, [&](std::int64_t a, std::int64_t b) {
-    const float x = scores[static_cast<std::size_t>(a)];
-    const float y = scores[static_cast<std::size_t>(b)];
+    // What is no number is the lowest, so that there is an order.
+    const auto value = [&](std::int64_t cluster) {
+      const float score = scores[static_cast<std::size_t>(cluster)];
+      return score == score ? score : -std::numeric_limits<float>::infinity();
+    };
+    const float x = value(a);
+    const float y = value(b);
     return x != y ? x > y : a < b;
   });
   double sum = 0;

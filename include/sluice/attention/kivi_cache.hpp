@@ -112,7 +112,11 @@ class KiviKvCache {
   /// Tokens that can be taken back: those that are not committed.
   std::int64_t max_truncate() const { return total() - committed(); }
 
-  CacheStatus status(std::int64_t tokens) const { return retention_.status(tokens); }
+  CacheStatus status(std::int64_t tokens) const {
+    // The floats of what is not committed must leave those of the committed tail alone.
+    return total() - committed() + tokens <= max_chunk() ? retention_.status(tokens)
+                                                         : CacheStatus::kFull;
+  }
   void append(std::int64_t tokens) { retention_.append(tokens); }
   /// Makes the appended tokens final, and quantises what the residual has no room for.
   void commit() {

@@ -146,11 +146,12 @@ class LazyLayerKvCache {
         rotaries_(rotaries.begin(), rotaries.end()),
         full_(full_config(config)),
         lazy_(lazy_config(config)),
-        queue_(config.num_full_layers),
+        queue_(std::min(config.num_full_layers, shape.num_layers)),
         blocks_(static_cast<std::size_t>(shape.num_layers), kNoBlock),
         ratios_(static_cast<std::size_t>(shape.num_layers)) {
     // One block serves the layer at work, unless no layer is to be lazy.
-    num_blocks_ = std::min(config.num_full_layers + 1, shape.num_layers);
+    num_blocks_ =
+        std::min(std::min(config.num_full_layers, shape.num_layers) + 1, shape.num_layers);
     const std::int64_t rows = shape.num_kv_heads * (num_blocks_ * full_.config().capacity +
                                                     shape.num_layers * lazy_.config().capacity);
     keys_ = Buffer<Key>(size(rows * shape.head_dim));
@@ -181,6 +182,7 @@ class LazyLayerKvCache {
   void measure(bool always) { measures_ = always; }
 
   CacheStatus status(std::int64_t tokens) const {
+    if (prompt_open() && total() > 0) return CacheStatus::kFull;  // the prompt is one append
     const std::int64_t most = prompt_open() ? config_.max_prompt : config_.max_chunk;
     return total() - committed() + tokens <= most && total() + tokens <= config_.capacity
                ? CacheStatus::kOk

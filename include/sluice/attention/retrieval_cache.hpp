@@ -209,11 +209,11 @@ class RetrievalKvCache {
     if (frames_of(cache_.total() + tokens) > config_.max_frames) return CacheStatus::kFull;
     return cache_.status(tokens);
   }
-  /// Tokens that may follow now: of a question, or until the host store is full.
-  std::int64_t room_behind(std::int64_t) const {
-    if (asking_) return config_.max_question - asked_;
-    return config_.num_init_tokens + (config_.max_frames + 1) * config_.frame_size - 1 -
-           cache_.total();
+  /// Tokens that may follow `fed` ones: of the question that is being asked, or until the host
+  /// store is full.
+  std::int64_t room_behind(std::int64_t fed) const {
+    if (asking_ && fed > 0) return config_.max_question - asked_;
+    return config_.num_init_tokens + (config_.max_frames + 1) * config_.frame_size - 1 - fed;
   }
   void append(std::int64_t tokens) {
     SLUICE_ASSERT(status(tokens) == CacheStatus::kOk);
@@ -652,7 +652,7 @@ class RetrievalKvCache {
     Request& request = posted_->requests[size(number)];
     try {
       fill_slot(request.layer, request.frame, request.slot, record);
-    } catch (const Error&) {
+    } catch (...) {  // whatever it is, the step that waits must hear of it
       request.failed = true;
     }
     posted_->taken.fetch_add(1, std::memory_order_relaxed);

@@ -602,7 +602,10 @@ class ScoredKvCache {
     loaded.fresh = reader.read<std::int64_t>("fresh");
     const auto kind = reader.read<std::int64_t>("kind");
     loaded.spare = reader.read<std::int64_t>("spare");
-    require(loaded.total >= 0 && loaded.selections >= 0 && loaded.evicted >= 0, "total");
+    constexpr std::int64_t kMost = std::int64_t{1} << 53;  // what follows must not overflow
+    require(loaded.total >= 0 && loaded.total <= kMost, "total");
+    require(loaded.selections >= 0 && loaded.selections <= kMost, "selections");
+    require(loaded.evicted >= 0 && loaded.evicted <= std::int64_t{1} << 62, "evicted");
     require(loaded.fresh >= 0 && loaded.fresh <= loaded.total, "fresh");
     require(kind >= 0 && kind < static_cast<std::int64_t>(kNumTokenKinds), "kind");
     loaded.kind = static_cast<TokenKind>(kind);
@@ -644,7 +647,9 @@ class ScoredKvCache {
           const auto folded = reader.read<std::int32_t>("folded");
           require(of_row < kNumTokenKinds, "kind");
           require(folded == 1 || (folded > 1 && folded == policy_.frame_size), "folded");
-          require(index < loaded.total && (index > last || (index == last && folded > 1)), "index");
+          require(
+              index >= 0 && index < loaded.total && (index > last || (index == last && folded > 1)),
+              "index");
           last = index;
           indices_[size(row)] = index;
           kinds_[size(row)] = static_cast<TokenKind>(of_row);

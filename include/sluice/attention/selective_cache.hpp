@@ -341,11 +341,10 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
       reader.read_span<std::int64_t>("picked pages", picked_.span());
       for (std::int64_t l = 0; l < this->shape().num_layers; ++l)
         for (std::int64_t h = 0; h < this->shape().num_kv_heads; ++h)
-          for (std::int64_t i = 0; i < layers_[size(l)].count; ++i)
-            if (layers_[size(l)].selected_at > 0 &&
-                (list(l, h)[i] < (i == 0 ? 0 : list(l, h)[i - 1] + 1) || list(l, h)[i] >= pages))
-              throw Error(ErrorCode::kFormat, {"inconsistent snapshot", reader.source(),
-                                               "picked pages", "ascending pages", ""});
+          if (layers_[size(l)].selected_at > 0 &&
+              !is_selection(layers_[size(l)], list(l, h), pages))
+            throw Error(ErrorCode::kFormat, {"inconsistent snapshot", reader.source(),
+                                             "picked pages", "ascending pages", ""});
       form_bounds();
     } catch (...) {
       for (Selected& layer : layers_) layer = {};
@@ -449,6 +448,19 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
     return s;
   }
 
+  /// Whether pages could have been picked so: `chosen` ascending ones, the newest of that time
+  /// last, then every page that has begun since.
+  bool is_selection(const Selected& at, const std::int64_t* pages, std::int64_t num_pages) const {
+    if (at.chosen < 1 || at.chosen > selection_.budget ||
+        pages[at.chosen - 1] != (at.selected_at - 1) / selection_.page_size)
+      return false;
+    for (std::int64_t i = 0; i < at.count; ++i) {
+      const std::int64_t least = i == 0 ? 0 : pages[i - 1] + 1;
+      if (pages[i] < least || pages[i] >= num_pages || (i >= at.chosen && pages[i] != least))
+        return false;
+    }
+    return true;
+  }
   std::int64_t* list(std::int64_t layer, std::int64_t head) {
     return picked_.data() + (layer * this->shape().num_kv_heads + head) * list_size_;
   }

@@ -194,7 +194,7 @@ class KindRetention {
       refuse("head, previous text, tail in this order");
     if (!in_round) {
       block_role_ = role;
-      if (role == SpanRole::kTail) tail_number_ = next_;
+      if (role == SpanRole::kTail && tail_ == 0) tail_number_ = next_;
     } else {
       Round& newest = round(round_count_ - 1);
       if (newest.spans == config_.max_spans)
@@ -222,6 +222,7 @@ class KindRetention {
   /// Forgets everything. O(1).
   void reset() {
     head_ = tail_ = texts_ = total_ = committed_ = round_count_ = 0;
+    written_texts_ = block_tokens_ = 0;
     first_span_ = first_round_ = replies_ = 0;
     next_ = removed_ = tail_number_ = 0;
     turns_.first = turns_.used = frames_.first = frames_.used = 0;

@@ -264,8 +264,8 @@ struct ScorePolicy {
     if (!(decay > 0 && decay <= 1)) fail("decay", "above 0, at most 1", std::to_string(decay));
     if (frame_size != 0) {
       within("frame_size", frame_size, 1, budget + growth);
-      if (source != ScoreSource::kProxyQueries || floor < 1)
-        fail("frame_size", "0 unless proxy queries score, each head alone",
+      if (source != ScoreSource::kProxyQueries || floor < 1 || top >= 0)
+        fail("frame_size", "0 unless proxy queries score, each head alone, without top",
              std::to_string(frame_size));
     }
     if (!std::isfinite(origin)) fail("origin", "a finite position", std::to_string(origin));

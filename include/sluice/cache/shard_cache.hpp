@@ -126,6 +126,9 @@ class ShardKvCache {
     need(capacity >= 1 && capacity <= (std::int64_t{1} << 40), "capacity", "1 to 2^40", capacity);
     need(static_cast<std::int64_t>(rotaries.size()) == shape.num_layers, "rotaries",
          std::to_string(shape.num_layers) + " entries", static_cast<std::int64_t>(rotaries.size()));
+    for (const Rotary* rotary : rotaries)
+      need(rotary == nullptr || rotary->head_dim() == shape.head_dim, "rotary head_dim",
+           std::to_string(shape.head_dim), rotary == nullptr ? 0 : rotary->head_dim());
     const std::int64_t blocks = (capacity + pattern.block_size - 1) / pattern.block_size;
     for (std::int64_t h = 0; h < shape.num_kv_heads; ++h) {
       Head head;
@@ -158,8 +161,11 @@ class ShardKvCache {
   std::int64_t room_in_block() const { return pattern_.block_size - total_ % pattern_.block_size; }
 
   CacheStatus status(std::int64_t tokens) const {
-    return tokens <= room_in_block() && total_ + tokens <= capacity_ ? CacheStatus::kOk
-                                                                     : CacheStatus::kFull;
+    // A new block takes the place of one that a roll-back would want again.
+    const bool filled = total_ > committed_ && total_ % pattern_.block_size == 0;
+    return !filled && tokens <= room_in_block() && total_ + tokens <= capacity_
+               ? CacheStatus::kOk
+               : CacheStatus::kFull;
   }
   void append(std::int64_t tokens) {
     SLUICE_ASSERT(status(tokens) == CacheStatus::kOk);

@@ -36,6 +36,8 @@ linker may keep that slow copy for the whole program. Include <sluice/sluice.cuh
 
 // The kernels of the CPU backend are compiled where they are used. A program that is linked with
 // them instead (the CMake target sluice::kernels defines this to 1) sees their declarations alone.
+// One value for all units of a program, libraries included: buffers that one side measures do not
+// fit the other's kernels.
 #if !defined(SLUICE_COMPILED_KERNELS)
 #define SLUICE_COMPILED_KERNELS 0
 #endif

@@ -202,6 +202,7 @@ class ThreadTeam {
 
   // Waits for the items that other members hold. `own`: how many the caller did since `begin`.
   void await_others(Clock::time_point begin, std::uint32_t own) {
+    for (Share& share : shares_) share.was_waited_for = false;  // by an earlier call
     const Clock::time_point from = Clock::now();
     for (std::uint32_t left = unfinished_.load(std::memory_order_acquire); left != 0;
          left = unfinished_.load(std::memory_order_acquire)) {

@@ -4,9 +4,11 @@
 #pragma once
 
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +19,7 @@
 #include <system_error>
 #include <utility>
 
+#include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 
 namespace sluice {
@@ -51,12 +54,18 @@ class ByteSource {
         owned_(std::exchange(other.owned_, false)),
         memory_(std::exchange(other.memory_, {})),
         offset_(other.offset_),
+        back_(other.back_),
+        back_count_(std::exchange(other.back_count_, 0)),
+        stops_(other.stops_),
         name_(std::move(other.name_)) {}
   ByteSource& operator=(ByteSource&& other) noexcept {
     std::swap(descriptor_, other.descriptor_);
     std::swap(owned_, other.owned_);
     std::swap(memory_, other.memory_);
     std::swap(offset_, other.offset_);
+    std::swap(back_, other.back_);
+    std::swap(back_count_, other.back_count_);
+    std::swap(stops_, other.stops_);
     std::swap(name_, other.name_);
     return *this;
   }
@@ -80,11 +89,22 @@ class ByteSource {
   /// \throws Error(kIo) if the system refuses.
   std::size_t read_some(std::span<std::byte> out) {
     std::size_t count = 0;
-    if (descriptor_ < 0) {
+    if (back_count_ > 0) {
+      count = std::min(out.size(), back_count_);
+      std::copy_n(back_.begin(), count, out.begin());
+      std::copy(back_.begin() + static_cast<std::ptrdiff_t>(count),
+                back_.begin() + static_cast<std::ptrdiff_t>(back_count_), back_.begin());
+      back_count_ -= count;
+    } else if (descriptor_ < 0) {
       count = std::min(out.size(), memory_.size());
       if (count > 0) std::memcpy(out.data(), memory_.data(), count);
       memory_ = memory_.subspan(count);
     } else if (!out.empty()) {
+      while (stops_ != nullptr) {
+        if (stops_()) return 0;
+        pollfd waiting{descriptor_, POLLIN, 0};
+        if (::poll(&waiting, 1, kStopMilliseconds) > 0) break;
+      }
       ssize_t result = 0;
       do {
         result = ::read(descriptor_, out.data(), out.size());
@@ -95,6 +115,20 @@ class ByteSource {
     offset_ += count;
     return count;
   }
+
+  /// While bytes are waited for, `stops` is asked ten times a second; where it answers true they
+  /// end there. For programs that end on a signal while their input says nothing. Null: never.
+  void stop_when(bool (*stops)()) noexcept { stops_ = stops; }
+
+  /// Bytes that a pipe has given and that come once more: those read last, at most kMostBack, while
+  /// none of an earlier call waits (asserted).
+  void put_back(std::span<const std::byte> bytes) {
+    SLUICE_ASSERT(back_count_ == 0 && bytes.size() <= kMostBack && bytes.size() <= offset_);
+    std::copy(bytes.begin(), bytes.end(), back_.begin());
+    back_count_ = bytes.size();
+    offset_ -= bytes.size();
+  }
+  static constexpr std::size_t kMostBack = 16;
 
   /// Reads and forgets `count` bytes: how many there were.
   std::uint64_t skip(std::uint64_t count) {
@@ -125,6 +159,8 @@ class ByteSource {
   }
 
  private:
+  static constexpr int kStopMilliseconds = 100;
+
   ByteSource(int descriptor, bool owned, std::string name)
       : descriptor_(descriptor), owned_(owned), name_(std::move(name)) {}
 
@@ -136,6 +172,9 @@ class ByteSource {
   bool owned_ = false;
   std::span<const std::byte> memory_;  // what is left
   std::uint64_t offset_ = 0;
+  std::array<std::byte, kMostBack> back_{};  // what was put back, its first back_count_ bytes
+  std::size_t back_count_ = 0;
+  bool (*stops_)() = nullptr;
   std::string name_;
 };
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -428,6 +429,10 @@ class FfmpegVideo final : public PictureReader {
     try {
       if (reader_.read(picture)) return true;
     } catch (const Error& error) {
+      // Refused while more comes: whoever waited for ffmpeg's end now would wait for ever, since
+      // nobody reads what it goes on writing.
+      std::byte more{};
+      if (process_.output(name_).read_some(std::span(&more, 1)) > 0) throw;
       cut = error;
     }
     process_.finish();  // its own words, if it has any, say more than where the pictures end
@@ -449,7 +454,11 @@ class FfmpegVideo final : public PictureReader {
          {std::pair{"width", config.width}, std::pair{"height", config.height}})
       require(side >= 0 && side <= detail::kMaxPictureSide, field, "0 to 32768",
               static_cast<double>(side));
-    std::string filter = "fps=" + std::to_string(config.rate);
+    std::array<char, 400> rate{};  // of the longest double; std::to_chars knows no locale
+    const char* const end =
+        std::to_chars(rate.data(), rate.data() + rate.size(), config.rate, std::chars_format::fixed)
+            .ptr;
+    std::string filter = "fps=" + std::string(static_cast<const char*>(rate.data()), end);
     if (config.width > 0 || config.height > 0)
       filter += ",scale=" + std::to_string(config.width > 0 ? config.width : -1) + ":" +
                 std::to_string(config.height > 0 ? config.height : -1);

@@ -45,10 +45,14 @@ class SoundFileReader final : public AudioReader {
   /// \throws Error(kFormat) if the file ends before the frames that its header promises, after
   /// those that are there; or if its content is damaged where libsndfile notices.
   std::int64_t read(std::int64_t frames, float* out) override {
-    const sf_count_t count = sf_readf_float(file_.get(), out, frames);
-    if (const int code = sf_error(file_.get()); code != SF_ERR_NO_ERROR)
+    sf_count_t count = 0;
+    if (damage_ == SF_ERR_NO_ERROR) {
+      count = sf_readf_float(file_.get(), out, frames);
+      damage_ = sf_error(file_.get());
+    }
+    if (count == 0 && damage_ != SF_ERR_NO_ERROR)  // once what came before it is handed out
       throw Error(ErrorCode::kFormat, {"damaged audio", name_, "frame " + std::to_string(read_), "",
-                                       sf_error_number(code)});
+                                       sf_error_number(damage_)});
     read_ += count;
     if (count == 0 && frames > 0 && read_ < promised_)
       throw Error(ErrorCode::kFormat,
@@ -66,6 +70,7 @@ class SoundFileReader final : public AudioReader {
   AudioFormat format_;
   std::int64_t promised_ = 0;
   std::int64_t read_ = 0;
+  int damage_ = SF_ERR_NO_ERROR;
 };
 
 /// Any audio file as a model wants it: WAV by our own reader, everything else through libsndfile;
@@ -74,9 +79,11 @@ inline AudioInput open_audio(const std::string& path, AudioInputConfig config = 
   if (path == "-") return open_wav(ByteSource::standard_input(), config);
   ByteSource source = ByteSource::open(path);
   std::array<std::byte, 12> front{};
-  source.read(front);
-  if (std::memcmp(front.data(), "RIFF", 4) == 0 && std::memcmp(front.data() + 8, "WAVE", 4) == 0)
-    return open_wav(path, config);
+  const std::size_t held = source.read(front);
+  if (std::memcmp(front.data(), "RIFF", 4) == 0 && std::memcmp(front.data() + 8, "WAVE", 4) == 0) {
+    source.put_back(std::span(front).first(held));  // a pipe has them once
+    return open_wav(std::move(source), config);
+  }
   return AudioInput(std::make_unique<SoundFileReader>(path), config);
 }
 

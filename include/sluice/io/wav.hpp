@@ -245,6 +245,7 @@ inline PcmReader read_wav(ByteSource source) {
                          std::to_string(size));
         tag = detail::little_endian_16(fmt.data() + 24);
       }
+      encoding.reset();  // of an earlier format chunk
       if (tag == 1 && bits == 8) encoding = SampleEncoding::kU8;
       if (tag == 1 && bits == 16) encoding = SampleEncoding::kS16;
       if (tag == 1 && bits == 24) encoding = SampleEncoding::kS24;

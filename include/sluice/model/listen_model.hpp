@@ -274,10 +274,10 @@ inline void ListenModel::check(const std::string& where) const {
        {std::pair{"unknown_token", config_.unknown_token},
         std::pair{"begin_token", config_.begin_token}, std::pair{"end_token", config_.end_token}})
     option(field, token, 0, vocab_size() - 1);
-  if (config_.begin_token == config_.end_token)
-    throw Error(ErrorCode::kConfig,
-                {"model description makes no sense", where, "end_token",
-                 "another token than begin_token", std::to_string(config_.end_token)});
+  if (config_.end_token == config_.begin_token || config_.end_token == config_.unknown_token)
+    throw Error(ErrorCode::kConfig, {"model description makes no sense", where, "end_token",
+                                     "another token than begin_token and unknown_token",
+                                     std::to_string(config_.end_token)});
   if (static_cast<std::int64_t>(pieces_.size()) != vocab_size())
     throw Error(ErrorCode::kShape, {"one piece for each token", where, "pieces",
                                     std::to_string(vocab_size()), std::to_string(pieces_.size())});

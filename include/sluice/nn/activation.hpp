@@ -36,7 +36,7 @@ namespace detail {
 }
 
 // There is no vector form of erf here: models with a gated exact GELU are rare.
-inline simd::VecF gelu(simd::VecF x) {
+[[gnu::always_inline]] inline simd::VecF gelu(simd::VecF x) {
   float lanes[simd::kWidth];
   simd::store(lanes, x);
   for (float& lane : lanes) {

@@ -138,8 +138,9 @@ struct LogMelConfig {
     return config;
   }
 
-  /// The listening model of examples/: periodic Hann, HTK filters from 20 to 7600 Hz, ln(x + 1e-8),
-  /// fixed mean and standard deviation from its file, both [80].
+  /// The listening model of examples/: periodic Hann, HTK filters from 20 to 7600 Hz, ln(x + 1e-8)
+  /// unless the model's file says otherwise (listen-en: 1e-6), fixed mean and standard deviation
+  /// from its file, both [80].
   static LogMelConfig listen(std::vector<float> mean, std::vector<float> deviation) {
     LogMelConfig config;
     config.mel_low_hz = 20;

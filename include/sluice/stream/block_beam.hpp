@@ -57,6 +57,7 @@ class BlockBeam {
             grown.push_back(std::move(longer));
         }
       }
+      if (grown.empty()) return;  // nothing may follow: what there is stays
       keep_best(grown);
       if (!last_block && std::any_of(grown.begin(), grown.end(),
                                      [&](const BeamHypothesis& h) { return used_up(h); }))

@@ -37,12 +37,14 @@ namespace sluice {
 ///     listener.finish();
 ///     listener.for_each([&](const ListenEvent& event) { show(event); });
 ///
-/// One thread calls accept() and finish(), one takes events; they may be the same. Without threads
-/// (ListenerOptions::concurrent false) it must be one, and the work is done when events are asked
-/// for. With threads, work goes on by itself; for_each() then waits for the end of the stream, and
-/// poll() is what a loop like the above calls. Same audio: same words at the same audio times, bit
-/// for bit, for any pieces, either way, and for any number of threads a side. After construction
-/// nothing allocates.
+/// One thread calls accept() and finish(), one takes events. Without threads
+/// (ListenerOptions::concurrent false, as above) they must be the same, and the work is done when
+/// events are asked for. With threads, work goes on by itself; for_each() then waits for the end of
+/// the stream, and poll() is what a loop like the above calls. They may be the same thread then
+/// only where audio comes no faster than it is listened to: accept() waits for room in the queue,
+/// the queue for the target side, and that for events to be taken. Same audio: same words at the
+/// same audio times, bit for bit, for any pieces, either way, and for any number of threads a side.
+/// After construction nothing allocates.
 class Listener {
  public:
   /// Allocates everything and, if concurrent, starts the two threads.
@@ -51,7 +53,12 @@ class Listener {
       : engine_(std::move(model), options) {
     if (!options.concurrent) return;
     source_thread_ = std::jthread([this] { run_source(); });
-    target_thread_ = std::jthread([this] { run_target(); });
+    try {
+      target_thread_ = std::jthread([this] { run_target(); });
+    } catch (...) {
+      stop();  // or the first thread would be waited for in vain
+      throw;
+    }
   }
   ~Listener() { stop(); }
   Listener(const Listener&) = delete;

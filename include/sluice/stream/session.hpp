@@ -80,15 +80,14 @@ struct UpdateResult {
 /// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache, a
 /// PagedKvCache, whose pages sessions share, or one of the caches that look at queries:
 ///
-/// | cache              | checkpoint, fork | save, restore | step(draft) | update() keeps |
-/// |--------------------|------------------|---------------|-------------|----------------------------|
-/// | KvCache            | yes              | yes           | yes         | what the window still
-/// holds | | PagedKvCache       | yes              | yes           | yes         | the common
-/// prefix          | | ScoredKvCache      | yes (all rows)   | yes           | no          | a
-/// checkpoint               | | PageSelectKvCache  | yes              | yes           | yes | the
-/// common prefix          | | TokenSelectKvCache | yes              | yes           | yes         |
-/// the common prefix          | | RetrievalKvCache   | no               | no            | no |
-/// nothing                    |
+/// | cache              | checkpoint, fork | save, restore | step(draft) | update() keeps    |
+/// |--------------------|------------------|---------------|-------------|-------------------|
+/// | KvCache            | yes              | yes           | yes         | what a window has |
+/// | PagedKvCache       | yes              | yes           | yes         | the common prefix |
+/// | ScoredKvCache      | yes (all rows)   | yes           | no          | a checkpoint      |
+/// | PageSelectKvCache  | yes              | yes           | yes         | the common prefix |
+/// | TokenSelectKvCache | yes              | yes           | yes         | the common prefix |
+/// | RetrievalKvCache   | no               | no            | no          | nothing           |
 ///
 /// What a cache does not do throws Error(kUnsupported) that says why. Scored caches that score by
 /// surprisal (SirLLM) are given that of every token, those read and those written; proxy queries
@@ -732,7 +731,10 @@ class Session {
       return;
     }
     if constexpr (kHasCheckpoints)
-      if (way.from != nullptr) cache_.revert(way.from->cache);
+      if (way.from != nullptr) {
+        cache_.revert(way.from->cache);
+        std::copy_n(way.from->hidden.data(), hidden_.size(), hidden_.data());
+      }
     if constexpr (requires { cache_.truncate(kept); })
       if (cache_.total() > kept) cache_.truncate(cache_.total() - kept);
     expire(kept);

@@ -105,8 +105,11 @@ class SpeechSegmenter {
     const auto samples = reader.read<std::int64_t>("samples");
     const auto silent_since = reader.read<std::int64_t>("silent_since");
     const auto speaking = reader.read<std::uint8_t>("speaking");
-    if (samples < 0 || silent_since < 0 || silent_since > samples || speaking > 1)
-      reader.fail_at(begin, "state makes no sense", "samples", "0 <= silent_since <= samples",
+    constexpr std::int64_t kMost = std::int64_t{1} << 60;  // what follows must not overflow
+    if (samples < 0 || samples > kMost || silent_since < 0 || silent_since > samples ||
+        speaking > 1)
+      reader.fail_at(begin, "state makes no sense", "samples",
+                     "0 <= silent_since <= samples <= 2^60",
                      std::to_string(silent_since) + " of " + std::to_string(samples));
     samples_ = samples;
     silent_since_ = silent_since;

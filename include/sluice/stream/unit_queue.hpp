@@ -38,7 +38,7 @@ class UnitQueue {
             std::int64_t width = 0)
       : units_(checked("max_units", max_units, 1)),
         tokens_(static_cast<std::size_t>(checked("max_tokens", max_tokens, 1))),
-        width_(checked("width", width, max_rows > 0 ? 1 : 0)),
+        width_(checked("width", width, max_rows > 0 ? 1 : 0, max_rows > 0 ? kMostWidth : 0)),
         rows_(static_cast<std::size_t>(checked("max_rows", max_rows, 0) * width)) {}
 
   std::int64_t max_tokens() const noexcept { return static_cast<std::int64_t>(tokens_.size()); }
@@ -96,12 +96,14 @@ class UnitQueue {
   }
 
  private:
-  static std::int64_t checked(const char* field, std::int64_t value, std::int64_t least) {
-    constexpr std::int64_t kMost = std::int64_t{1} << 32;
-    if (value < least || value > kMost)
+  static constexpr std::int64_t kMostWidth = std::int64_t{1} << 24;  // channels of a row
+
+  static std::int64_t checked(const char* field, std::int64_t value, std::int64_t least,
+                              std::int64_t most = std::int64_t{1} << 32) {
+    if (value < least || value > most)
       throw Error(ErrorCode::kConfig,
                   {"queue size out of range", "UnitQueue", field,
-                   std::to_string(least) + " to " + std::to_string(kMost), std::to_string(value)});
+                   std::to_string(least) + " to " + std::to_string(most), std::to_string(value)});
     return value;
   }
   std::size_t token_place(std::int64_t token) const noexcept {

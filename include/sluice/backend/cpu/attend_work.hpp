@@ -314,6 +314,7 @@ class CpuAttention {
 
   void run(ThreadTeam& team) {
     SLUICE_ASSERT(team.size() <= static_cast<int>(workspace_.scratch_.size()));
+    if (query_.rows.tokens == 0) return;
     if (query_.rows.tokens == 1 && workspace_.shape_.head_dim % (keys_.unit * simd::kWidth) == 0 &&
         workspace_.shape_.value_dim % (values_.unit * simd::kWidth) == 0)
       decode(team);

@@ -19,8 +19,9 @@ namespace sluice {
 
 /// What the kernels of this program are compiled for: "AVX-512", "AVX", "SSE2" or "portable"; in a
 /// program that holds several sets the name of the one in use, as SLUICE_KERNEL_TARGETS gives it,
-/// or "baseline". That is the last one in the list that the processor has, or the one that the
-/// environment variable SLUICE_KERNEL_TARGET names; it is chosen at the first call or the first
+/// or "baseline". That is the last one in the list that the processor has and that lacks no
+/// extension of those chosen before it, or the one that the environment variable
+/// SLUICE_KERNEL_TARGET names; it is chosen at the first call or the first
 /// workspace, once. \throws Error(kConfig) if that variable names no set of this program, or one
 /// that the processor lacks; so does then the construction of every workspace.
 std::string_view kernel_target();
