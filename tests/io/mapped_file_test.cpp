@@ -19,6 +19,7 @@
 #include <gtest/gtest.h>
 
 #include "io/io_test_support.hpp"
+#include "support/sanitizers.hpp"
 
 namespace sluice {
 namespace {
@@ -112,7 +113,8 @@ TEST(ReadPages, TellsEveryPieceAndLocks) {
   while (status >> word && word != "VmLck:") {
   }
   std::size_t locked_kib = 0;
-  if (status >> locked_kib && ::geteuid() == 0) {
+  // The sanitizers' runtime answers mlock() without locking.
+  if (status >> locked_kib && ::geteuid() == 0 && !SLUICE_TEST_SANITIZED) {
     EXPECT_GE(locked_kib, kSize / 1024);
   }
 }
