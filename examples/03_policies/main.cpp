@@ -4,11 +4,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <exception>
 #include <iostream>
 #include <limits>
 #include <memory>
-#include <new>
 #include <span>
 #include <string>
 #include <string_view>
@@ -297,20 +295,5 @@ int main(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
   if (options.names.empty()) options.names = all;
-  support::catch_signals();
-  try {
-    const int status = run(options);
-    return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
-  } catch (const support::StdoutClosed&) {
-    return 0;
-  } catch (const sluice::Error& error) {
-    std::cerr << "policies: " << error.what() << '\n';
-    return error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
-  } catch (const std::bad_alloc&) {
-    std::cerr << "policies: out of memory\n";
-    return 1;
-  } catch (const std::exception& error) {
-    std::cerr << "policies: " << error.what() << '\n';
-    return 1;
-  }
+  return support::run_program("policies", [&] { return run(options); });
 }

@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <exception>
 #include <iostream>
 #include <memory>
-#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -383,20 +381,5 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
-  support::catch_signals();
-  try {
-    const int status = run(options);
-    return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
-  } catch (const support::StdoutClosed&) {
-    return 0;
-  } catch (const sluice::Error& error) {
-    std::cerr << "watch: " << error.what() << '\n';
-    return error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
-  } catch (const std::bad_alloc&) {
-    std::cerr << "watch: out of memory\n";
-    return 1;
-  } catch (const std::exception& error) {
-    std::cerr << "watch: " << error.what() << '\n';
-    return 1;
-  }
+  return support::run_program("watch", [&] { return run(options); });
 }

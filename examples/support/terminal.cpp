@@ -8,6 +8,9 @@
 #include <charconv>
 #include <csignal>
 #include <cstdio>
+#include <exception>
+#include <iostream>
+#include <new>
 #include <system_error>
 #include <utility>
 
@@ -137,6 +140,25 @@ void Progress::draw(double fraction, std::string_view text) {
 void Progress::clear() {
   if (shown_) std::fputs("\r\x1b[K", stderr);
   shown_ = false;
+}
+
+int run_program(std::string_view name, const std::function<int()>& run) {
+  catch_signals();
+  try {
+    const int status = run();
+    return caught_signal() != 0 ? 128 + caught_signal() : status;
+  } catch (const StdoutClosed&) {
+    return 0;
+  } catch (const sluice::Error& error) {
+    std::cerr << name << ": " << error.what() << '\n';
+    return error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
+  } catch (const std::bad_alloc&) {
+    std::cerr << name << ": out of memory\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << name << ": " << error.what() << '\n';
+    return 1;
+  }
 }
 
 }  // namespace support

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -21,6 +22,11 @@ struct StdoutClosed {};
 /// Writes all of `text` to stdout at once.
 /// \throws StdoutClosed; sluice::Error(kIo) for a full disk and the like.
 void write_stdout(std::string_view text);
+
+/// Catches signals, runs a program and gives its exit status: 128 and the signal if one was caught,
+/// 0 if stdout went away, 2 for sluice::Error(kConfig) (values that make no sense together) and 1
+/// for other errors, which are written to stderr behind the program's name.
+int run_program(std::string_view name, const std::function<int()>& run);
 
 /// Resident memory of this process, now and at most, in bytes; 0 where the system does not say.
 /// Allocates nothing.

@@ -12,6 +12,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <filesystem>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -34,9 +35,11 @@ class ChildProcess {
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC) != 0) fail("cannot make a pipe", errno);
     output_ = ends[0];
-    char name[] = "/tmp/sluice_child_XXXXXX";
-    errors_ = ::mkostemp(name, O_CLOEXEC);
-    if (errors_ >= 0) ::unlink(name);
+    // Where temporary files belong (TMPDIR); without such a place its words are not kept.
+    std::error_code no_place;
+    std::string name = std::filesystem::temp_directory_path(no_place) / "sluice_child_XXXXXX";
+    errors_ = no_place ? -1 : ::mkostemp(name.data(), O_CLOEXEC);
+    if (errors_ >= 0) ::unlink(name.c_str());
 
     posix_spawn_file_actions_t actions;
     ::posix_spawn_file_actions_init(&actions);
