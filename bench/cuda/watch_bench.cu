@@ -6,12 +6,13 @@
 /// line, on stdout.
 ///
 /// usage: watch_bench [--fps N] [--rows N --cols N] [--seconds N] [--reply N] [--per-grid]
-///                    [--no-tower]
+///                    [--report N] [--no-tower]
 ///   --fps N      frames of a second of video (30); two are a grid
 ///   --rows, --cols  tokens of a grid (8 x 16; at 8 frames a second 16 x 24), multiples of 4
 ///   --seconds N  of video (60)
 ///   --reply N    tokens said in a round (20; with --per-grid 2)
 ///   --per-grid   a round is a grid, not a second: the reply follows its frames at once
+///   --report N   a row for each N seconds of video besides the one at the end (0: none)
 ///   --no-tower   the decoder alone: tokens of frames are given
 #include <algorithm>
 #include <cmath>
@@ -40,6 +41,7 @@ struct Options {
   std::int64_t cols = 16;
   std::int64_t seconds = 60;
   std::int64_t reply = 0;
+  std::int64_t report = 0;
   bool per_grid = false;
   bool tower = true;
 };
@@ -79,6 +81,26 @@ class Events {
  private:
   std::vector<cudaEvent_t> events_;
 };
+
+/// A row over the `seconds` of video that end with event `last`, `end` seconds into the run.
+void report(std::int64_t seconds, std::int64_t end, std::int64_t grids_per_second,
+            const Events& events, std::size_t last, long long growth) {
+  const auto second_events = static_cast<std::size_t>(4 * grids_per_second);
+  std::vector<double> each;
+  for (std::int64_t i = 0; i < seconds; ++i) {
+    const std::size_t to = last - static_cast<std::size_t>(i) * second_events;
+    each.push_back(events.between(to + 1 - second_events, to));
+  }
+  const double total =
+      events.between(last + 1 - static_cast<std::size_t>(seconds) * second_events, last);
+  std::printf(
+      "{\"bench\": \"watch_part\", \"from_s\": %lld, \"to_s\": %lld, \"fps\": %.2f, "
+      "\"second_ms_p50\": %.2f, \"second_ms_max\": %.2f, \"memory_growth_bytes\": %lld}\n",
+      static_cast<long long>(end - seconds), static_cast<long long>(end),
+      static_cast<double>(2 * seconds * grids_per_second) / total * 1e3, quantile(each, 0.5),
+      quantile(each, 1), growth);
+  std::fflush(stdout);
+}
 
 void watch(const Options& options) {
   const CudaDecoderShape shape{152064, 3584, 18944, 28, 4, 128, 28, 1e-6, 1 / std::sqrt(128.0)};
@@ -192,6 +214,15 @@ void watch(const Options& options) {
         check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
         check_cuda(cudaMemGetInfo(&free_before, &memory), "cudaMemGetInfo");
       }
+      // The wait for the device costs a row's first grid some launches in advance, nothing else.
+      const std::int64_t watched = g - warm + 1;
+      if (options.report > 0 && watched > 0 &&
+          watched % (options.report * grids_per_second) == 0) {
+        check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+        check_cuda(cudaMemGetInfo(&free_after, &memory), "cudaMemGetInfo");
+        report(options.report, watched / grids_per_second, grids_per_second, events, at + 3,
+               static_cast<long long>(free_before) - static_cast<long long>(free_after));
+      }
     }
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
     check_cuda(cudaMemGetInfo(&free_after, &memory), "cudaMemGetInfo");
@@ -276,7 +307,7 @@ int main(int count, char** arguments) {
     };
     if (number("--fps", options.fps) || number("--rows", options.rows) ||
         number("--cols", options.cols) || number("--seconds", options.seconds) ||
-        number("--reply", options.reply))
+        number("--reply", options.reply) || number("--report", options.report))
       continue;
     if (std::strcmp(arguments[i], "--per-grid") == 0) {
       options.per_grid = true;
@@ -285,7 +316,7 @@ int main(int count, char** arguments) {
     } else {
       std::fprintf(stderr,
                    "usage: watch_bench [--fps N] [--rows N --cols N] [--seconds N] [--reply N] "
-                   "[--per-grid] [--no-tower]\n");
+                   "[--per-grid] [--report N] [--no-tower]\n");
       return 2;
     }
   }
