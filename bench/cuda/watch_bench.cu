@@ -216,8 +216,7 @@ void watch(const Options& options) {
       }
       // The wait for the device costs a row's first grid some launches in advance, nothing else.
       const std::int64_t watched = g - warm + 1;
-      if (options.report > 0 && watched > 0 &&
-          watched % (options.report * grids_per_second) == 0) {
+      if (options.report > 0 && watched > 0 && watched % (options.report * grids_per_second) == 0) {
         check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
         check_cuda(cudaMemGetInfo(&free_after, &memory), "cudaMemGetInfo");
         report(options.report, watched / grids_per_second, grids_per_second, events, at + 3,
