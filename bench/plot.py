@@ -7,7 +7,7 @@
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
 written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus,
-steps, streaminnc and, per benchmark program, its sweeps.
+steps, curves, streaminnc and, per benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
 
@@ -59,6 +59,11 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
       versus_llama_cpp.py --steps: share_slower of the steps take at least slower_than_ms; trace_ms:
       some steps one by one
 
+  {"kind": "curve", "weights": "Q8_0", "threads": 2, "task": "window", "tokens": 1024, "ms": 5.4,
+   "ms_least": 5.2, "read_gb_per_s": 31, "limit": 54}
+      lines of speed_curves.py; task: window (a step, by the window), stream (reading so many tokens)
+      or decode
+
   {"kind": "streaminnc", "window": 1024, "hop": 256, "work_ratio": 4.0, "speedup": 3.8,
    "deviation_zero_padding": 0.03, "deviation_signal_padding": 0.0, "meta": {...}}
       lines of stream_layers_bench --json: speedup of reuse over running every window anew
@@ -101,6 +106,7 @@ REQUIRED = {
                "ratio_min": int | float, "ratio_max": int | float},
     "steps": {"program": str, "weights": str, "steps": int, "share_slower": list,
               "slower_than_ms": list, "trace_ms": list},
+    "curve": {"weights": str, "threads": int, "task": str, "tokens": int, "ms": int | float},
     "streaminnc": {"window": int, "hop": int, "work_ratio": int | float, "speedup": int | float,
                    "deviation_zero_padding": int | float},
 }
@@ -156,6 +162,7 @@ def check_record(record, where):
              "steps": record.get("slower_than_ms"),
              "passkey": [1 + record.get("digits_recalled", 0)],
              "versus": [record.get("ratio"), record.get("ratio_min"), record.get("ratio_max")],
+             "curve": [record.get("tokens"), record.get("ms")],
              "streaminnc": [record.get("speedup"), record.get("work_ratio")],
              "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
@@ -523,6 +530,31 @@ def draw_steps(records, folder):
     save(made, folder, "endless_versus_llama_cpp", records)
 
 
+def draw_curves(records, folder):
+    """Left: a step by the window. Right: reading by its length; the dotted lines grow linearly."""
+    made, (window, reading) = figure(columns=2, width=5.2)
+    colours = [ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS]
+    for axis, task, scale in ((window, "window", 1.0), (reading, "stream", 1e-3)):
+        chosen = [record for record in records if record["task"] == task]
+        for colour, key in zip(colours, sorted({(r["weights"], r["threads"]) for r in chosen})):
+            points = sorted((record["tokens"], record["ms"] * scale) for record in chosen
+                            if (record["weights"], record["threads"]) == key)
+            axis.plot(*zip(*points), "o-", color=colour, linewidth=1.6, markersize=4,
+                      label=f"{key[0]}, {key[1]} threads")
+            (first, low), (last, high) = points[0], points[-1]
+            axis.plot([first, last], [low, high], ":", color=colour, linewidth=1.0)
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+        axis.legend(fontsize=8, frameon=False)
+        tidy(axis)
+    window.set_xlabel("keys in the window")
+    window.set_ylabel("ms a step")
+    reading.set_xlabel("tokens read through 4 sinks + 1,020 keys")
+    reading.set_ylabel("s")
+    save(made, folder, "curves", records)
+
+
 def draw_streaminnc(records, folder):
     """Speed-up of reuse over the work that it removes, and what zero padding makes of the output."""
     made, (speed, deviation) = figure(columns=2, width=5.2)
@@ -600,7 +632,8 @@ def draw_benchmark(run, folder):
 DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
         "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
-        "versus": draw_versus, "steps": draw_steps, "streaminnc": draw_streaminnc}
+        "versus": draw_versus, "steps": draw_steps, "curve": draw_curves,
+        "streaminnc": draw_streaminnc}
 
 
 def main():

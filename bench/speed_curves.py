@@ -13,12 +13,13 @@ measured between the rows: a row's fraction is of the larger of those before and
   bytes / ms against the rate at which the same threads read memory, for single tokens
   products / ms against the rate of multiply-adds of the instruction that the weights' type uses
 
-Nothing is asserted here. Writes OUTPUT/speed_curves_<model>_t<threads>.jsonl.
+Nothing is asserted here. Writes OUTPUT/speed_curves_<weights>_t<threads>.jsonl, which plot.py draws.
 """
 
 import argparse
 import json
 import pathlib
+import re
 import statistics
 import subprocess
 
@@ -60,28 +61,32 @@ def main():
     found = rows(arguments.program, arguments.model, arguments.threads, arguments.activations,
                  interleaved)
     name = pathlib.Path(arguments.model).stem
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output / f"speed_curves_{name}_t{arguments.threads}.jsonl", "w",
-              encoding="utf-8") as file:
-        for row in found:
-            file.write(json.dumps(row) + "\n")
-
+    weights = re.sub(r"^.*\.|-only$", "", name)
     peak = peak_name(arguments.model, arguments.activations)
     print(f"| {name}, {arguments.threads} threads | ms: median, least | read, of the limit "
           "| products, of the peak |\n|---|---|---|---|")
-    for i in range(1, len(found), 2):
-        row, around = found[i], (found[i - 1], found[i + 1])
-        median, least = statistics.median(row["ms"]), min(row["ms"])
-        read = products = ""
-        if row["bytes"]:
-            rate = row["bytes"] / median * 1e-6
-            limit = max(limits["read_gb_per_s"] for limits in around)
-            read = f"{rate:.1f} GB/s, {rate / limit:.0%} of {limit:.1f}"
-        if row["products"]:
-            rate = row["products"] / median * 1e-6
-            limit = max(limits[peak] for limits in around)
-            products = f"{rate:.0f} G/s, {rate / limit:.0%} of {limit:.0f}"
-        print(f"| {row['task']} | {median:.2f}, {least:.2f} | {read} | {products} |")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with open(arguments.output / f"speed_curves_{weights}_t{arguments.threads}.jsonl", "w",
+              encoding="utf-8") as file:
+        for i in range(1, len(found), 2):
+            row, around = found[i], (found[i - 1], found[i + 1])
+            task, number = row["task"].split(":")
+            record = {"kind": "curve", "weights": weights, "activations": arguments.activations,
+                      "threads": arguments.threads, "kernels": around[0]["kernels"], "task": task,
+                      "tokens": int(number), "ms": statistics.median(row["ms"]),
+                      "ms_least": min(row["ms"])}
+            cells = ["", ""]
+            for cell, (amount, rate, limit, unit) in enumerate((
+                    ("bytes", "read_gb_per_s", "read_gb_per_s", "GB/s"),
+                    ("products", "products_g_per_s", peak, "G/s"))):
+                if row[amount]:
+                    record[rate] = row[amount] / record["ms"] * 1e-6
+                    record["limit"] = max(limits[limit] for limits in around)
+                    cells[cell] = (f"{record[rate]:.0f} {unit}, "
+                                   f"{record[rate] / record['limit']:.0%} of {record['limit']:.0f}")
+            file.write(json.dumps(record) + "\n")
+            print(f"| {row['task']} | {record['ms']:.2f}, {record['ms_least']:.2f} | {cells[0]} "
+                  f"| {cells[1]} |")
 
 
 if __name__ == "__main__":
