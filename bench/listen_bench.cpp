@@ -264,11 +264,11 @@ void endless(const Settings& settings, const std::shared_ptr<const ListenModel>&
       },
       [&](std::int64_t done) {
         if (done < next) return;
-        record("minute", done);
+        record("listen_minute", done);
         next += minute;
       });
   const ListenerReport report = listener.report();
-  Record("endless")
+  Record("listen_endless")
       .field("model", settings.model)
       .field("parameters", model->parameters())
       .field("k", settings.wait_words.front())
@@ -319,7 +319,7 @@ void overlap(const Settings& settings, const std::shared_ptr<const ListenModel>&
       play(
           loop, settings, listener, [](const ListenEvent&) {}, [](std::int64_t) {});
       const ListenerReport report = listener.report();
-      Record("overlap")
+      Record("listen_overlap")
           .field("audio", path)
           .field("k", k)
           .field("audio_ms", report.audio_ms)
@@ -345,7 +345,7 @@ void overlap(const Settings& settings, const std::shared_ptr<const ListenModel>&
     return sum / static_cast<double>(values.size());
   };
   for (const auto& [k, sum] : sums)
-    Record("overlap_mean")
+    Record("listen_overlap_mean")
         .field("k", k)
         .field("files", static_cast<std::int64_t>(sum.work.size()))
         .field("work_before_end", mean(sum.work))

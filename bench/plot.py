@@ -7,7 +7,8 @@
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
 written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus,
-steps, curves, streaminnc and, per benchmark program, its sweeps.
+steps, curves, streaminnc, decode_attention_cuda, decoder_cuda, prefill_attention_cuda and, per
+benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
 
@@ -68,9 +69,12 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
    "deviation_zero_padding": 0.03, "deviation_signal_padding": 0.0, "meta": {...}}
       lines of stream_layers_bench --json: speedup of reuse over running every window anew
 
-Records of the kinds context_append, context_update, context_fork, context_checkpoint
-(context_bench), head_map (head_map_bench), streaminnc_misaligned and frame_encoder
-(stream_layers_bench) are tables of their own: they are read over.
+  {"bench": "decode_attention", "case": "1028", "default": true, "overlap": true, "us": 4.4, ...}
+      lines of the GPU programs name themselves by `bench`; drawn are decode_attention beside torch
+      (decode_attention_torch.py), decoder_step and prefill_attention
+
+Other kinds (context_bench, head_map_bench, listen_bench, perplexity_bench, parts of
+stream_layers_bench and of the GPU programs; TABLES) are tables of their own: they are read over.
 
 `meta` is free (commit, compiler, machine, threads, command): its commit and machine are printed
 under the picture. Exit status: 0, or 1 with the reason (file and line) on stderr.
@@ -85,11 +89,14 @@ import re
 import statistics
 import sys
 
-import matplotlib
+try:
+    import matplotlib
 
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of the backend)
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+except ImportError:
+    matplotlib = None  # --check needs none
 
 REQUIRED = {
     "perplexity": {"policy": str, "sinks": int, "window": int | None, "tokens": list, "ppl": list},
@@ -110,9 +117,18 @@ REQUIRED = {
     "streaminnc": {"window": int, "hop": int, "work_ratio": int | float, "speedup": int | float,
                    "deviation_zero_padding": int | float},
 }
+GPU = {
+    "decode_attention": {"case": str, "overlap": bool, "us": int | float},
+    "torch": {"case": str, "way": str},
+    "decoder_step": {"model": str, "entries": int, "sessions": int, "overlap": bool,
+                     "ms": int | float, "of_read_ceiling": int | float},
+    "prefill_attention": {"kernel": str, "window": int, "tflop_per_s": int | float},
+}
 # Read over: nothing is drawn of them.
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
-          "streaminnc_misaligned", "frame_encoder")
+          "streaminnc_misaligned", "frame_encoder", "rounding", "listen_overlap",
+          "listen_overlap_mean", "listen_minute", "listen_endless", "machine", "matrix_vector", "decoder_prefill", "decoder_endless",
+          "segment_attention", "duplex_cuda", "watch", "watch_part")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
@@ -132,19 +148,27 @@ class PlotError(Exception):
     """A file that can't be read or a record that does not fit the schema."""
 
 
+def kind_of(record):
+    """What a record is: the programs on a GPU write `bench` instead of `kind`."""
+    return record.get("kind", record.get("bench"))
+
+
 def check_record(record, where):
     """Raises PlotError if a JSON-lines record lacks a field or has one of another type."""
     if not isinstance(record, dict):
         raise PlotError(f"{where}: expected an object, found {type(record).__name__}")
-    kind = record.get("kind")
+    kind = kind_of(record)
     if kind in TABLES:
         return
-    if kind not in REQUIRED:
+    required = GPU if "kind" not in record and kind in GPU else REQUIRED
+    if kind not in required:
         raise PlotError(f"{where}: field 'kind': expected {', '.join(REQUIRED)}, found {kind!r}")
-    for field, kinds in REQUIRED[kind].items():
+    for field, kinds in required[kind].items():
         value = record.get(field)
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise PlotError(f"{where}: {kind}: field '{field}': found {value!r}")
+    if required is GPU:
+        return
     if kind == "perplexity" and len(record["tokens"]) != len(record["ppl"]):
         raise PlotError(f"{where}: {len(record['tokens'])} tokens for {len(record['ppl'])} ppl")
     bins = record.get("bins", [])
@@ -582,6 +606,92 @@ def draw_streaminnc(records, folder):
     save(made, folder, "streaminnc", records)
 
 
+def draw_decode_attention_cuda(records, folder):
+    """Microseconds a launch: ours as a decoder runs it, and the best of PyTorch's ways."""
+    ours = {record["case"]: record["us"] for record in records
+            if record["bench"] == "decode_attention" and record.get("default") and record["overlap"]}
+    theirs = {}
+    for record in records:
+        if record["bench"] == "torch" and record.get("us"):
+            theirs[record["case"]] = min(record["us"], theirs.get(record["case"], math.inf))
+    cases = [case for case in ours if case in theirs]
+    if not cases:
+        return
+    made, (axis,) = figure(width=7.2)
+    for values, label, colour, shift in (
+            (theirs, "PyTorch SDPA, its best way (attention alone)", SECOND, -0.2),
+            (ours, "sluice (rotation, append and eviction included)", ACCENT, 0.2)):
+        axis.bar([place + shift for place in range(len(cases))], [values[case] for case in cases],
+                 width=0.38, color=colour, label=label)
+    for place, case in enumerate(cases):
+        axis.annotate(f"{theirs[case] / ours[case]:.2f} x", (place, max(ours[case], theirs[case])),
+                      xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
+    log_axis(axis, [values[case] for values in (ours, theirs) for case in cases])
+    axis.set_ylim(top=2 * max(values[case] for values in (ours, theirs) for case in cases))
+    axis.set_xticks(range(len(cases)), cases)
+    axis.set_xlabel("keys (batch x keys); 32:8 heads of 128, bf16")
+    axis.set_ylabel("us a launch (log scale)")
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    tidy(axis)
+    save(made, folder, "decode_attention_cuda", records)
+
+
+def draw_decoder_cuda(records, folder):
+    """Left: a token by the cache's size, above what its bytes need. Right: tokens/s by sessions."""
+    made, (single, many) = figure(columns=2, width=5.2)
+    steps = [record for record in records if record["overlap"]]
+    for index, model in enumerate(dict.fromkeys(record["model"] for record in steps)):
+        colour = [ACCENT, SECOND, THIRD, FOURTH][index % 4]
+        alone = sorted((record["entries"], record["ms"], record["of_read_ceiling"])
+                       for record in steps if record["model"] == model and record["sessions"] == 1)
+        if alone:
+            entries = [row[0] for row in alone]
+            single.plot(entries, [row[1] for row in alone], "o-", color=colour, linewidth=1.8,
+                        markersize=4, label=model)
+            single.plot(entries, [row[1] * row[2] for row in alone], ":", color=colour,
+                        linewidth=1.2, label="its bytes at the read ceiling")
+        batch = sorted((record["sessions"], 1e3 * record["sessions"] / record["ms"])
+                       for record in steps if record["model"] == model
+                       and record["entries"] == 1024)
+        if batch:
+            many.plot(*zip(*batch), "o-", color=colour, linewidth=1.8, markersize=4, label=model)
+    for axis, name in ((single, "entries in the cache"), (many, "sessions of 1,024 entries")):
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+        axis.yaxis.set_major_formatter(FuncFormatter(thousands))
+        axis.set_xlabel(name)
+        axis.legend(fontsize=8, frameon=False)
+        tidy(axis)
+    single.set_ylabel("ms a token")
+    many.set_ylabel("tokens/s, all sessions")
+    save(made, folder, "decoder_cuda", records)
+
+
+def draw_prefill_attention_cuda(records, folder):
+    """TFLOP/s over the pairs that are visible, by window: the best row of each kernel."""
+    windows = sorted({record["window"] for record in records})
+    kernels = sorted({record["kernel"] for record in records})
+    made, (axis,) = figure(width=7.2)
+    width = 0.8 / len(kernels)
+    for index, kernel in enumerate(kernels):
+        best = [max((record["tflop_per_s"] for record in records
+                     if (record["kernel"], record["window"]) == (kernel, window)), default=0)
+                for window in windows]
+        bars = axis.bar([place + (index - (len(kernels) - 1) / 2) * width
+                         for place in range(len(windows))], best, width=width,
+                        label=f"sluice, {kernel}" if "Torch" not in kernel else kernel,
+                        color=[ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS][index])
+        axis.bar_label(bars, fmt="%.0f", fontsize=8)
+    axis.set_xticks(range(len(windows)), [f"{window:,}" for window in windows])
+    axis.set_xlabel("window; 32 heads of 128, 32,768 tokens, 4 sinks")
+    axis.set_ylabel("TFLOP/s")
+    axis.set_ylim(top=1.3 * axis.get_ylim()[1])
+    axis.legend(fontsize=8, frameon=False)
+    tidy(axis)
+    save(made, folder, "prefill_attention_cuda", records)
+
+
 def sweep(entry):
     """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
     first argument with a name is the sweep; None for a run without one."""
@@ -633,7 +743,8 @@ DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
         "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
         "versus": draw_versus, "steps": draw_steps, "curve": draw_curves,
-        "streaminnc": draw_streaminnc}
+        "streaminnc": draw_streaminnc, "decode_attention torch": draw_decode_attention_cuda,
+        "decoder_step": draw_decoder_cuda, "prefill_attention": draw_prefill_attention_cuda}
 
 
 def main():
@@ -642,7 +753,12 @@ def main():
     parser.add_argument("files", type=pathlib.Path, nargs="+", metavar="FILE")
     parser.add_argument("--output", type=pathlib.Path, default=default, metavar="DIR",
                         help="folder for the pictures, made if missing (default: %(default)s)")
+    parser.add_argument("--check", action="store_true",
+                        help="only read the files; needs no matplotlib")
     options = parser.parse_args()
+    if matplotlib is None and not options.check:
+        print("plot: matplotlib is not installed", file=sys.stderr)
+        return 1
     try:
         records, runs = [], []
         for path in options.files:
@@ -651,9 +767,11 @@ def main():
             runs += found_runs
         if not records and not runs:
             raise PlotError("the files hold no record")
+        if options.check:
+            return 0
         options.output.mkdir(parents=True, exist_ok=True)
         for kind, draw in DRAW.items():
-            chosen = [record for record in records if record["kind"] == kind]
+            chosen = [record for record in records if kind_of(record) in kind.split()]
             if chosen:
                 draw(chosen, options.output)
         for run in runs:
