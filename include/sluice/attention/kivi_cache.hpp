@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <string>
 #include <utility>
@@ -43,19 +44,22 @@ struct KiviConfig {
 /// number of tokens alone and not on how they were cut into chunks; uncommitted tokens never are,
 /// so a roll-back leaves no trace.
 ///
-/// What a layer shows is widened to float32 by select(), in rows that all layers share: a step
-/// costs a pass over the codes and over as many floats as one layer has entries. It saves memory,
-/// not time. Only construction allocates: bytes(), and one layer's rows in float32. Protocol of a
-/// step: as KvCache, with select() between store() and segments(). One thread at a time; store() of
-/// different rows may run on several.
+/// Attention reads codes where they lie: scales of keys go into the query once a group of tokens,
+/// scales of values into the weights, zeros are added once a group, so that a score differs from
+/// that of a widened key by the rounding of float32 sums whose terms are as large as scale * code
+/// and zero: by (head_dim + 4) 2^-24 sum |q| (|scale code| + |zero|) at most. Only construction
+/// allocates: bytes(), and a block to quantise from. Protocol of a step: as KvCache. One thread at
+/// a time; store() of different rows may run on several.
 template <int kBits, RotaryElement Tail = f16>
 class KiviKvCache {
  public:
-  using KeyType = float;
-  using ValueType = float;
-  using SegmentType = Segment<float>;
+  using KeyType = Tail;
+  using ValueType = Tail;
+  using Element = KiviElement<kBits, Tail>;
+  using SegmentType = Segment<Element>;
   using Codes = KiviCodes<kBits>;
-  static constexpr int kMaxSegments = Retention::kMaxSegments;
+  /// Runs of the retention end where sinks, coded values, coded keys and the two rings do.
+  static constexpr int kMaxSegments = Retention::kMaxSegments + 5;
 
   /// rotaries: [num_layers], each null or outliving the cache. \throws Error(kConfig, kShape)
   /// naming the extent that does not fit: groups that are no whole words or do not divide the
@@ -79,11 +83,8 @@ class KiviKvCache {
     tail_values_ = Buffer<Tail>(size(heads_ * tail_ * shape.value_dim));
     key_words_ = Buffer<std::uint32_t>(size(heads_ * coded * shape.head_dim / Codes::kPerWord));
     value_words_ = Buffer<std::uint32_t>(size(heads_ * coded * shape.value_dim / Codes::kPerWord));
-    key_scales_ = Buffer<GroupScale>(size(heads_ * groups_ * shape.head_dim));
-    value_scales_ = Buffer<GroupScale>(size(heads_ * coded * shape.value_dim / config.group));
-    rows_ = kept.capacity;
-    keys_ = Buffer<float>(size(shape.num_kv_heads * rows_ * shape.head_dim));
-    values_ = Buffer<float>(size(shape.num_kv_heads * rows_ * shape.value_dim));
+    key_scales_ = Buffer<f16>(size(heads_ * groups_ * 2 * shape.head_dim));
+    value_scales_ = Buffer<f16>(size(heads_ * coded * value_scales()));
     block_ = Buffer<float>(size(config.group * std::max(shape.head_dim, shape.value_dim)));
   }
 
@@ -152,42 +153,34 @@ class KiviKvCache {
       }
   }
 
-  /// Widens what the newest tokens see in a layer.
-  void select(std::int64_t layer, const AttentionQuery& query) {
-    std::array<SegmentRule, kMaxSegments> rules;
-    const int count = retention_.rules(query.rows.tokens, rules);
-    std::int64_t to = 0;
-    for (int i = 0; i < count; ++i)
-      for (std::int64_t j = 0; j < rules[size(i)].count; ++j, ++to)
-        for (std::int64_t h = 0; h < shape_.num_kv_heads; ++h)
-          widen(layer * shape_.num_kv_heads + h, rules[size(i)].first_index + j,
-                keys_.data() + (h * rows_ + to) * shape_.head_dim,
-                values_.data() + (h * rows_ + to) * shape_.value_dim);
-  }
-
   int num_classes(std::int64_t) const { return 1; }
   HeadClassView head_class(std::int64_t, int = 0) const {
     return {{}, retention_.window(), sinks_, retention_.reader_place()};
   }
-  /// What select() has widened: the segments of the retention.
-  int segments(std::int64_t, std::int64_t queries, std::span<SegmentType, kMaxSegments> out,
+  /// What the newest tokens see, in the runs in which it is stored: sinks, what is coded, what has
+  /// coded keys alone, the tail.
+  int segments(std::int64_t layer, std::int64_t queries, std::span<SegmentType, kMaxSegments> out,
                int = 0) const {
-    std::array<SegmentRule, kMaxSegments> rules;
+    std::array<SegmentRule, Retention::kMaxSegments> rules;
     const int count = retention_.rules(queries, rules);
-    std::int64_t first = 0;
+    int written = 0;
     for (int i = 0; i < count; ++i) {
-      SegmentType& segment = out[size(i)];
-      segment = SegmentType{};
-      segment.rule = rules[size(i)];
-      segment.keys = keys_.data() + first * shape_.head_dim;
-      segment.values = values_.data() + first * shape_.value_dim;
-      segment.key_token_stride = shape_.head_dim;
-      segment.value_token_stride = shape_.value_dim;
-      segment.key_head_stride = rows_ * shape_.head_dim;
-      segment.value_head_stride = rows_ * shape_.value_dim;
-      first += segment.rule.count;
+      const SegmentRule& rule = rules[size(i)];
+      for (std::int64_t done = 0; done < rule.count;) {
+        const std::int64_t token = rule.first_index + done - sinks_;
+        SegmentType& run = out[size(written++)];
+        run = SegmentType{};
+        run.rule = rule;
+        run.rule.first_index += done;
+        run.rule.first_position += static_cast<Position>(done);
+        run.rule.first_slot += done;
+        run.rule.count = std::min(rule.count - done, run_length(token));
+        run.rule.visible = std::clamp<std::int64_t>(rule.visible - done, 0, run.rule.count);
+        done += run.rule.count;
+        place(layer * shape_.num_kv_heads, token, run);
+      }
     }
-    return count;
+    return written;
   }
 
   /// A state that revert() returns to: a copy of everything.
@@ -304,8 +297,9 @@ class KiviKvCache {
     return c;
   }
 
-  std::array<std::pair<const char*, std::int64_t>, 9> identity() const {
-    return {{{"bits", kBits},
+  std::array<std::pair<const char*, std::int64_t>, 10> identity() const {
+    return {{{"layout", 2},
+             {"bits", kBits},
              {"tail type", static_cast<std::int64_t>(KvRow<Tail>::kTag)},
              {"num_layers", shape_.num_layers},
              {"num_kv_heads", shape_.num_kv_heads},
@@ -333,16 +327,72 @@ class KiviKvCache {
     if (index < sinks_) return sinks.data() + (head * sinks_ + index) * dim;
     return ring.data() + (head * tail_ + (index - sinks_) % tail_) * dim;
   }
+  std::int64_t coded_rows() const { return groups_ * config_.group; }
+  std::int64_t value_scales() const { return 2 * shape_.value_dim / config_.group; }
+
+  /// Tokens from `token` on, itself included, that are stored in one form and one run.
+  std::int64_t run_length(std::int64_t token) const {
+    if (token < 0) return -token;
+    std::int64_t length = std::numeric_limits<std::int64_t>::max();
+    const auto until = [&](std::int64_t end) {
+      length = std::min(length, end - token);
+    };
+    if (token < coded_keys_) until(std::min(coded_keys_, next_multiple(token, coded_rows())));
+    if (token < coded_values_) until(coded_values_);
+    if (token >= coded_values_) until(next_multiple(token, tail_));
+    return length;
+  }
+  static std::int64_t next_multiple(std::int64_t of, std::int64_t unit) {
+    return of - of % unit + unit;
+  }
+
+  /// Says where the keys and values of a run that begins with `token` lie, from head `head` on.
+  void place(std::int64_t head, std::int64_t token, SegmentType& run) const {
+    const bool sink = token < 0;
+    const std::int64_t rows = sink ? sinks_ : tail_;
+    if (!sink && token < coded_keys_) {
+      const std::int64_t dim = shape_.head_dim;
+      const std::int64_t group = token / config_.group % groups_;
+      run.key_token_stride = config_.group * dim / Codes::kPerWord;
+      run.key_head_stride = groups_ * run.key_token_stride;
+      run.key_scale_token_stride = 2 * dim;
+      run.key_scale_head_stride = groups_ * 2 * dim;
+      run.keys =
+          as_element(key_words_.data() + head * run.key_head_stride + group * run.key_token_stride);
+      run.key_scales = key_scales_.data() + (head * groups_ + group) * 2 * dim;
+      run.key_first = token % config_.group;
+    } else {
+      run.key_token_stride = shape_.head_dim;
+      run.key_head_stride = rows * shape_.head_dim;
+      run.keys = as_element(
+          row<const Tail>(sink_keys_, tail_keys_, head, sinks_ + token, shape_.head_dim));
+    }
+    if (!sink && token < coded_values_) {
+      const std::int64_t at = value_row(head, token);
+      run.value_token_stride = shape_.value_dim / Codes::kPerWord;
+      run.value_head_stride = coded_rows() * run.value_token_stride;
+      run.value_scale_token_stride = value_scales();
+      run.value_scale_head_stride = coded_rows() * value_scales();
+      run.values = as_element(value_words_.data() + at * run.value_token_stride);
+      run.value_scales = value_scales_.data() + at * value_scales();
+    } else {
+      run.value_token_stride = shape_.value_dim;
+      run.value_head_stride = rows * shape_.value_dim;
+      run.values = as_element(
+          row<const Tail>(sink_values_, tail_values_, head, sinks_ + token, shape_.value_dim));
+    }
+  }
+  template <class T>
+  static const Element* as_element(const T* from) {
+    return static_cast<const Element*>(static_cast<const void*>(from));
+  }
   // Tokens are counted behind the sinks from here on. Codes lie in a ring of whole groups.
   std::uint32_t* key_group(std::int64_t head, std::int64_t group) {
     return key_words_.data() +
            (head * groups_ + group % groups_) * config_.group * shape_.head_dim / Codes::kPerWord;
   }
-  GroupScale* key_scales(std::int64_t head, std::int64_t group) {
-    return key_scales_.data() + (head * groups_ + group % groups_) * shape_.head_dim;
-  }
   std::int64_t value_row(std::int64_t head, std::int64_t token) const {
-    return head * groups_ * config_.group + token % (groups_ * config_.group);
+    return head * coded_rows() + token % coded_rows();
   }
 
   /// Quantises the keys of a group of tokens: a channel's codes follow each other.
@@ -352,43 +402,25 @@ class KiviKvCache {
       convert(row<Tail>(sink_keys_, tail_keys_, head, sinks_ + first + t, dim), dim,
               block_.data() + t * dim);
     std::uint32_t* words = key_group(head, first / config_.group);
-    GroupScale* scales = key_scales(head, first / config_.group);
-    for (std::int64_t d = 0; d < dim; ++d)
-      scales[d] = Codes::quantise(block_.data() + d, config_.group, dim,
-                                  words + d * config_.group / Codes::kPerWord);
+    f16* scales = key_scales_.data() + (head * groups_ + first / config_.group % groups_) * 2 * dim;
+    for (std::int64_t d = 0; d < dim; ++d) {
+      const GroupScale scale = Codes::quantise(block_.data() + d, config_.group, dim,
+                                               words + d * config_.group / Codes::kPerWord);
+      scales[d] = scale.scale;
+      scales[dim + d] = scale.zero;
+    }
   }
   void code_value(std::int64_t head, std::int64_t token) {
     const std::int64_t dim = shape_.value_dim;
     convert(row<Tail>(sink_values_, tail_values_, head, sinks_ + token, dim), dim, block_.data());
     const std::int64_t at = value_row(head, token);
-    for (std::int64_t d = 0; d < dim; d += config_.group)
-      value_scales_[size((at * dim + d) / config_.group)] =
+    f16* scales = value_scales_.data() + at * value_scales();
+    for (std::int64_t d = 0; d < dim; d += config_.group) {
+      const GroupScale scale =
           Codes::quantise(block_.data() + d, config_.group, 1,
                           value_words_.data() + (at * dim + d) / Codes::kPerWord);
-  }
-
-  void widen(std::int64_t head, std::int64_t index, float* key, float* value) {
-    const std::int64_t token = index - sinks_;
-    if (token < 0 || token >= coded_keys_) {
-      convert(row<Tail>(sink_keys_, tail_keys_, head, index, shape_.head_dim), shape_.head_dim,
-              key);
-    } else {
-      const std::uint32_t* words = key_group(head, token / config_.group);
-      const GroupScale* scales = key_scales(head, token / config_.group);
-      const std::int64_t stride = config_.group / Codes::kPerWord;
-      for (std::int64_t d = 0; d < shape_.head_dim; ++d)
-        key[d] =
-            Codes::dequantise(Codes::code(words + d * stride, token % config_.group), scales[d]);
-    }
-    if (token < 0 || token >= coded_values_) {
-      convert(row<Tail>(sink_values_, tail_values_, head, index, shape_.value_dim),
-              shape_.value_dim, value);
-    } else {
-      const std::int64_t at = value_row(head, token) * shape_.value_dim;
-      const std::uint32_t* words = value_words_.data() + at / Codes::kPerWord;
-      const GroupScale* scales = value_scales_.data() + at / config_.group;
-      for (std::int64_t d = 0; d < shape_.value_dim; ++d)
-        value[d] = Codes::dequantise(Codes::code(words, d), scales[d / config_.group]);
+      *scales++ = scale.scale;
+      *scales++ = scale.zero;
     }
   }
 
@@ -405,7 +437,6 @@ class KiviKvCache {
   std::int64_t heads_ = 0;         // of all layers
   std::int64_t tail_ = 0;          // rows of the ring of unquantised tokens
   std::int64_t groups_ = 0;        // groups of codes of a head
-  std::int64_t rows_ = 0;          // of the widened layer
   std::int64_t coded_keys_ = 0;    // tokens behind the sinks
   std::int64_t coded_values_ = 0;  // likewise
   Buffer<Tail> sink_keys_;         // [heads, sinks, head_dim]
@@ -414,11 +445,9 @@ class KiviKvCache {
   Buffer<Tail> tail_values_;
   Buffer<std::uint32_t> key_words_;    // [heads, groups, head_dim, words of a group]
   Buffer<std::uint32_t> value_words_;  // [heads, tokens, words of a row]
-  Buffer<GroupScale> key_scales_;      // [heads, groups, head_dim]
-  Buffer<GroupScale> value_scales_;    // [heads, tokens, groups of a row]
-  Buffer<float> keys_;                 // [kv heads, rows, head_dim], of the layer that is read
-  Buffer<float> values_;
-  Buffer<float> block_;  // [group, channels], being quantised
+  Buffer<f16> key_scales_;             // [heads, groups, 2, head_dim]
+  Buffer<f16> value_scales_;           // [heads, tokens, groups of a row, 2]
+  Buffer<float> block_;                // [group, channels], being quantised
 };
 
 }  // namespace sluice

@@ -694,9 +694,13 @@ class KvCache {
     if (shape.head_dim < 1) fail("head_dim", "at least 1", shape.head_dim);
     if (shape.value_dim < 1) fail("value_dim", "at least 1", shape.value_dim);
     if (shape.head_dim % KvRow<Key>::kUnit != 0)
-      fail("head_dim", "even, for two channels in an element", shape.head_dim);
+      fail("head_dim",
+           "a multiple of " + std::to_string(KvRow<Key>::kUnit) + ", for its element type",
+           shape.head_dim);
     if (shape.value_dim % KvRow<Value>::kUnit != 0)
-      fail("value_dim", "even, for two channels in an element", shape.value_dim);
+      fail("value_dim",
+           "a multiple of " + std::to_string(KvRow<Value>::kUnit) + ", for its element type",
+           shape.value_dim);
     if (static_cast<std::int64_t>(layers.size()) != shape.num_layers)
       fail("layers", std::to_string(shape.num_layers) + " entries",
            static_cast<std::int64_t>(layers.size()));

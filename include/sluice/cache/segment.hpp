@@ -39,6 +39,7 @@ struct Segment {
   std::int64_t key_scale_token_stride = 0;
   std::int64_t value_scale_head_stride = 0;
   std::int64_t value_scale_token_stride = 0;
+  std::int64_t key_first = 0;  ///< of keys in groups of tokens (KiviElement)
 
   const Key* key(std::int64_t head, std::int64_t entry) const {
     return keys + head * key_head_stride + entry * key_token_stride;

@@ -115,8 +115,21 @@ struct int4x2 {
   std::uint8_t bits;
 };
 
+/// A channel of a row in blocks of 32, coded as GGUF's Q8_0: -127 to 127 times the block's scale.
+struct q8_0 {
+  std::int8_t bits;
+};
+
+/// Two channels of a row in blocks of 32, coded as GGUF's Q4_0: byte i of a block's 16 holds
+/// channel i in its low half and channel i + 16 in its high one, 0 to 15 for -8 to 7 times the
+/// block's scale.
+struct q4_0 {
+  std::uint8_t bits;
+};
+
 static_assert(sizeof(bf16) == 2 && sizeof(f16) == 2);
 static_assert(sizeof(fp8_e4m3) == 1 && sizeof(int4x2) == 1);
+static_assert(sizeof(q8_0) == 1 && sizeof(q4_0) == 1);
 
 /// What a stored tensor's elements are. The Q names are GGUF's block formats.
 enum class ElementType : std::uint8_t {

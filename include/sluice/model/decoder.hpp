@@ -473,6 +473,15 @@ class DecoderWorkspace {
   std::vector<RotaryTable> write_rotation_;                          // one per rotary
 };
 
+namespace detail {
+/// Whether a cache's segments are of rows, as a KvCache's: KIVI's codes can't be read beside other
+/// groups, nor probed.
+template <class Cache>
+inline constexpr bool kHasRows =
+    std::same_as<typename Cache::SegmentType,
+                 Segment<typename Cache::KeyType, typename Cache::ValueType>>;
+}  // namespace detail
+
 template <class Cache, class MakeMask>
 void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<Cache>& reader,
                   DecoderWorkspace& w, ThreadTeam& team, MakeMask&& make_mask) const {
@@ -594,9 +603,10 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
                          w.late_lse_.data());
         }
       }
-      if (probed)
-        attention_mass(of_class, seen, variant.sm_scale, &rotary(l), c.num_kv_heads, w.lse_.span(),
-                       reader.probe.group, reader.probe.newest, w.mass_.span());
+      if constexpr (detail::kHasRows<Cache>)
+        if (probed)
+          attention_mass(of_class, seen, variant.sm_scale, &rotary(l), c.num_kv_heads,
+                         w.lse_.span(), reader.probe.group, reader.probe.newest, w.mass_.span());
       if constexpr (requires { cache.observes(l); })
         if (observed)
           cache.observe(ObservedAttention<typename Cache::KeyType, typename Cache::ValueType>{
@@ -634,16 +644,20 @@ int Decoder::gather(std::int64_t layer, int part, std::int64_t count, const Cach
     }
   };
   if (!reader.sees.empty()) {
-    using Foreign = KvCache<typename Cache::KeyType, typename Cache::ValueType>;
-    std::array<SegmentType, Foreign::kMaxSegments> found;
-    const ReaderPlace own = cache.head_class(layer, part).place;
-    for (const auto& view : reader.sees) {
-      SLUICE_ASSERT(view.cache->num_classes(layer) == cache.num_classes(layer));
-      take(
-          found,
-          view.cache->snapshot_segments(
-              layer, view.visible, {own.shift + view.shift, own.ceiling + view.shift}, found, part),
-          view.group);
+    if constexpr (detail::kHasRows<Cache>) {
+      using Foreign = KvCache<typename Cache::KeyType, typename Cache::ValueType>;
+      std::array<SegmentType, Foreign::kMaxSegments> found;
+      const ReaderPlace own = cache.head_class(layer, part).place;
+      for (const auto& view : reader.sees) {
+        SLUICE_ASSERT(view.cache->num_classes(layer) == cache.num_classes(layer));
+        take(found,
+             view.cache->snapshot_segments(layer, view.visible,
+                                           {own.shift + view.shift, own.ceiling + view.shift},
+                                           found, part),
+             view.group);
+      }
+    } else {
+      SLUICE_ASSERT(reader.sees.empty());
     }
   }
   // The cache's own are written where they are read.

@@ -50,6 +50,7 @@ struct AnySegment {
   std::int64_t key_scale_token_stride;
   std::int64_t value_scale_head_stride;
   std::int64_t value_scale_token_stride;
+  std::int64_t key_first;
 
   AnySegment() = default;
   template <class Key, class Value>
@@ -68,7 +69,8 @@ struct AnySegment {
         key_scale_head_stride(from.key_scale_head_stride),
         key_scale_token_stride(from.key_scale_token_stride),
         value_scale_head_stride(from.value_scale_head_stride),
-        value_scale_token_stride(from.value_scale_token_stride) {}
+        value_scale_token_stride(from.value_scale_token_stride),
+        key_first(from.key_first) {}
 
   template <class Key>
   const Key* key(std::int64_t head, std::int64_t entry) const {
@@ -210,9 +212,8 @@ template <class Key>
 const KeyKernels& key_kernels();
 template <class Value>
 const ValueKernels& value_kernels();
-void run_attention(const AttentionCall& call, const KeyKernels& keys,
-                          const ValueKernels& values, AttentionWorkspace<cpu>& workspace,
-                          ThreadTeam& team);
+void run_attention(const AttentionCall& call, const KeyKernels& keys, const ValueKernels& values,
+                   AttentionWorkspace<cpu>& workspace, ThreadTeam& team);
 #endif
 
 }  // namespace detail

@@ -24,15 +24,43 @@ inline constexpr int kDecodeHeads = simd::kNumRegisters >= 32 ? 4 : 2;
 /// Registers of a value row that one pass sums up, at most.
 inline constexpr int kDecodeVectors = simd::kNumRegisters >= 32 ? 4 : 3;
 
+/// Bits of a code of KIVI's words; 0: no such element.
+template <class Element>
+inline constexpr int kFieldBits = 0;
+template <int kBits, class Tail>
+inline constexpr int kFieldBits<KiviElement<kBits, Tail>> = kBits;
+
 /// kWidth channels of a row from channel `first` on, those of a pair-wise format in the order of
 /// simd::load_codes().
 template <class Element>
 [[gnu::always_inline]] inline simd::VecF load_channels(const Element* row, std::int64_t first) {
-  if constexpr (std::is_same_v<Element, int4x2>)
+  if constexpr (std::is_same_v<Element, int4x2> || BlockElement<Element>)
     return simd::load_codes(row, first);
+  else if constexpr (kFieldBits<Element> > 0)
+    return simd::load_fields<kFieldBits<Element>>(row, first);
   else
     return simd::load(row + first);
 }
+
+/// What a kernel does to the channels that it loads: nothing, or the scale of their block of 32.
+struct PlainRows {
+  [[gnu::always_inline]] simd::VecF operator()(simd::VecF x, std::int64_t, std::int64_t) const {
+    return x;
+  }
+  PlainRows from(std::int64_t) const { return *this; }
+  PlainRows repeated() const { return *this; }
+};
+struct BlockRows {
+  const float* scales;  // [rows, blocks]
+  std::int64_t stride;
+
+  [[gnu::always_inline]] simd::VecF operator()(simd::VecF x, std::int64_t row,
+                                               std::int64_t channel) const {
+    return x * simd::broadcast(scales[row * stride + channel / 32]);
+  }
+  BlockRows from(std::int64_t row) const { return {scales + row * stride, stride}; }
+  BlockRows repeated() const { return {scales, 0}; }
+};
 
 /// to = from in the order of load_channels() for Element; dim a multiple of the format's unit.
 template <class Element>
@@ -74,16 +102,18 @@ template <class Element>
 /// * stride, query_h = query + h * dim, channels in the order of load_channels(); dim a multiple of
 /// simd::kWidth, and of twice that for pairs. The order of additions of a
 /// score does not depend on kHeads.
-template <int kHeads, class Key>
+template <int kHeads, class Key, class Rows>
 [[gnu::always_inline]] inline void decode_products(const float* query, std::int64_t dim,
                                                    const Key* keys, std::int64_t stride,
-                                                   float* scores, std::int64_t score_stride) {
+                                                   float* scores, std::int64_t score_stride,
+                                                   Rows rows) {
   simd::VecF sum[kHeads][4];
   for (int h = 0; h < kHeads; ++h)
     for (int j = 0; j < 4; ++j) sum[h][j] = simd::zero();
   for (std::int64_t d = 0; d < dim; d += simd::kWidth) {
     simd::VecF k[4];
-    for (int j = 0; j < 4; ++j) k[j] = simd::in_register(load_channels(keys + j * stride, d));
+    for (int j = 0; j < 4; ++j)
+      k[j] = simd::in_register(rows(load_channels(keys + j * stride, d), j, d));
     for (int h = 0; h < kHeads; ++h) {
       const simd::VecF q = simd::load(query + h * dim + d);
       for (int j = 0; j < 4; ++j) sum[h][j] = simd::fma(q, k[j], sum[h][j]);
@@ -93,15 +123,15 @@ template <int kHeads, class Key>
 }
 
 /// The same for any number of heads: keys are loaded once from memory.
-template <class Key>
+template <class Key, class Rows>
 [[gnu::always_inline]] inline void decode_products(std::int64_t heads, const float* query,
                                                    std::int64_t dim, const Key* keys,
                                                    std::int64_t stride, float* scores,
-                                                   std::int64_t score_stride) {
+                                                   std::int64_t score_stride, Rows rows) {
   std::int64_t h = 0;
   const auto some = [&]<int kHeads>() {
     decode_products<kHeads>(query + h * dim, dim, keys, stride, scores + h * score_stride,
-                            score_stride);
+                            score_stride, rows);
     h += kHeads;
   };
   while (heads - h >= kDecodeHeads) some.template operator()<kDecodeHeads>();
@@ -113,39 +143,43 @@ template <class Key>
 }
 
 /// scores[h * score_stride + j] = <query_h, key_j> for `heads` heads and `count` keys.
-template <class Key>
+template <class Key, class Rows = PlainRows>
 inline void decode_scores(std::int64_t heads, const float* query, std::int64_t dim, const Key* keys,
                           std::int64_t stride, std::int64_t count, float* scores,
-                          std::int64_t score_stride) {
+                          std::int64_t score_stride, Rows scaled = {}) {
   std::int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
     for (int row = 0; row < 4; ++row)
       fetch_ahead(keys + (j + row) * stride, KvRow<Key>::stored(dim));
-    decode_products(heads, query, dim, keys + j * stride, stride, scores + j, score_stride);
+    decode_products(heads, query, dim, keys + j * stride, stride, scores + j, score_stride,
+                    scaled.from(j));
   }
   // The same key four times: its score is that of any other place.
   for (; j < count; ++j)
     for (std::int64_t h = 0; h < heads; ++h) {
       float sums[4];
-      decode_products<1>(query + h * dim, dim, keys + j * stride, 0, sums, 4);
+      decode_products<1>(query + h * dim, dim, keys + j * stride, 0, sums, 4,
+                         scaled.from(j).repeated());
       scores[h * score_stride + j] = sums[0];
     }
 }
 
 /// sums[h * dim + d] += sum over j of weights[h * weight_stride + j] * channel first + d of row j
 /// of values for kHeads heads and kVectors registers of channels.
-template <int kHeads, int kVectors, class Value>
+template <int kHeads, int kVectors, class Value, class Rows>
 [[gnu::always_inline]] inline void decode_sum(const float* weights, std::int64_t weight_stride,
                                               const Value* values, std::int64_t stride,
                                               std::int64_t first, std::int64_t count, float* sums,
-                                              std::int64_t dim) {
+                                              std::int64_t dim, Rows rows) {
   simd::VecF sum[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h)
     for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::load(sums + h * dim + v * simd::kWidth);
   for (std::int64_t j = 0; j < count; ++j, values += stride) {
     simd::VecF x[kVectors];
-    for (int v = 0; v < kVectors; ++v)
-      x[v] = simd::in_register(load_channels(values, first + v * simd::kWidth));
+    for (int v = 0; v < kVectors; ++v) {
+      const std::int64_t channel = first + v * simd::kWidth;
+      x[v] = simd::in_register(rows(load_channels(values, channel), j, channel));
+    }
     for (int h = 0; h < kHeads; ++h) {
       const simd::VecF weight = simd::broadcast(weights[h * weight_stride + j]);
       for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::fma(weight, x[v], sum[h][v]);
@@ -155,16 +189,16 @@ template <int kHeads, int kVectors, class Value>
     for (int v = 0; v < kVectors; ++v) simd::store(sums + h * dim + v * simd::kWidth, sum[h][v]);
 }
 
-template <int kVectors, class Value>
+template <int kVectors, class Value, class Rows>
 [[gnu::always_inline]] inline void decode_sum_heads(std::int64_t heads, const float* weights,
                                                     std::int64_t weight_stride, const Value* values,
                                                     std::int64_t stride, std::int64_t first,
                                                     std::int64_t count, float* sums,
-                                                    std::int64_t dim) {
+                                                    std::int64_t dim, Rows rows) {
   std::int64_t h = 0;
   const auto some = [&]<int kHeads>() {
     decode_sum<kHeads, kVectors>(weights + h * weight_stride, weight_stride, values, stride, first,
-                                 count, sums + h * dim, dim);
+                                 count, sums + h * dim, dim, rows);
     h += kHeads;
   };
   while (heads - h >= kDecodeHeads) some.template operator()<kDecodeHeads>();
@@ -179,10 +213,10 @@ template <int kVectors, class Value>
 /// values
 /// + j * stride, for `heads` heads, `count` rows and dim channels, a multiple as decode_products()
 /// wants it and in the order of load_channels().
-template <class Value>
+template <class Value, class Rows = PlainRows>
 inline void decode_sums(std::int64_t heads, const float* weights, std::int64_t weight_stride,
                         const Value* values, std::int64_t stride, std::int64_t count, float* sums,
-                        std::int64_t dim) {
+                        std::int64_t dim, Rows scaled = {}) {
   // Rows of one stretch stay in the first-level cache while all heads and channels pass over them.
   constexpr std::int64_t kStretch = 16;
   std::fill_n(sums, heads * dim, 0.0F);
@@ -194,7 +228,7 @@ inline void decode_sums(std::int64_t heads, const float* weights, std::int64_t w
     std::int64_t d = 0;
     const auto channels = [&]<int kVectors>() {
       decode_sum_heads<kVectors>(heads, weights + begin, weight_stride, from, stride, d, rows,
-                                 sums + d, dim);
+                                 sums + d, dim, scaled.from(begin));
       d += kVectors * simd::kWidth;
     };
     while (dim - d >= kDecodeVectors * simd::kWidth) channels.template operator()<kDecodeVectors>();
@@ -203,6 +237,51 @@ inline void decode_sums(std::int64_t heads, const float* weights, std::int64_t w
     if (dim - d == 2 * simd::kWidth) channels.template operator()<2>();
     if (dim - d == simd::kWidth) channels.template operator()<1>();
   }
+}
+
+/// scores[h * score_stride + i] = sum over d of query_h[d] * code first + i of channel d, +
+/// offset_h for kHeads heads and kVectors registers of tokens: KIVI's keys, of which channels lie
+/// one behind the other, `channel_bytes` apart, and their tokens side by side.
+template <int kBits, int kHeads, int kVectors>
+inline void field_products(const float* query, std::int64_t dim, const std::uint8_t* words,
+                           std::int64_t channel_bytes, std::int64_t first, const float* offsets,
+                           float* scores, std::int64_t score_stride) {
+  simd::VecF sum[kHeads][kVectors];
+  for (int h = 0; h < kHeads; ++h)
+    for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::zero();
+  for (std::int64_t d = 0; d < dim; ++d, words += channel_bytes) {
+    simd::VecF n[kVectors];
+    for (int v = 0; v < kVectors; ++v)
+      n[v] = simd::in_register(simd::load_fields<kBits>(words, first + v * simd::kWidth));
+    for (int h = 0; h < kHeads; ++h) {
+      const simd::VecF q = simd::in_register(simd::broadcast(query[h * dim + d]));
+      for (int v = 0; v < kVectors; ++v) sum[h][v] = simd::fma(q, n[v], sum[h][v]);
+    }
+  }
+  for (int h = 0; h < kHeads; ++h)
+    for (int v = 0; v < kVectors; ++v)
+      simd::store(scores + h * score_stride + v * simd::kWidth,
+                  sum[h][v] + simd::broadcast(offsets[h]));
+}
+
+/// The same for any number of heads.
+template <int kBits, int kVectors>
+inline void field_products(std::int64_t heads, const float* query, std::int64_t dim,
+                           const std::uint8_t* words, std::int64_t channel_bytes,
+                           std::int64_t first, const float* offsets, float* scores,
+                           std::int64_t score_stride) {
+  std::int64_t h = 0;
+  const auto some = [&]<int kHeads>() {
+    field_products<kBits, kHeads, kVectors>(query + h * dim, dim, words, channel_bytes, first,
+                                            offsets + h, scores + h * score_stride, score_stride);
+    h += kHeads;
+  };
+  while (heads - h >= kDecodeHeads) some.template operator()<kDecodeHeads>();
+  if constexpr (kDecodeHeads > 3)
+    if (heads - h == 3) return some.template operator()<3>();
+  if constexpr (kDecodeHeads > 2)
+    if (heads - h == 2) return some.template operator()<2>();
+  if (heads - h == 1) some.template operator()<1>();
 }
 
 // ---- several query rows ----------------------------------------------------------------------

@@ -67,10 +67,10 @@ struct ValueKernels {
 
 // Floats of scratch of KeyKernels::scores and ValueKernels::sums.
 constexpr std::int64_t key_scratch(std::int64_t group, std::int64_t dim) {
-  return group * (dim + kMostSplitKeys) + 4 * dim + 2 * kMostSplitKeys;
+  return group * (dim + kMostSplitKeys) + kMostSplitKeys / 32 * dim + 2 * kMostSplitKeys;
 }
 constexpr std::int64_t value_scratch(std::int64_t group, std::int64_t dim) {
-  return group * (dim + kMostSplitKeys) + 2 * kMostSplitKeys;
+  return group * (dim + kMostSplitKeys) + kMostSplitKeys / 32 * dim + 2 * kMostSplitKeys;
 }
 
 /// A stored row as floats.
@@ -79,6 +79,12 @@ void widen_row(const T* from, const typename KvRow<T>::Scale* scales, std::int64
                float* to) {
   if constexpr (std::is_same_v<T, int4x2>) {
     KvRow<T>::dequantise(from, scales, count, to);
+  } else if constexpr (BlockElement<T>) {
+    for (std::int64_t begin = 0; begin < count; begin += KvRow<T>::kGroup) {
+      const simd::VecF scale = simd::broadcast_half(scales + begin / KvRow<T>::kGroup);
+      for (std::int64_t d = begin; d < begin + KvRow<T>::kGroup; d += simd::kWidth)
+        simd::store(to + d, load_channels(from, d) * scale);
+    }
   } else {
     float scale = 1;
     if constexpr (QuantisedElement<T>) scale = *scales;
@@ -148,23 +154,23 @@ inline void group_scores(const AnySegment& segment, std::int64_t kv_head, std::i
   }
 }
 
-/// Sums of values in groups of channels: those of w * scale * n, and of w * zero once a group.
-inline void group_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
-                       std::int64_t count, std::int64_t heads, std::int64_t dim,
-                       const float* weights, float* out, float* scratch) {
-  constexpr std::int64_t kGroup = KvRow<int4x2>::kGroup;
+/// Sums of values in groups of `group` channels: those of w * scale * n, and of w * zero once a
+/// group. load_factors(c, factors): as load_group_scales(), of group c of the channels.
+template <class Value, class LoadFactors>
+void group_sums(const Value* values, std::int64_t stride, std::int64_t count, std::int64_t heads,
+                std::int64_t dim, std::int64_t group, const float* weights, float* out,
+                float* scratch, LoadFactors&& load_factors) {
   float* const more = scratch;                           // [heads, kMostSplitKeys]
   float* const factors = more + heads * kMostSplitKeys;  // [2, kMostSplitKeys]
   float* const rows = factors + 2 * kMostSplitKeys;      // [heads, channels of a group]
-  for (std::int64_t d = 0; d < dim; d += kGroup) {
-    const std::int64_t width = std::min(kGroup, dim - d);
-    load_group_scales(segment.value_scale<int4x2>(kv_head, begin) + d / kGroup,
-                      segment.value_scale_token_stride, count, factors);
+  for (std::int64_t d = 0; d < dim; d += group) {
+    const std::int64_t width = std::min(group, dim - d);
+    load_factors(d / group, factors);
     for (std::int64_t g = 0; g < heads; ++g)
       for (std::int64_t j = 0; j < count; ++j)
         more[g * kMostSplitKeys + j] = weights[g * kMostSplitKeys + j] * factors[j];
-    decode_sums(heads, more, kMostSplitKeys, segment.value<int4x2>(kv_head, begin) + d / 2,
-                segment.value_token_stride, count, rows, width);
+    decode_sums(heads, more, kMostSplitKeys, values + KvRow<Value>::stored(d), stride, count, rows,
+                width);
     for (std::int64_t g = 0; g < heads; ++g) {
       const float* const weight = weights + g * kMostSplitKeys;
       simd::VecF lanes = simd::zero();
@@ -174,16 +180,228 @@ inline void group_sums(const AnySegment& segment, std::int64_t kv_head, std::int
       float zero = simd::reduce_add(lanes);
       for (; j < count; ++j) zero += weight[j] * factors[kMostSplitKeys + j];
       float* const to = out + g * dim + d;
-      restore_channels<int4x2>(rows + g * width, width, to);
+      restore_channels<Value>(rows + g * width, width, to);
       for (std::int64_t i = 0; i < width; ++i) to[i] += zero;
     }
   }
 }
 
+/// The scales of a split's rows in blocks of 32 channels, as floats: [count, dim / 32].
+inline BlockRows load_block_scales(const f16* scales, std::int64_t stride, std::int64_t count,
+                                   std::int64_t dim, float* to) {
+  const std::int64_t blocks = dim / 32;
+  if (stride == blocks) {
+    std::int64_t i = 0;
+    for (; i + simd::kWidth <= count * blocks; i += simd::kWidth)
+      simd::store(to + i, simd::load(scales + i));
+    for (; i < count * blocks; ++i) to[i] = simd::to_float(scales[i]);
+  } else {
+    for (std::int64_t j = 0; j < count; ++j)
+      for (std::int64_t b = 0; b < blocks; ++b)
+        to[j * blocks + b] = simd::to_float(scales[j * stride + b]);
+  }
+  return {to, blocks};
+}
+
+// ---- KIVI's codes ------------------------------------------------------------------------------
+
+/// The groups of tokens of a segment's keys in one head.
+template <int kBits>
+struct FieldKeys {
+  const std::uint8_t* words;
+  const f16* scales;
+  std::int64_t group_bytes;
+  std::int64_t scale_stride;
+  std::int64_t group;          // tokens
+  std::int64_t channel_bytes;  // of a group
+
+  template <class Key>
+  static FieldKeys of(const AnySegment& segment, std::int64_t kv_head, std::int64_t dim) {
+    FieldKeys keys{};
+    keys.words = segment.key<Key>(kv_head, 0)->bytes;
+    keys.scales =
+        static_cast<const f16*>(segment.key_scales) + kv_head * segment.key_scale_head_stride;
+    keys.group_bytes = segment.key_token_stride * 4;
+    keys.scale_stride = segment.key_scale_token_stride;
+    keys.channel_bytes = keys.group_bytes / dim;
+    keys.group = keys.channel_bytes * 8 / kBits;
+    return keys;
+  }
+  /// Calls use(words, scales, begin, end, entry) for the tokens begin to end of each group that
+  /// entries first to first + count have a part of; `entry` is the first of these, counted from
+  /// `first`.
+  template <class Use>
+  void for_each_group(std::int64_t first, std::int64_t count, Use&& use) const {
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t at = (first + done) / group;
+      const std::int64_t begin = (first + done) % group;
+      const std::int64_t end = std::min(group, begin + count - done);
+      use(words + at * group_bytes, scales + at * scale_stride, begin, end, done);
+      done += end - begin;
+    }
+  }
+};
+
+/// Keys of a segment as rows of floats.
+template <int kBits, class Key>
+void load_field_keys(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+                     std::int64_t count, std::int64_t dim, std::int64_t stride, float* to) {
+  const auto keys = FieldKeys<kBits>::template of<Key>(segment, kv_head, dim);
+  keys.for_each_group(
+      segment.key_first + first, count,
+      [&](const std::uint8_t* words, const f16* scales, std::int64_t begin, std::int64_t end,
+          std::int64_t entry) {
+        float* const rows = to + entry * stride;
+        if (keys.group % simd::kWidth != 0 || dim % simd::kWidth != 0) {
+          for (std::int64_t d = 0; d < dim; ++d)
+            for (std::int64_t t = begin; t < end; ++t) {
+              const int code = words[d * keys.channel_bytes + t * kBits / 8] >> (t * kBits % 8) &
+                               ((1 << kBits) - 1);
+              rows[(t - begin) * stride + d] =
+                  static_cast<float>(code) * simd::to_float(scales[d]) +
+                  simd::to_float(scales[dim + d]);
+            }
+          return;
+        }
+        for (std::int64_t t = begin / simd::kWidth * simd::kWidth; t < end; t += simd::kWidth)
+          for (std::int64_t d = 0; d < dim; d += simd::kWidth) {
+            simd::VecF block[simd::kWidth];
+            for (int i = 0; i < simd::kWidth; ++i)
+              block[i] = simd::fma(
+                  simd::load_fields<kBits>(words + (d + i) * keys.channel_bytes, t),
+                  simd::broadcast_half(scales + d + i), simd::broadcast_half(scales + dim + d + i));
+            simd::transpose(block);
+            for (int i = 0; i < simd::kWidth; ++i)
+              if (t + i >= begin && t + i < end)
+                simd::store(rows + (t + i - begin) * stride + d, block[i]);
+          }
+      });
+}
+
+/// Scores of a split. Scales go into the query, once a group of tokens, and zeros add up to one
+/// number a group: sum q (scale n + zero) = sum (q scale) n + sum q zero.
+template <int kBits, class Key>
+void field_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                  std::int64_t count, std::int64_t heads, std::int64_t dim, const float* query,
+                  float* scores, float* scratch) {
+  const auto keys = FieldKeys<kBits>::template of<Key>(segment, kv_head, dim);
+  if (keys.group % simd::kWidth != 0) {
+    for (std::int64_t j = 0; j < count; j += 4) {
+      const std::int64_t some = std::min<std::int64_t>(4, count - j);
+      load_field_keys<kBits, Key>(segment, kv_head, begin + j, some, dim, dim, scratch);
+      decode_scores(heads, query, dim, scratch, dim, some, scores + j, kMostSplitKeys);
+    }
+    return;
+  }
+  constexpr std::int64_t kPart = 2 * simd::kWidth;
+  const std::int64_t step = keys.group % kPart == 0 ? kPart : simd::kWidth;
+  float* const folded = scratch;                // [heads, dim]
+  float* const part = folded + heads * dim;     // [heads, kPart]
+  float* const offsets = part + heads * kPart;  // [heads]
+  keys.for_each_group(segment.key_first + begin, count,
+                      [&](const std::uint8_t* words, const f16* scales, std::int64_t from,
+                          std::int64_t to, std::int64_t entry) {
+                        for (std::int64_t h = 0; h < heads; ++h) {
+                          simd::VecF lanes = simd::zero();
+                          for (std::int64_t d = 0; d < dim; d += simd::kWidth) {
+                            const simd::VecF q = simd::load(query + h * dim + d);
+                            simd::store(folded + h * dim + d, q * simd::load(scales + d));
+                            lanes = simd::fma(q, simd::load(scales + dim + d), lanes);
+                          }
+                          offsets[h] = simd::reduce_add(lanes);
+                        }
+                        for (std::int64_t t = from / step * step; t < to; t += step) {
+                          float* const row = scores + entry + (t - from);
+                          const bool whole = t >= from && t + step <= to;
+                          float* const target = whole ? row : part;
+                          const std::int64_t stride = whole ? kMostSplitKeys : kPart;
+                          if (step == kPart)
+                            field_products<kBits, 2>(heads, folded, dim, words, keys.channel_bytes,
+                                                     t, offsets, target, stride);
+                          else
+                            field_products<kBits, 1>(heads, folded, dim, words, keys.channel_bytes,
+                                                     t, offsets, target, stride);
+                          if (whole) continue;
+                          for (std::int64_t h = 0; h < heads; ++h)
+                            for (std::int64_t i = std::max<std::int64_t>(0, from - t);
+                                 i < std::min(step, to - t); ++i)
+                              scores[h * kMostSplitKeys + entry + t - from + i] =
+                                  part[h * kPart + i];
+                        }
+                      });
+}
+
+/// Channels of a group of a segment's values.
+template <int kBits>
+std::int64_t field_group(const AnySegment& segment, std::int64_t dim) {
+  return 2 * dim / segment.value_scale_token_stride;
+}
+
+template <int kBits, class Value>
+void load_field_values(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+                       std::int64_t count, std::int64_t dim, std::int64_t stride, float* to) {
+  const std::int64_t group = field_group<kBits>(segment, dim);
+  for (std::int64_t j = first; j < first + count; ++j, to += stride) {
+    const std::uint8_t* const words = segment.value<Value>(kv_head, j)->bytes;
+    const f16* const scales = static_cast<const f16*>(segment.value_scales) +
+                              kv_head * segment.value_scale_head_stride +
+                              j * segment.value_scale_token_stride;
+    for (std::int64_t begin = 0; begin < dim; begin += group) {
+      const float scale = simd::to_float(scales[begin / group * 2]);
+      const float zero = simd::to_float(scales[begin / group * 2 + 1]);
+      std::int64_t d = begin;
+      for (; d % simd::kWidth == 0 && d + simd::kWidth <= begin + group; d += simd::kWidth)
+        simd::store(to + d, simd::fma(simd::load_fields<kBits>(words, d), simd::broadcast(scale),
+                                      simd::broadcast(zero)));
+      for (; d < begin + group; ++d) {
+        const int code = words[d * kBits / 8] >> (d * kBits % 8) & ((1 << kBits) - 1);
+        to[d] = static_cast<float>(code) * scale + zero;
+      }
+    }
+    std::fill(to + dim, to + stride, 0.0F);
+  }
+}
+
+template <int kBits, class Value>
+void field_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                std::int64_t count, std::int64_t heads, std::int64_t dim, const float* weights,
+                float* out, float* scratch) {
+  const std::int64_t group = field_group<kBits>(segment, dim);
+  if (group % simd::kWidth != 0) {
+    std::fill_n(out, heads * dim, 0.0F);
+    for (std::int64_t j = 0; j < count; ++j) {
+      load_field_values<kBits, Value>(segment, kv_head, begin + j, 1, dim, dim, scratch);
+      for (std::int64_t g = 0; g < heads; ++g)
+        for (std::int64_t d = 0; d < dim; ++d)
+          out[g * dim + d] += weights[g * kMostSplitKeys + j] * scratch[d];
+    }
+    return;
+  }
+  const f16* const scales = static_cast<const f16*>(segment.value_scales) +
+                            kv_head * segment.value_scale_head_stride +
+                            begin * segment.value_scale_token_stride;
+  group_sums(segment.value<Value>(kv_head, begin), segment.value_token_stride, count, heads, dim,
+             group, weights, out, scratch, [&](std::int64_t c, float* factors) {
+               for (std::int64_t j = 0; j < count; ++j) {
+                 const f16* const pair = scales + j * segment.value_scale_token_stride + 2 * c;
+                 factors[j] = simd::to_float(pair[0]);
+                 factors[kMostSplitKeys + j] = simd::to_float(pair[1]);
+               }
+             });
+}
+
+/// A segment of KIVI's elements whose rows are not coded, as one of Tail.
+template <class Element>
+struct FieldTail;
+template <int kBits, class TailElement>
+struct FieldTail<KiviElement<kBits, TailElement>> {
+  using Tail = TailElement;
+};
+
 template <class Key>
-void load_keys(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
-               std::int64_t count, std::int64_t dim, const Rotary* rotary, std::int64_t stride,
-               float* keys) {
+void load_key_rows(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+                   std::int64_t count, std::int64_t dim, const Rotary* rotary, std::int64_t stride,
+                   float* keys) {
   for (std::int64_t entry = first; entry < first + count; ++entry, keys += stride) {
     const Key* const key = segment.key<Key>(kv_head, entry);
     const float* const angles = segment.key_rotation == nullptr
@@ -200,13 +418,38 @@ void load_keys(const AnySegment& segment, std::int64_t kv_head, std::int64_t fir
   }
 }
 
+template <class Key>
+void load_keys(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
+               std::int64_t count, std::int64_t dim, const Rotary* rotary, std::int64_t stride,
+               float* keys) {
+  if constexpr (GroupedElement<Key>) {
+    SLUICE_ASSERT(segment.key_rotation == nullptr);
+    if (segment.key_scales == nullptr)
+      load_keys<typename FieldTail<Key>::Tail>(segment, kv_head, first, count, dim, rotary, stride,
+                                               keys);
+    else
+      load_field_keys<kFieldBits<Key>, Key>(segment, kv_head, first, count, dim, stride, keys);
+  } else {
+    load_key_rows<Key>(segment, kv_head, first, count, dim, rotary, stride, keys);
+  }
+}
+
 template <class Value>
 void load_values(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
                  std::int64_t count, std::int64_t dim, std::int64_t stride, float* values) {
-  for (std::int64_t j = 0; j < count; ++j, values += stride) {
-    widen_row(segment.value<Value>(kv_head, first + j),
-              segment.value_scale<Value>(kv_head, first + j), dim, values);
-    std::fill(values + dim, values + stride, 0.0F);
+  if constexpr (GroupedElement<Value>) {
+    if (segment.value_scales == nullptr)
+      load_values<typename FieldTail<Value>::Tail>(segment, kv_head, first, count, dim, stride,
+                                                   values);
+    else
+      load_field_values<kFieldBits<Value>, Value>(segment, kv_head, first, count, dim, stride,
+                                                  values);
+  } else {
+    for (std::int64_t j = 0; j < count; ++j, values += stride) {
+      widen_row(segment.value<Value>(kv_head, first + j),
+                segment.value_scale<Value>(kv_head, first + j), dim, values);
+      std::fill(values + dim, values + stride, 0.0F);
+    }
   }
 }
 
@@ -214,7 +457,15 @@ template <class Key>
 void split_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                   std::int64_t count, std::int64_t group, std::int64_t dim, const Rotary* rotary,
                   const float* query, float* scores, float* scratch) {
-  if (segment.key_rotation != nullptr) {
+  if constexpr (GroupedElement<Key>) {
+    if (segment.key_scales == nullptr)
+      split_scores<typename FieldTail<Key>::Tail>(segment, kv_head, begin, count, group, dim,
+                                                  rotary, query, scores, scratch);
+    else
+      field_scores<kFieldBits<Key>, Key>(segment, kv_head, begin, count, group, dim, query, scores,
+                                         scratch);
+    return;
+  } else if (segment.key_rotation != nullptr) {
     for (std::int64_t j = 0; j < count; j += 4) {
       const std::int64_t some = std::min<std::int64_t>(4, count - j);
       load_keys<Key>(segment, kv_head, begin + j, some, dim, rotary, dim, scratch);
@@ -222,6 +473,11 @@ void split_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t 
     }
   } else if constexpr (std::is_same_v<Key, int4x2>) {
     group_scores(segment, kv_head, begin, count, group, dim, query, scores, scratch);
+  } else if constexpr (BlockElement<Key>) {
+    decode_scores(group, query, dim, segment.key<Key>(kv_head, begin), segment.key_token_stride,
+                  count, scores, kMostSplitKeys,
+                  load_block_scales(segment.key_scale<Key>(kv_head, begin),
+                                    segment.key_scale_token_stride, count, dim, scratch));
   } else {
     decode_scores(group, query, dim, segment.key<Key>(kv_head, begin), segment.key_token_stride,
                   count, scores, kMostSplitKeys);
@@ -235,8 +491,24 @@ template <class Value>
 void split_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                 std::int64_t count, std::int64_t group, std::int64_t dim, float* weights,
                 float* out, float* scratch) {
-  if constexpr (std::is_same_v<Value, int4x2>) {
-    group_sums(segment, kv_head, begin, count, group, dim, weights, out, scratch);
+  if constexpr (GroupedElement<Value>) {
+    if (segment.value_scales == nullptr)
+      split_sums<typename FieldTail<Value>::Tail>(segment, kv_head, begin, count, group, dim,
+                                                  weights, out, scratch);
+    else
+      field_sums<kFieldBits<Value>, Value>(segment, kv_head, begin, count, group, dim, weights, out,
+                                           scratch);
+  } else if constexpr (std::is_same_v<Value, int4x2>) {
+    group_sums(segment.value<int4x2>(kv_head, begin), segment.value_token_stride, count, group, dim,
+               KvRow<int4x2>::kGroup, weights, out, scratch, [&](std::int64_t c, float* factors) {
+                 load_group_scales(segment.value_scale<int4x2>(kv_head, begin) + c,
+                                   segment.value_scale_token_stride, count, factors);
+               });
+  } else if constexpr (BlockElement<Value>) {
+    decode_sums(group, weights, kMostSplitKeys, segment.value<Value>(kv_head, begin),
+                segment.value_token_stride, count, out, dim,
+                load_block_scales(segment.value_scale<Value>(kv_head, begin),
+                                  segment.value_scale_token_stride, count, dim, scratch));
   } else {
     if constexpr (QuantisedElement<Value>)
       multiply_rows(group, weights, segment.value_scale<Value>(kv_head, begin),
@@ -246,15 +518,19 @@ void split_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t be
   }
 }
 
+/// Channels that a register's codes come from, at least two where an element holds a pair whose
+/// halves it takes apart.
+template <class T>
+inline constexpr int kDecodeUnit = std::is_same_v<T, int4x2> ? 2 : 1;
+
 template <class Key>
 const KeyKernels& key_kernels() {
-  static constexpr KeyKernels kKernels{KvRow<Key>::kUnit, split_scores<Key>, load_keys<Key>};
+  static constexpr KeyKernels kKernels{kDecodeUnit<Key>, split_scores<Key>, load_keys<Key>};
   return kKernels;
 }
 template <class Value>
 const ValueKernels& value_kernels() {
-  static constexpr ValueKernels kKernels{KvRow<Value>::kUnit, split_sums<Value>,
-                                         load_values<Value>};
+  static constexpr ValueKernels kKernels{kDecodeUnit<Value>, split_sums<Value>, load_values<Value>};
   return kKernels;
 }
 
@@ -819,8 +1095,16 @@ void with_kv_type(std::uint32_t tag, Use&& use) {
   if (tag == KvRow<bf16>::kTag) return use.template operator()<bf16>();
   if (tag == KvRow<std::int8_t>::kTag) return use.template operator()<std::int8_t>();
   if (tag == KvRow<fp8_e4m3>::kTag) return use.template operator()<fp8_e4m3>();
-  SLUICE_ASSERT(tag == KvRow<int4x2>::kTag);
-  use.template operator()<int4x2>();
+  if (tag == KvRow<int4x2>::kTag) return use.template operator()<int4x2>();
+  if (tag == KvRow<q8_0>::kTag) return use.template operator()<q8_0>();
+  if (tag == KvRow<q4_0>::kTag) return use.template operator()<q4_0>();
+  const auto kivi = [&]<class Tail>() {
+    if (tag == KvRow<KiviElement<2, Tail>>::kTag) use.template operator()<KiviElement<2, Tail>>();
+    if (tag == KvRow<KiviElement<4, Tail>>::kTag) use.template operator()<KiviElement<4, Tail>>();
+  };
+  kivi.template operator()<float>();
+  kivi.template operator()<f16>();
+  kivi.template operator()<bf16>();
 }
 
 void run_attention(const AttentionCall& call, std::uint32_t key_tag, std::uint32_t value_tag,
@@ -829,6 +1113,7 @@ void run_attention(const AttentionCall& call, std::uint32_t key_tag, std::uint32
   const ValueKernels* values = nullptr;
   with_kv_type(key_tag, [&]<class Key>() { keys = &key_kernels<Key>(); });
   with_kv_type(value_tag, [&]<class Value>() { values = &value_kernels<Value>(); });
+  SLUICE_ASSERT(keys != nullptr && values != nullptr);
   CpuAttention(call, *keys, *values, workspace).run(team);
 }
 #else

@@ -334,6 +334,12 @@ struct VecI {
   return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) >> count)};
 }
 
+/// Lane-wise logical right shift.
+[[gnu::always_inline]] inline VecI shift_right(VecI a, VecI counts) {
+  return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) >>
+                                           detail::bits_as<detail::NativeU>(counts.v))};
+}
+
 /// Lane bits taken as the other type.
 [[gnu::always_inline]] inline VecF bits_as_float(VecI a) {
   return {detail::bits_as<detail::NativeF>(a.v)};
@@ -626,6 +632,64 @@ template <class Function>
   return to_float(pairs & broadcast(std::int32_t{15}));
 }
 
+/// kWidth channels of a row in blocks of 32 from channel `first` on, a multiple of kWidth: codes,
+/// without the block's scale.
+[[gnu::always_inline]] inline VecF load_codes(const q8_0* row, std::int64_t first) {
+  return load(reinterpret_cast<const std::int8_t*>(row) + first);
+}
+[[gnu::always_inline]] inline VecF load_codes(const q4_0* row, std::int64_t first) {
+  const auto* const bytes =
+      reinterpret_cast<const std::uint8_t*>(row) + first / 32 * 16 + first % 16;
+  const VecI pairs = load_uint8(bytes) >> (first % 32 < 16 ? 0 : 4);
+  return to_float((pairs & broadcast(std::int32_t{15})) + broadcast(std::int32_t{-8}));
+}
+
+namespace detail {
+/// Where in its word each lane of load_fields() has its code, and the codes as floats, repeated.
+template <int kBits>
+struct FieldLanes {
+  alignas(64) std::int32_t shifts[kWidth];
+  alignas(64) float values[kWidth];
+
+  constexpr FieldLanes() : shifts(), values() {
+    for (int i = 0; i < kWidth; ++i) {
+      shifts[i] = i * kBits % 32;
+      values[i] = static_cast<float>(i % (1 << kBits));
+    }
+  }
+};
+template <int kBits>
+inline constexpr FieldLanes<kBits> kFieldLanes{};
+}  // namespace detail
+
+/// kWidth consecutive codes of kBits bits from code `first` on, a multiple of kWidth. They are
+/// fields of 32-bit words, the first in the lowest bits; `words` needs no alignment.
+template <int kBits>
+[[gnu::always_inline]] inline VecF load_fields(const void* words, std::int64_t first) {
+  static_assert(kBits == 2 || kBits == 4);
+  const auto* const bytes = static_cast<const std::uint8_t*>(words);
+  const auto word = [&](std::int64_t i) {
+    std::int32_t value;
+    std::memcpy(&value, bytes + 4 * i, sizeof(value));
+    return value;
+  };
+  const std::int64_t at = first * kBits / 32;
+  const VecI shifts = load_int32(detail::kFieldLanes<kBits>.shifts);
+#if SLUICE_SIMD_AVX512
+  __m512i wide = _mm512_set1_epi32(word(at));
+  if constexpr (kBits == 4) wide = _mm512_mask_set1_epi32(wide, 0xff00, word(at + 1));
+  const VecI codes = shift_right(VecI{detail::bits_as<detail::NativeI>(wide)}, shifts);
+  // A choice of sixteen floats by the lowest four bits: bits of the next codes choose a repetition.
+  return {detail::bits_as<detail::NativeF>(_mm512_maskz_permutexvar_ps(
+      detail::kAllLanes, detail::bits_as<__m512i>(codes.v),
+      detail::bits_as<__m512>(load(detail::kFieldLanes<kBits>.values).v)))};
+#else
+  const VecI codes =
+      shift_right(broadcast(word(at)) >> static_cast<int>(first * kBits % 32), shifts);
+  return to_float(codes & broadcast(std::int32_t{(1 << kBits) - 1}));
+#endif
+}
+
 /// The first `count` elements widened to float, the other lanes 0. 0 <= count <= kWidth.
 template <class Element>
 [[gnu::always_inline]] inline VecF load_partial(const Element* source, std::int64_t count) {
@@ -712,12 +776,6 @@ template <class Element>
   const VecI bias = broadcast(std::int32_t{127});
   return p * bits_as_float((half + bias) << 23) * bits_as_float((rest + bias) << 23);
 #endif
-}
-
-/// Lane-wise logical right shift.
-[[gnu::always_inline]] inline VecI shift_right(VecI a, VecI counts) {
-  return {detail::bits_as<detail::NativeI>(detail::bits_as<detail::NativeU>(a.v) >>
-                                           detail::bits_as<detail::NativeU>(counts.v))};
 }
 
 /// One binary16 as float, exactly (a signalling NaN may come out quiet).
