@@ -426,14 +426,16 @@ std::vector<double> naive_group(const std::vector<double>& x, int bits) {
   return result;
 }
 
-template <int kBits>
-void expect_kivi_streams(const RetentionConfig& retention, std::int64_t length,
-                         std::uint64_t seed) {
-  const Extents extents{.kv_heads = 2, .group = 2, .dim = 16, .value_dim = 32};
+template <int kBits, class Tail = float>
+void expect_kivi_streams(
+    const RetentionConfig& retention, std::int64_t length, std::uint64_t seed,
+    const Extents& extents = {.kv_heads = 2, .group = 2, .dim = 16, .value_dim = 32},
+    std::int64_t group = 16) {
   const std::array<const Rotary*, 2> rotaries{nullptr, nullptr};
-  const KiviConfig config{.group = 16, .residual = 32, .retention = retention};
-  KiviKvCache<kBits, float> cache({2, 2, 16, 32}, config, rotaries);
-  CacheDriver<KiviKvCache<kBits, float>> driver(cache, extents, 2, nullptr, seed);
+  const KiviConfig config{.group = group, .residual = 2 * group, .retention = retention};
+  KiviKvCache<kBits, Tail> cache({2, extents.kv_heads, extents.dim, extents.value_dim}, config,
+                                 rotaries);
+  CacheDriver<KiviKvCache<kBits, Tail>> driver(cache, extents, 2, nullptr, seed);
   Random random(seed);
   std::vector<std::int64_t> chunk_begin;  // of each token's chunk: what was committed before it
   while (cache.total() < length) {
@@ -499,6 +501,95 @@ TEST(Kivi, RandomStreams) {
   window.position_rule = PositionRule::kInText;
   expect_kivi_streams<2>(window, 130, 3);
   expect_kivi_streams<4>(window, 130, 4);
+  // Groups of a whole register and more, and of less than one; heads that no register divides.
+  const Extents wide{.kv_heads = 1, .group = 3, .dim = 64, .value_dim = 64};
+  expect_kivi_streams<4>(window, 150, 5, wide, 32);
+  expect_kivi_streams<2>(window, 150, 6, wide, 32);
+  expect_kivi_streams<4>(window, 100, 7, wide, 8);
+  expect_kivi_streams<4>(window, 100, 8, {.kv_heads = 2, .group = 5, .dim = 20, .value_dim = 24},
+                         8);
+}
+
+/// Scores over codes in place are within the stated bound of the codes' exact ones, and so is what
+/// float32 makes of the widened rows: neither is better than the other by more than the bound.
+template <int kBits>
+void expect_score_bound(std::int64_t dim, std::uint64_t seed) {
+  constexpr std::int64_t kGroup = 32;
+  constexpr std::int64_t kTokens = 200;
+  constexpr std::int64_t kHeads = 4;
+  using Cache = KiviKvCache<kBits, f16>;
+  const std::array<const Rotary*, 1> rotaries{nullptr};
+  Cache cache({1, 1, dim, dim},
+              {.group = kGroup, .residual = kGroup, .retention = RetentionConfig::full(256, 256)},
+              rotaries);
+  Random random(seed);
+  // Channels of very different sizes, as keys have them, some far from 0.
+  std::vector<float> keys(static_cast<std::size_t>(kTokens * dim));
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const auto channel = static_cast<std::int64_t>(i) % dim;
+    const double size = channel % 7 == 0 ? 20 : 0.5;
+    keys[i] = static_cast<float>(size * random.normal() + (channel % 5 == 0 ? 10 * size : 0));
+  }
+  std::vector<float> query(static_cast<std::size_t>(kHeads * dim));
+  for (float& x : query) x = static_cast<float>(random.normal());
+  cache.append(kTokens);
+  cache.store(0, {keys.data(), kTokens, 1, dim}, {keys.data(), kTokens, 1, dim}, nullptr, 0,
+              kTokens);
+  cache.commit();
+  std::array<typename Cache::SegmentType, Cache::kMaxSegments> runs;
+  const int count = cache.segments(0, 1, runs);
+  std::int64_t coded = 0;
+  for (int r = 0; r < count; ++r) {
+    const auto& run = runs[static_cast<std::size_t>(r)];
+    if (run.key_scales == nullptr) continue;
+    const detail::AnySegment any(run);
+    const auto& kernels = detail::key_kernels<typename Cache::Element>();
+    // From the middle of a group to the middle of another.
+    const std::int64_t begin = std::min<std::int64_t>(5, run.rule.count);
+    const std::int64_t some = run.rule.count - begin;
+    std::vector<float> scores(kHeads * detail::kMostSplitKeys);
+    std::vector<float> scratch(static_cast<std::size_t>(detail::key_scratch(kHeads, dim)));
+    std::vector<float> rows(static_cast<std::size_t>(some * dim));
+    kernels.scores(any, 0, begin, some, kHeads, dim, nullptr, query.data(), scores.data(),
+                   scratch.data());
+    kernels.load(any, 0, begin, some, dim, nullptr, dim, rows.data());
+    for (std::int64_t h = 0; h < kHeads; ++h)
+      for (std::int64_t j = 0; j < some; ++j) {
+        double exact = 0;
+        double size = 0;
+        float widened = 0;
+        for (std::int64_t d = 0; d < dim; ++d) {
+          const std::int64_t token = run.key_first + begin + j;
+          const auto* words = reinterpret_cast<const std::uint32_t*>(run.keys->bytes) +
+                              token / kGroup * run.key_token_stride +
+                              d * kGroup / KiviCodes<kBits>::kPerWord;
+          const f16* scales = run.key_scales + token / kGroup * run.key_scale_token_stride;
+          const double code = KiviCodes<kBits>::code(words, token % kGroup);
+          const double part = code * static_cast<double>(static_cast<float>(scales[d]));
+          const auto zero = static_cast<double>(static_cast<float>(scales[dim + d]));
+          const auto q = static_cast<double>(query[static_cast<std::size_t>(h * dim + d)]);
+          exact += q * (part + zero);
+          size += std::abs(q) * (std::abs(part) + std::abs(zero));
+          const float row = rows[static_cast<std::size_t>(j * dim + d)];
+          ASSERT_NEAR(static_cast<double>(row), part + zero,
+                      0x1p-23 * (std::abs(part) + std::abs(zero)));
+          widened += query[static_cast<std::size_t>(h * dim + d)] * row;
+        }
+        const double bound = (static_cast<double>(dim) + 4) * 0x1p-24 * size;
+        const auto in_place =
+            static_cast<double>(scores[static_cast<std::size_t>(h * detail::kMostSplitKeys + j)]);
+        ASSERT_NEAR(in_place, exact, bound) << kBits << " bits, token " << j;
+        ASSERT_NEAR(in_place, static_cast<double>(widened), 2 * bound);
+      }
+    coded += some;
+  }
+  EXPECT_GT(coded, 100);
+}
+
+TEST(Kivi, ScoresOverCodesKeepTheirBound) {
+  expect_score_bound<2>(64, 1);
+  expect_score_bound<4>(64, 2);
+  expect_score_bound<4>(128, 3);
 }
 
 /// A state goes on bit for bit where it was taken: copies, checkpoints, snapshots.

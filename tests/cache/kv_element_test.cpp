@@ -60,6 +60,31 @@ TEST(KvElement, Int8OfATypedInRow) {
   EXPECT_FLOAT_EQ(row.read[3], 13.0F / 127.0F);
 }
 
+// Test E.6b: ggml's blocks, the other channels 0.
+TEST(KvElement, BlocksOfTypedInRows) {
+  const auto row = [](std::vector<float> first) {
+    first.resize(32);
+    return first;
+  };
+  const Stored<q8_0> bytes(row({1.0F, -0.5F, 0.25F, 0.1F}));
+  EXPECT_EQ(bytes.scales[0].bits, 0x2008);
+  const int codes[] = {127, -64, 32, 13, 0};
+  const double read[] = {0.999939, -0.503906, 0.251953, 0.102356, 0};
+  for (std::size_t d = 0; d < 5; ++d) {
+    EXPECT_EQ(bytes.codes[d].bits, codes[d]);
+    EXPECT_NEAR(static_cast<double>(bytes.read[d]), read[d], 1e-6);
+  }
+  const Stored<q4_0> halves(row({-1.0F, 0.5F, 0.25F, 0.1F}));
+  EXPECT_EQ(static_cast<float>(halves.scales[0]), 0.125F);
+  const std::uint8_t packed[] = {0x80, 0x8C, 0x8A, 0x89, 0x88};
+  for (std::size_t i = 0; i < 5; ++i) EXPECT_EQ(halves.codes[i].bits, packed[i]);
+  // The value opposite in sign to the largest is clipped.
+  const Stored<q4_0> clipped(row({1.0F, -1.0F, 0.5F, 0.1F}));
+  EXPECT_EQ(static_cast<float>(clipped.scales[0]), -0.125F);
+  const float seen[] = {1.0F, -0.875F, 0.5F, 0.125F, 0.0F};
+  for (std::size_t d = 0; d < 5; ++d) EXPECT_EQ(clipped.read[d], seen[d]);
+}
+
 // Test E.6c.
 TEST(KvElement, E4m3OfTypedInValues) {
   const auto round = [](float x) {
@@ -178,14 +203,42 @@ TEST(KvElement, Int4KeepsItsErrorBound) {
   }
 }
 
+/// What an element stands for without its block's scale, by the format's layout.
+int block_code(const std::vector<q8_0>& codes, std::size_t d) {
+  return codes[d].bits;
+}
+int block_code(const std::vector<q4_0>& codes, std::size_t d) {
+  const int pair = codes[d / 32 * 16 + d % 16].bits;
+  return (d % 32 < 16 ? pair % 16 : pair / 16) - 8;
+}
+
+template <class T>
+void blocks_keep_their_bound(double steps, double least) {
+  for (const std::vector<float>& row : rows()) {
+    if (row.size() % 32 != 0) continue;
+    const Stored<T> stored(row);
+    for (std::size_t d = 0; d < row.size(); ++d) {
+      const auto scale = static_cast<double>(static_cast<float>(stored.scales[d / 32]));
+      const double exact = scale * block_code(stored.codes, d);
+      ASSERT_LE(std::abs(static_cast<double>(row[d]) - exact), steps * std::abs(scale) + least);
+      ASSERT_EQ(stored.read[d], static_cast<float>(exact));
+    }
+  }
+}
+
+TEST(KvElement, BlocksKeepTheirErrorBound) {
+  blocks_keep_their_bound<q8_0>(0.5 + 0x1p-4, 0x1p-18);
+  blocks_keep_their_bound<q4_0>(1 + 0x1p-7, 0x1p-21);
+}
+
 template <class T>
 class KvElementOf : public testing::Test {};
-using Quantised = testing::Types<std::int8_t, fp8_e4m3, int4x2>;
+using Quantised = testing::Types<std::int8_t, fp8_e4m3, int4x2, q8_0, q4_0>;
 TYPED_TEST_SUITE(KvElementOf, Quantised, );
 
 // dequantise() is the formula in float32; zeros stay zeros.
 TYPED_TEST(KvElementOf, ReadsZerosAsZeros) {
-  for (const float x : Stored<TypeParam>(std::vector<float>(80, 0.0F)).read) EXPECT_EQ(x, 0.0F);
+  for (const float x : Stored<TypeParam>(std::vector<float>(96, 0.0F)).read) EXPECT_EQ(x, 0.0F);
 }
 
 // What is not finite poisons its row (its group of channels), as it would in floats.
@@ -197,6 +250,8 @@ TYPED_TEST(KvElementOf, GivesNaNForWhatIsNotFinite) {
     for (std::size_t d = 0; d < row.size(); ++d) {
       if (std::is_same_v<TypeParam, int4x2> && d >= 128)
         EXPECT_NEAR(static_cast<double>(stored.read[d]), 1.0, 1e-6);
+      else if (BlockElement<TypeParam> && d >= 32)
+        EXPECT_NEAR(static_cast<double>(stored.read[d]), 1.0, 0x1p-11);
       else
         EXPECT_TRUE(std::isnan(stored.read[d]));
     }
@@ -208,6 +263,15 @@ TEST(KvElement, Int4GroupsThatBinary16DoesNotHoldAreNaN) {
   EXPECT_TRUE(std::isnan(Stored<int4x2>({-60000.0F, 1e6F}).read[0]));
   EXPECT_TRUE(std::isnan(Stored<int4x2>({-3e38F, 3e38F}).read[0]));
   EXPECT_FALSE(std::isnan(Stored<int4x2>({-65504.0F, 900000.0F}).read[0]));
+}
+
+TEST(KvElement, BlocksThatBinary16DoesNotHoldAreNaN) {
+  std::vector<float> row(32, 1.0F);
+  row[5] = -127.0F * 65504.0F;
+  EXPECT_FALSE(std::isnan(Stored<q8_0>(row).read[0]));
+  EXPECT_TRUE(std::isnan(Stored<q4_0>(row).read[0]));
+  row[5] = 1e7F;
+  EXPECT_TRUE(std::isnan(Stored<q8_0>(row).read[0]));
 }
 
 // ---- The cache's share --------------------------------------------------------------------------
@@ -225,6 +289,7 @@ TEST(QuantisedCache, CountsItsScales) {
   check.operator()<std::int8_t, std::int8_t>(rows * (256 + 4 + 128 + 4));
   check.operator()<fp8_e4m3, f16>(rows * (256 + 4 + 128 * 2));
   check.operator()<int4x2, int4x2>(rows * (128 + 2 * 4 + 64 + 4));
+  check.operator()<q8_0, q4_0>(rows * (8 * 34 + 4 * 18));  // as many bytes as in ggml's blocks
 }
 
 TEST(QuantisedCache, RefusesWhatItCannotHold) {
@@ -237,6 +302,8 @@ TEST(QuantisedCache, RefusesWhatItCannotHold) {
   EXPECT_EQ((field_of.operator()<int4x2, f16>({1, 1, 7, 8}, nullptr)), "head_dim");
   EXPECT_EQ((field_of.operator()<f16, int4x2>({1, 1, 8, 7}, nullptr)), "value_dim");
   EXPECT_EQ((field_of.operator()<std::int8_t, fp8_e4m3>({1, 1, 7, 7}, nullptr)), "none");
+  EXPECT_EQ((field_of.operator()<q8_0, q4_0>({1, 1, 80, 64}, nullptr)), "head_dim");
+  EXPECT_EQ((field_of.operator()<q8_0, q4_0>({1, 1, 64, 80}, nullptr)), "value_dim");
   const Rotary wide({.head_dim = 1026, .rotary_dim = 64});
   EXPECT_EQ((field_of.operator()<std::int8_t, f16>({1, 1, 1026, 8}, &wide)), "head_dim");
   EXPECT_EQ((field_of.operator()<f16, std::int8_t>({1, 1, 1026, 8}, &wide)), "none");
@@ -244,22 +311,25 @@ TEST(QuantisedCache, RefusesWhatItCannotHold) {
 
 template <class Key, class Value>
 void save_and_restore() {
-  const Rotary rotary({.head_dim = 8, .rotary_dim = 8});
+  constexpr int kDim = BlockElement<Key> ? 32 : 8;
+  constexpr int kValueDim = BlockElement<Value> ? 64 : 6;
+  const Rotary rotary({.head_dim = kDim, .rotary_dim = kDim});
   const std::vector<RetentionConfig> window{RetentionConfig::sink_window(2, 9, 4)};
   const std::vector<LayerCacheConfig> layers{{0, &rotary}, {0, nullptr}};
-  const KvShape shape{2, 2, 8, 6};
+  const KvShape shape{2, 2, kDim, kValueDim};
   KvCache<Key, Value> cache(shape, window, layers);
   Random random(2);
   RotaryTable table(rotary, 4);
   for (int step = 0; step < 9; ++step) {
-    std::vector<float> keys(4 * 2 * 8);
-    std::vector<float> values(4 * 2 * 6);
+    std::vector<float> keys(4 * 2 * kDim);
+    std::vector<float> values(4 * 2 * kValueDim);
     for (float& x : keys) x = static_cast<float>(random.normal());
     for (float& x : values) x = static_cast<float>(random.normal());
     table.fill_run(static_cast<Position>(cache.total()), 4);
     cache.append(4);
     for (std::int64_t layer = 0; layer < 2; ++layer)
-      cache.store(layer, {keys.data(), 4, 2, 8}, {values.data(), 4, 2, 6}, table.rows(), 0, 4);
+      cache.store(layer, {keys.data(), 4, 2, kDim}, {values.data(), 4, 2, kValueDim}, table.rows(),
+                  0, 4);
     cache.commit();
   }
   ByteWriter writer;
@@ -290,6 +360,7 @@ TEST(QuantisedCache, RestoresWhatItSavedAndNothingElse) {
   save_and_restore<fp8_e4m3, bf16>();
   save_and_restore<float, int4x2>();
   save_and_restore<int4x2, int4x2>();
+  save_and_restore<q8_0, q4_0>();
 }
 
 }  // namespace
