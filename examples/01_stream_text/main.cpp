@@ -64,6 +64,8 @@ int run(Options options) {
       case KvType::kF32: return run<float>(model, options);
       case KvType::kF16: return run<sluice::f16>(model, options);
       case KvType::kBF16: return run<sluice::bf16>(model, options);
+      case KvType::kQ8_0: return run<sluice::q8_0>(model, options);
+      case KvType::kQ4_0: return run<sluice::q4_0>(model, options);
     }
   } catch (const sluice::Error& error) {
     // Option values that make no sense together, or not with this model.

@@ -32,6 +32,8 @@ std::string_view to_string(KvType type) {
     case KvType::kF32: return "f32";
     case KvType::kF16: return "f16";
     case KvType::kBF16: return "bf16";
+    case KvType::kQ8_0: return "q8_0";
+    case KvType::kQ4_0: return "q4_0";
   }
   return "unknown";
 }
@@ -135,8 +137,10 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       ->check(CLI::IsMember({"in-cache", "in-text"}));
   with_default("--keys", keys, "keys are stored rotated once, or raw and rotated when read")
       ->check(CLI::IsMember({"rotated", "raw"}));
-  with_default("--kv-type", kv_type, "elements of keys and values")
-      ->check(CLI::IsMember({"f32", "f16", "bf16"}));
+  with_default("--kv-type", kv_type,
+               "elements of keys and values; q8_0, q4_0: llama.cpp's\nblocks of 32 channels, 8.5 "
+               "and 4.5 bits each")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "q8_0", "q4_0"}));
   with_default("-b,--chunk,--batch-size", o.cache.chunk_size,
                "tokens read at once; 0: the smaller of 512 and the window")
       ->check(whole_number(0, 1 << 20));
@@ -234,7 +238,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.activations = activations == "int8"   ? sluice::Activations::kInt8
                   : activations == "bf16" ? sluice::Activations::kBf16
                                           : sluice::Activations::kFloat32;
-  o.kv_type = kv_type == "f32" ? KvType::kF32 : kv_type == "bf16" ? KvType::kBF16 : KvType::kF16;
+  for (const KvType type : {KvType::kF32, KvType::kBF16, KvType::kQ8_0, KvType::kQ4_0})
+    if (kv_type == to_string(type)) o.kv_type = type;
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;
   o.cache.position_rule =
       position == "in-text" ? sluice::PositionRule::kInText : sluice::PositionRule::kInCache;

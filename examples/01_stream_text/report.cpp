@@ -121,7 +121,16 @@ std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
   // As many entries as a window of them, or everything.
   if (options.choosing != Choosing::kNone && !keeps_all(options.choosing))
     held.policy = CachePolicy::kWindow;
-  return support::cache_bytes(model, held, options.kv_type == KvType::kF32 ? 4 : 2);
+  // Of 32 channels, with the scale that blocks have for so many.
+  std::int64_t bytes = 64;
+  switch (options.kv_type) {
+    case KvType::kF32: bytes = 128; break;
+    case KvType::kF16:
+    case KvType::kBF16: break;
+    case KvType::kQ8_0: bytes = 34; break;
+    case KvType::kQ4_0: bytes = 18; break;
+  }
+  return support::cache_bytes(model, held, 1) * bytes / 32;
 }
 
 void print_setting(const sluice::LoadedModel& model, const Options& options) {

@@ -538,50 +538,49 @@ void expect_score_bound(std::int64_t dim, std::uint64_t seed) {
   cache.commit();
   std::array<typename Cache::SegmentType, Cache::kMaxSegments> runs;
   const int count = cache.segments(0, 1, runs);
+  AttentionWorkspace<cpu> workspace(
+      nullptr, {.num_qo_heads = kHeads, .num_kv_heads = 1, .head_dim = dim, .value_dim = dim}, 1);
+  ThreadTeam team(1);
+  std::vector<float> out(query.size());
+  std::array<float, kHeads> scores;
   std::int64_t coded = 0;
   for (int r = 0; r < count; ++r) {
-    const auto& run = runs[static_cast<std::size_t>(r)];
+    typename Cache::SegmentType run = runs[static_cast<std::size_t>(r)];
     if (run.key_scales == nullptr) continue;
-    const detail::AnySegment any(run);
-    const auto& kernels = detail::key_kernels<typename Cache::Element>();
-    // From the middle of a group to the middle of another.
-    const std::int64_t begin = std::min<std::int64_t>(5, run.rule.count);
-    const std::int64_t some = run.rule.count - begin;
-    std::vector<float> scores(kHeads * detail::kMostSplitKeys);
-    std::vector<float> scratch(static_cast<std::size_t>(detail::key_scratch(kHeads, dim)));
-    std::vector<float> rows(static_cast<std::size_t>(some * dim));
-    kernels.scores(any, 0, begin, some, kHeads, dim, nullptr, query.data(), scores.data(),
-                   scratch.data());
-    kernels.load(any, 0, begin, some, dim, nullptr, dim, rows.data());
-    for (std::int64_t h = 0; h < kHeads; ++h)
-      for (std::int64_t j = 0; j < some; ++j) {
+    const std::int64_t in_run = run.rule.count;
+    const std::int64_t run_first = run.key_first;
+    run.rule.count = run.rule.visible = 1;
+    for (std::int64_t j = 0; j < in_run; ++j, ++coded) {
+      // The log-sum-exp of one key is its score.
+      const std::int64_t token = run.key_first = run_first + j;
+      attend(AttentionQuery{{query.data(), 1, kHeads, dim}, kTokens},
+             std::span<const typename Cache::SegmentType>(&run, 1), AttentionVariant<>{1.0F},
+             {out.data(), 1, kHeads, dim}, scores.data(), workspace, team, cpu{});
+      for (std::int64_t h = 0; h < kHeads; ++h) {
         double exact = 0;
         double size = 0;
         float widened = 0;
         for (std::int64_t d = 0; d < dim; ++d) {
-          const std::int64_t token = run.key_first + begin + j;
           const auto* words = reinterpret_cast<const std::uint32_t*>(run.keys->bytes) +
                               token / kGroup * run.key_token_stride +
                               d * kGroup / KiviCodes<kBits>::kPerWord;
           const f16* scales = run.key_scales + token / kGroup * run.key_scale_token_stride;
-          const double code = KiviCodes<kBits>::code(words, token % kGroup);
-          const double part = code * static_cast<double>(static_cast<float>(scales[d]));
-          const auto zero = static_cast<double>(static_cast<float>(scales[dim + d]));
-          const auto q = static_cast<double>(query[static_cast<std::size_t>(h * dim + d)]);
-          exact += q * (part + zero);
-          size += std::abs(q) * (std::abs(part) + std::abs(zero));
-          const float row = rows[static_cast<std::size_t>(j * dim + d)];
-          ASSERT_NEAR(static_cast<double>(row), part + zero,
-                      0x1p-23 * (std::abs(part) + std::abs(zero)));
-          widened += query[static_cast<std::size_t>(h * dim + d)] * row;
+          const std::uint32_t code = KiviCodes<kBits>::code(words, token % kGroup);
+          const auto scale = static_cast<float>(scales[d]);
+          const auto zero = static_cast<float>(scales[dim + d]);
+          const float q = query[static_cast<std::size_t>(h * dim + d)];
+          const double part = code * static_cast<double>(scale);
+          exact += static_cast<double>(q) * (part + static_cast<double>(zero));
+          size += std::abs(static_cast<double>(q)) *
+                  (std::abs(part) + std::abs(static_cast<double>(zero)));
+          widened += q * (static_cast<float>(code) * scale + zero);
         }
         const double bound = (static_cast<double>(dim) + 4) * 0x1p-24 * size;
-        const auto in_place =
-            static_cast<double>(scores[static_cast<std::size_t>(h * detail::kMostSplitKeys + j)]);
+        const auto in_place = static_cast<double>(scores[static_cast<std::size_t>(h)]);
         ASSERT_NEAR(in_place, exact, bound) << kBits << " bits, token " << j;
         ASSERT_NEAR(in_place, static_cast<double>(widened), 2 * bound);
       }
-    coded += some;
+    }
   }
   EXPECT_GT(coded, 100);
 }
