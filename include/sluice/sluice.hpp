@@ -47,6 +47,7 @@
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
 #include "sluice/attention/attention_query.hpp"
+#include "sluice/attention/cluster_cache.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/group_mask.hpp"
 #include "sluice/attention/key_clusters.hpp"

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "sluice/attention/cluster_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/count_allocations.hpp"
@@ -60,6 +61,11 @@ TEST(SelectiveCacheAllocations, Steps) {
   TokenSelectKvCache<f16> tokens({2, 2, 16, 8}, 4, 0.25F, {{0}, 20}, rotaries, 600, 5);
   expect_no_allocation(tokens, rotary);
   EXPECT_TRUE(tokens.gathers());
+  ClusterSelectKvCache<f16> clusters(
+      {2, 2, 16, 8}, 4, 0.25F, {.max_clusters = 10, .budget = 12, .recent = 4, .dense_layers = 0},
+      rotaries, 600, 5);
+  expect_no_allocation(clusters, rotary);
+  EXPECT_GT(clusters.selections(), 20);
 }
 
 }  // namespace SLUICE_TEST_UNIT

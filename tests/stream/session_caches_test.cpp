@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/attention/cluster_cache.hpp"
 #include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
@@ -189,6 +190,22 @@ TEST(SessionCaches, Tokens) {
                                        model->make_token_select_cache<f16>(selection, 500, 8));
       },
       true, "tokens");
+}
+
+TEST(SessionCaches, Clusters) {
+  const auto model = small();
+  const ClusterSelection selection{.num_bits = 16,
+                                   .threshold = 4,
+                                   .max_clusters = 30,
+                                   .budget = 24,
+                                   .recent = 6,
+                                   .dense_layers = 1};
+  expect_transactions(
+      [&] {
+        return ClusterSelectSession<f16>(model, options_for(),
+                                         model->make_cluster_select_cache<f16>(selection, 500, 8));
+      },
+      true, "clusters");
 }
 
 /// Drafts are verified where rows of a rejected path leave nothing behind.

@@ -132,6 +132,10 @@ class CacheDriver {
   void commit() { cache_.commit(); }
   void rollback() {
     cache_.rollback();
+    keep_rows();
+  }
+  /// Forgets what the cache has been made to forget.
+  void keep_rows() {
     for (auto& layer : rows_) layer.resize(static_cast<std::size_t>(cache_.total()));
   }
 

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -71,9 +72,17 @@ class KeyClusters {
         means_(static_cast<std::size_t>(max_clusters * dim)),
         bits_(static_cast<std::size_t>(max_clusters)),
         counts_(static_cast<std::size_t>(max_clusters)),
-        cluster_of_(static_cast<std::size_t>(max_keys)) {
+        cluster_of_(static_cast<std::size_t>(max_keys)),
+        lost_(static_cast<std::size_t>(max_clusters)) {
     Random random(seed);
-    for (float& x : planes_.span()) x = static_cast<float>(random.normal());
+    for (int i = 0; i < num_bits; ++i)
+      for (std::int64_t d = 0; d < dim; ++d)
+        planes_.data()[d * num_bits + i] = static_cast<float>(random.normal());
+  }
+
+  std::size_t bytes() const {
+    return planes_.bytes() + means_.bytes() + bits_.bytes() + counts_.bytes() +
+           cluster_of_.bytes() + lost_.bytes();
   }
 
   std::int64_t size() const { return size_; }
@@ -92,12 +101,12 @@ class KeyClusters {
   }
   /// [k . h_i > 0] of each hyperplane, the first in the lowest bit.
   std::uint64_t signs(const float* key) const {
+    float products[64] = {};
+    for (std::int64_t d = 0; d < dim_; ++d)
+      for (int i = 0; i < num_bits_; ++i) products[i] += key[d] * planes_.data()[d * num_bits_ + i];
     std::uint64_t bits = 0;
-    for (int i = 0; i < num_bits_; ++i) {
-      float product = 0;
-      for (std::int64_t d = 0; d < dim_; ++d) product += key[d] * planes_.data()[i * dim_ + d];
-      bits |= static_cast<std::uint64_t>(product > 0 ? 1 : 0) << i;
-    }
+    for (int i = 0; i < num_bits_; ++i)
+      bits |= static_cast<std::uint64_t>(products[i] > 0 ? 1 : 0) << i;
     return bits;
   }
 
@@ -120,13 +129,35 @@ class KeyClusters {
       counts_[static_cast<std::size_t>(nearest)] = 0;
       std::fill_n(means_.data() + nearest * dim_, dim_, 0.0F);
     }
-    const auto count = static_cast<float>(++counts_[static_cast<std::size_t>(nearest)]);
-    float* mean = means_.data() + nearest * dim_;
-    for (std::int64_t d = 0; d < dim_; ++d) mean[d] += (key[d] - mean[d]) / count;
+    take_in(nearest, key);
     cluster_of_[static_cast<std::size_t>(keys_++)] = nearest;
     return nearest;
   }
   void reset() { size_ = keys_ = 0; }
+
+  /// Leaves the first `keys` keys: bit for bit the clusters of a run that went no further.
+  /// key(i): key i once more, [dim], valid until the next call; asked for keys of clusters that
+  /// lose some. O(num_keys()). Allocates nothing.
+  template <class KeyOf>
+  void truncate(std::int64_t keys, KeyOf&& key) {
+    if (keys >= keys_) return;
+    std::fill_n(lost_.data(), size_, std::uint8_t{0});
+    for (std::int64_t i = keys; i < keys_; ++i)
+      lost_.data()[cluster_of_[static_cast<std::size_t>(i)]] = 1;
+    for (std::int64_t c = 0; c < size_; ++c)
+      if (lost_.data()[c] != 0) {
+        counts_[static_cast<std::size_t>(c)] = 0;
+        std::fill_n(means_.data() + c * dim_, dim_, 0.0F);
+      }
+    // Which cluster a key joined depends on the keys before it alone.
+    size_ = 0;
+    for (std::int64_t i = 0; i < keys; ++i) {
+      const std::int64_t cluster = cluster_of_[static_cast<std::size_t>(i)];
+      size_ = std::max(size_, cluster + 1);
+      if (lost_.data()[cluster] != 0) take_in(cluster, key(i));
+    }
+    keys_ = keys;
+  }
 
   /// scores[c] = e^(sm_scale <query, representative>), which is never negative: the weight that a
   /// key like the representative has. scores: [size()]; shifted by the largest, which changes no
@@ -134,8 +165,13 @@ class KeyClusters {
   void score(const float* query, float sm_scale, std::span<float> scores) const {
     float largest = 0;
     for (std::int64_t c = 0; c < size_; ++c) {
-      float product = 0;
-      for (std::int64_t d = 0; d < dim_; ++d) product += query[d] * means_.data()[c * dim_ + d];
+      const float* const mean = means_.data() + c * dim_;
+      simd::VecF sum = simd::zero();
+      std::int64_t d = 0;
+      for (; d + simd::kWidth <= dim_; d += simd::kWidth)
+        sum = simd::fma(simd::load(query + d), simd::load(mean + d), sum);
+      float product = simd::reduce_add(sum);
+      for (; d < dim_; ++d) product += query[d] * mean[d];
       scores[static_cast<std::size_t>(c)] = sm_scale * product;
       largest = c == 0 ? sm_scale * product : std::max(largest, sm_scale * product);
     }
@@ -144,6 +180,12 @@ class KeyClusters {
   }
 
  private:
+  void take_in(std::int64_t cluster, const float* key) {
+    const auto count = static_cast<float>(++counts_[static_cast<std::size_t>(cluster)]);
+    float* mean = means_.data() + cluster * dim_;
+    for (std::int64_t d = 0; d < dim_; ++d) mean[d] += (key[d] - mean[d]) / count;
+  }
+
   static std::size_t checked(std::int64_t dim, std::int64_t max_clusters, std::int64_t max_keys,
                              int num_bits, int threshold) {
     const auto need = [](bool fine, const char* field, const char* expected, std::int64_t found) {
@@ -163,11 +205,12 @@ class KeyClusters {
   std::int64_t dim_;
   int num_bits_;
   int threshold_;
-  Buffer<float> planes_;             // [num_bits, dim]
+  Buffer<float> planes_;             // [dim, num_bits]
   Buffer<float> means_;              // [max_clusters, dim]
   Buffer<std::uint64_t> bits_;       // [max_clusters]
   Buffer<std::int64_t> counts_;      // [max_clusters]
   Buffer<std::int64_t> cluster_of_;  // [max_keys]
+  Buffer<std::uint8_t> lost_;        // [max_clusters], of truncate()
   std::int64_t size_ = 0;
   std::int64_t keys_ = 0;
 };

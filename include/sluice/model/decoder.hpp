@@ -18,6 +18,7 @@
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
+#include "sluice/attention/cluster_cache.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/observed_attention.hpp"
@@ -226,6 +227,23 @@ class Decoder {
     return TokenSelectKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
                                           static_cast<float>(config_.sm_scale), selection,
                                           rotaries(), capacity, max_chunk);
+  }
+
+  /// A full cache of which steps read the clusters of keys that their queries score highest, for
+  /// one stream of this model. The model must outlive it. \throws what ClusterSelectKvCache throws,
+  /// Error(kUnsupported) for a model with trained windows.
+  template <RotaryElement Key, RotaryElement Value = Key>
+  ClusterSelectKvCache<Key, Value> make_cluster_select_cache(const ClusterSelection& selection,
+                                                             std::int64_t capacity,
+                                                             std::int64_t max_chunk) const {
+    for (const DecoderLayerConfig& layer : config_.layers)
+      if (layer.window_size < kUnlimitedWindow)
+        throw Error(ErrorCode::kUnsupported,
+                    {"clusters know no windows", "Decoder::make_cluster_select_cache",
+                     "window_size", "none", std::to_string(layer.window_size)});
+    return ClusterSelectKvCache<Key, Value>(kv_shape(), config_.num_qo_heads,
+                                            static_cast<float>(config_.sm_scale), selection,
+                                            rotaries(), capacity, max_chunk);
   }
 
   /// A cache whose frames go to the host and come back for questions, for one stream of this model.

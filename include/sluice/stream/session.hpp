@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/attention/cluster_cache.hpp"
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
@@ -87,6 +88,7 @@ struct UpdateResult {
 /// | ScoredKvCache      | yes (all rows)   | yes           | no          | a checkpoint      |
 /// | PageSelectKvCache  | yes              | yes           | yes         | the common prefix |
 /// | TokenSelectKvCache | yes              | yes           | yes         | the common prefix |
+/// | ClusterSelectKvCache | yes            | yes           | yes         | the common prefix |
 /// | RetrievalKvCache   | no               | no            | no          | nothing           |
 ///
 /// What a cache does not do throws Error(kUnsupported) that says why. Scored caches that score by
@@ -977,6 +979,9 @@ using PageSelectSession = Session<Key, Value, PageSelectKvCache<Key, Value>>;
 /// A session that keeps everything and reads, in most layers, what scored highest in another.
 template <RotaryElement Key = f16, RotaryElement Value = Key>
 using TokenSelectSession = Session<Key, Value, TokenSelectKvCache<Key, Value>>;
+/// A session that keeps everything and reads the clusters of keys that its queries need.
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using ClusterSelectSession = Session<Key, Value, ClusterSelectKvCache<Key, Value>>;
 /// A session whose frames go to the host and come back for questions.
 template <RotaryElement Key = f16, RotaryElement Value = Key>
 using RetrievalSession = Session<Key, Value, RetrievalKvCache<Key, Value>>;
