@@ -95,6 +95,33 @@ TEST(PerLayerCacheAllocations, LazyLayers) {
   EXPECT_EQ(test::allocation_count(), before);
 }
 
+TEST(PerLayerCacheAllocations, LazyLayersWhosePromptComesInChunks) {
+  Material m;
+  LazyLayerKvCache<f16> cache({kLayers, kHeads, kDim, kDim}, 2 * kHeads, 0.25F,
+                              {.num_full_layers = 1,
+                               .num_sink_tokens = 2,
+                               .recent_size = 8,
+                               .num_queries = 6,
+                               .capacity = 200,
+                               .max_prompt = 64,
+                               .max_chunk = 4,
+                               .prompt_in_chunks = true},
+                              m.rotaries);
+  const std::int64_t before = test::allocation_count();
+  for (int round = 0; round < 3; ++round) {
+    for (int step = 0; step < 60; ++step) {
+      feed(cache, m.rows, m.lse, m.table, 1 + step % 4);
+      if (step % 5 == 0)
+        cache.rollback();
+      else
+        cache.commit();
+      if (step == 20) cache.end_prompt();
+    }
+    cache.reset();
+  }
+  EXPECT_EQ(test::allocation_count(), before);
+}
+
 TEST(PerLayerCacheAllocations, Shards) {
   Material m;
   ShardKvCache<f16> cache(

@@ -176,6 +176,93 @@ TEST(LazyLayers, RandomStreams) {
   }
 }
 
+/// A prompt in chunks of any sizes, some of them taken back: the ratios, the choice and all that is
+/// attended to are those of the prompt in one chunk.
+TEST(LazyLayers, PromptsInChunks) {
+  const Extents extents{.kv_heads = 2, .group = 2, .dim = 16, .value_dim = 8};
+  const Rotary rotary({.head_dim = 16, .rotary_dim = 16, .theta = 100});
+  const std::array<const Rotary*, 5> rotaries{&rotary, &rotary, &rotary, &rotary, &rotary};
+  const test::NaiveRotation rotation(16, 100, false);
+  using Cache = LazyLayerKvCache<float>;
+  for (std::uint64_t seed = 1; seed <= 8; ++seed) {
+    Random random(seed);
+    LazyLayerConfig config{.num_full_layers = between(random, 0, 5),
+                           .num_sink_tokens = between(random, 0, 3),
+                           .recent_size = between(random, 5, 9),
+                           .num_queries = between(random, 1, 12),
+                           .capacity = 70,
+                           .max_prompt = 40,
+                           .max_chunk = 6};
+    const std::int64_t prompt = between(random, 20, 40);
+    // What token t of a layer is, whatever chunk it comes in.
+    std::array<std::int64_t, 5> next{};
+    const auto row_of = [&](std::int64_t layer, auto& row) {
+      Random own(seed * 1000003 +
+                 static_cast<std::uint64_t>(next[static_cast<std::size_t>(layer)]++ * 5 + layer));
+      for (auto* part : {&row.query, &row.key, &row.value})
+        for (double& x : *part) x = static_cast<double>(static_cast<float>(own.normal()));
+    };
+    Cache whole({5, 2, 16, 8}, 4, test::scale_for(16), config, rotaries);
+    CacheDriver<Cache> once(whole, extents, 5, &rotary, seed);
+    once.feed(prompt, row_of);
+    once.commit();
+
+    config.prompt_in_chunks = true;
+    Cache cache({5, 2, 16, 8}, 4, test::scale_for(16), config, rotaries);
+    CacheDriver<Cache> driver(cache, extents, 5, &rotary, seed);
+    EXPECT_THROW(cache.end_prompt(), Error);
+    next = {};
+    while (cache.total() < prompt) {
+      if (random.below(3) == 0) {
+        driver.feed(std::min(prompt - cache.total(), between(random, 1, 6)));
+        EXPECT_THROW(cache.end_prompt(), Error);
+        driver.rollback();
+      }
+      driver.feed(std::min(prompt - cache.total(), between(random, 1, 6)), row_of);
+      driver.commit();
+      EXPECT_EQ(cache.num_lazy(), 0);
+    }
+    EXPECT_TRUE(cache.prompt_open());
+    EXPECT_EQ(cache.status(41 - prompt), CacheStatus::kFull);
+    cache.end_prompt();
+    cache.end_prompt();  // nothing more
+    EXPECT_FALSE(cache.prompt_open());
+    EXPECT_EQ(cache.num_lazy(), std::max<std::int64_t>(0, 5 - config.num_full_layers));
+    std::array<bool, 5> is_lazy{};
+    for (std::int64_t l = 0; l < 5; ++l) {
+      const double ratio = naive_ratio(driver, extents, rotation, l, prompt, config);
+      EXPECT_NEAR(cache.ratio(l), ratio, 1e-5);
+      EXPECT_NEAR(cache.ratio(l), whole.ratio(l), 1e-5);
+      // With these seeds no two ratios are as close as their rounding.
+      EXPECT_EQ(cache.is_lazy(l), whole.is_lazy(l)) << "seed " << seed << ", layer " << l;
+      is_lazy[static_cast<std::size_t>(l)] = cache.is_lazy(l);
+    }
+    for (int step = 0; step < 12; ++step) {
+      driver.feed(between(random, 1, 3));
+      if (random.below(3) == 0)
+        driver.rollback();
+      else
+        driver.commit();
+    }
+    EXPECT_GT(cache.total(), prompt);
+    driver.expect([&](std::int64_t layer, std::int64_t, std::int64_t query,
+                      std::int64_t key) -> std::optional<double> {
+      const bool cut = query >= prompt && is_lazy[static_cast<std::size_t>(layer)];
+      if (cut && key >= config.num_sink_tokens && query - key > config.recent_size)
+        return std::nullopt;
+      return static_cast<double>(query - key);
+    });
+    // Memory: so many full layers, the prompt in the others, and a window for each.
+    const std::int64_t full = std::min<std::int64_t>(config.num_full_layers, 5);
+    const std::int64_t window = config.num_sink_tokens + config.recent_size + 1 + 6 - 1;
+    EXPECT_EQ(cache.bytes(), static_cast<std::size_t>((full * 70 + (5 - full) * 40 + 5 * window) *
+                                                      2 * (16 + 8) * 4));
+    cache.reset();
+    EXPECT_TRUE(cache.prompt_open());
+    EXPECT_EQ(cache.num_lazy(), 0);
+  }
+}
+
 /// A layer is switched by hand, while the stream goes on.
 TEST(LazyLayers, SwitchedAtRunTime) {
   const Extents extents{.dim = 16, .value_dim = 16};

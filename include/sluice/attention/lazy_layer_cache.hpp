@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-/// LightTransfer at test time (arXiv 2410.13846; SimLayerKV is its first version): while a prompt
-/// is read, layers whose last queries look at sinks and recent tokens alone become lazy and keep
+/// LightTransfer at test time (arXiv 2410.13846; SimLayerKV is its first version): when a prompt is
+/// read, layers whose last queries look at sinks and recent tokens alone become lazy and keep
 /// only those. A layer changes from full to sinks + window while the program runs.
 #pragma once
 
@@ -12,6 +12,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "sluice/attention/attend.hpp"
@@ -112,22 +113,33 @@ struct LazyLayerConfig {
       1020;  ///< entries that a lazy layer keeps besides, the query's not among them
   std::int64_t num_queries = 32;  ///< rows that the ratio is measured over
   std::int64_t capacity = 0;      ///< tokens of the whole stream: full layers end there
-  std::int64_t max_prompt = 0;    ///< tokens of the first chunk
-  std::int64_t max_chunk = 1;     ///< tokens of later ones, at most recent_size + 1
+  std::int64_t max_prompt = 0;    ///< tokens of the prompt
+  std::int64_t max_chunk = 1;     ///< tokens of later chunks, at most recent_size + 1
+  /// The prompt comes in chunks of max_chunk, and end_prompt() ends it; else it is the first chunk.
+  bool prompt_in_chunks = false;
 };
 
-/// Keys and values of one stream whose first chunk is the prompt. While it passes through the
-/// layers, each layer is full until its ratio has been measured, and the laziest is cut to sinks +
-/// recent tokens as soon as more than num_full_layers are held: so there is room for
-/// num_full_layers
-/// + 1 full layers and no more, and that is all that is ever allocated (the one block more is what
-/// the layer at work needs). Keys stay at their places in the text.
+/// Keys and values of one stream that begins with a prompt. Keys stay at their places in the text.
+///
+/// A prompt of one chunk: while it passes through the layers, each layer is full until its ratio
+/// has been measured, and the laziest is cut to sinks + recent tokens as soon as more than
+/// num_full_layers are held: so there is room for num_full_layers + 1 full layers and no more, and
+/// that is all that is ever allocated (the one block more is what the layer at work needs).
+///
+/// A prompt in chunks (prompt_in_chunks): what is observed are the last num_queries queries of the
+/// whole prompt so far, whichever chunks they came in, against the recent tokens that its end
+/// leaves; the observation is made, and layers are cut, by end_prompt(). Until then every layer is
+/// full, since a layer that were cut before would have lost what a later chunk asks for: room is
+/// that of num_full_layers full layers, of the prompt in the others, and of num_queries + max_chunk
+/// rows of queries a layer. Ratios and choice do not depend on the chunks but for the rounding of
+/// float32 sums, nor differ from those of one chunk.
 ///
 /// Protocol of a step: as KvCache, with begin_layer() before store() and observe() after attention.
-/// Rolling back the first chunk forgets which layers were lazy. set_lazy() cuts a layer later on,
-/// by the caller's own measure (SimLayerKV: ratio() of the first decoded token above a threshold).
-/// Layers with a trained window of their own are read with it. Only construction allocates. One
-/// thread at a time; store() of different rows may run on several.
+/// Rolling back a prompt of one chunk forgets which layers were lazy, rolling back a later chunk
+/// that it was seen. set_lazy() cuts a layer later on, by the caller's own measure (SimLayerKV:
+/// ratio() of the first decoded token above a threshold). Layers with a trained window of their own
+/// are read with it. Only construction allocates. One thread at a time; store() of different rows
+/// may run on several.
 template <RotaryElement Key, RotaryElement Value = Key>
 class LazyLayerKvCache {
  public:
@@ -142,6 +154,7 @@ class LazyLayerKvCache {
                    const LazyLayerConfig& config, std::span<const Rotary* const> rotaries)
       : shape_(shape),
         config_(checked(shape, num_qo_heads, config, rotaries)),
+        num_qo_heads_(num_qo_heads),
         sm_scale_(sm_scale),
         rotaries_(rotaries.begin(), rotaries.end()),
         full_(full_config(config)),
@@ -149,11 +162,21 @@ class LazyLayerKvCache {
         queue_(std::min(config.num_full_layers, shape.num_layers)),
         blocks_(static_cast<std::size_t>(shape.num_layers), kNoBlock),
         ratios_(static_cast<std::size_t>(shape.num_layers)) {
-    // One block serves the layer at work, unless no layer is to be lazy.
-    num_blocks_ =
-        std::min(std::min(config.num_full_layers, shape.num_layers) + 1, shape.num_layers);
-    const std::int64_t rows = shape.num_kv_heads * (num_blocks_ * full_.config().capacity +
-                                                    shape.num_layers * lazy_.config().capacity);
+    const std::int64_t full_layers = std::min(config.num_full_layers, shape.num_layers);
+    if (config.prompt_in_chunks) {
+      large_blocks_ = full_layers;
+      num_blocks_ = shape.num_layers;
+      ring_ = config.num_queries + config.max_chunk;
+      seen_queries_ = Buffer<float>(size(shape.num_layers * ring_ * num_qo_heads * shape.head_dim));
+      seen_lse_ = Buffer<float>(size(shape.num_layers * ring_ * num_qo_heads));
+      last_queries_ = Buffer<float>(size(config.num_queries * num_qo_heads * shape.head_dim));
+      last_lse_ = Buffer<float>(size(config.num_queries * num_qo_heads));
+    } else {
+      // One block serves the layer at work, unless no layer is to be lazy.
+      large_blocks_ = num_blocks_ = std::min(full_layers + 1, shape.num_layers);
+    }
+    const std::int64_t rows =
+        block_row(num_blocks_) + shape.num_layers * shape.num_kv_heads * lazy_.config().capacity;
     keys_ = Buffer<Key>(size(rows * shape.head_dim));
     values_ = Buffer<Value>(size(rows * shape.value_dim));
     free_.reserve(size(num_blocks_));
@@ -166,10 +189,12 @@ class LazyLayerKvCache {
   std::int64_t committed() const { return full_.committed(); }
   Position write_position(std::int64_t index) const { return full_.write_position(index); }
   bool takes_positions() const { return false; }
-  /// The prompt's extent, for workspaces; later chunks are at most config().max_chunk.
-  std::int64_t max_chunk() const { return config_.max_prompt; }
+  /// Of the prompt, for workspaces; later chunks are at most config().max_chunk.
+  std::int64_t max_chunk() const {
+    return config_.prompt_in_chunks ? config_.max_chunk : config_.max_prompt;
+  }
   std::int64_t max_entries() const { return full_.config().capacity; }
-  /// Bytes of keys and values: num_full_layers + 1 full layers and a window for each layer.
+  /// Bytes of keys and values: the full layers' and a window for each layer.
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
   /// Bytes of keys and values that are kept now, and the most that ever were at once.
   std::size_t bytes_kept() const { return kept_now_; }
@@ -182,18 +207,18 @@ class LazyLayerKvCache {
   void measure(bool always) { measures_ = always; }
 
   CacheStatus status(std::int64_t tokens) const {
-    if (prompt_open() && total() > 0) return CacheStatus::kFull;  // the prompt is one append
-    const std::int64_t most = prompt_open() ? config_.max_prompt : config_.max_chunk;
-    return total() - committed() + tokens <= most && total() + tokens <= config_.capacity
-               ? CacheStatus::kOk
-               : CacheStatus::kFull;
+    const bool whole_prompt = prompt_open() && !config_.prompt_in_chunks;
+    if (whole_prompt && total() > 0) return CacheStatus::kFull;  // the prompt is one append
+    const std::int64_t most = whole_prompt ? config_.max_prompt : config_.max_chunk;
+    const std::int64_t room = prompt_open() ? config_.max_prompt : config_.capacity;
+    return total() - committed() + tokens <= most && total() + tokens <= room ? CacheStatus::kOk
+                                                                              : CacheStatus::kFull;
   }
-  /// Precondition: status(tokens) == kOk; the prompt is one append().
+  /// Precondition: status(tokens) == kOk.
   void append(std::int64_t tokens) {
     SLUICE_ASSERT(status(tokens) == CacheStatus::kOk);
-    SLUICE_ASSERT(!prompt_open() || total() == 0);
     full_.append(tokens);
-    if (!prompt_open()) {
+    if (!prompt_open() || config_.prompt_in_chunks) {
       lazy_.append(tokens);
       return;
     }
@@ -210,7 +235,7 @@ class LazyLayerKvCache {
     lazy_.commit();
   }
   void rollback() {
-    if (prompt_open()) {
+    if (prompt_open() && !config_.prompt_in_chunks) {
       reset();
       return;
     }
@@ -224,8 +249,50 @@ class LazyLayerKvCache {
     free_.clear();
     for (std::int64_t block = num_blocks_; block > 0; --block) free_.push_back(block - 1);
     std::fill(blocks_.begin(), blocks_.end(), kNoBlock);
+    ended_ = false;
     std::fill(ratios_.begin(), ratios_.end(), 0.0);
     kept_now_ = kept_peak_ = 0;
+  }
+
+  /// Whether what is appended belongs to the prompt.
+  bool prompt_open() const { return config_.prompt_in_chunks ? !ended_ : full_.committed() == 0; }
+  /// Ends a prompt in chunks: measures each layer's ratio over the prompt's last queries and leaves
+  /// the num_full_layers least lazy layers full. Does nothing where the prompt has ended.
+  /// \throws Error(kOrder) with uncommitted tokens, or none at all; nothing changes.
+  void end_prompt() {
+    if (!prompt_open()) return;
+    if (total() != committed() || total() == 0)
+      throw Error(ErrorCode::kOrder,
+                  {"uncommitted tokens, or none at all", "LazyLayerKvCache::end_prompt",
+                   "appended tokens", "0", std::to_string(total() - committed())});
+    const std::int64_t rows = std::min(config_.num_queries, total());
+    const std::int64_t first = total() - rows;
+    const std::int64_t row_size = num_qo_heads_ * shape_.head_dim;
+    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer) {
+      for (std::int64_t t = 0; t < rows; ++t) {
+        const std::int64_t from = seen_row(layer, first + t);
+        std::copy_n(seen_queries_.data() + from * row_size, row_size,
+                    last_queries_.data() + t * row_size);
+        std::copy_n(seen_lse_.data() + from * num_qo_heads_, num_qo_heads_,
+                    last_lse_.data() + t * num_qo_heads_);
+      }
+      const AttentionQuery query{{last_queries_.data(), rows, num_qo_heads_, shape_.head_dim},
+                                 first,
+                                 write_position(first)};
+      std::array<SegmentType, kMaxSegments> all;
+      [[maybe_unused]] const int count = segments(layer, rows, all);
+      SLUICE_ASSERT(count == 1);
+      ratios_[size(layer)] = lazy_ratio(
+          query, all[0], sm_scale_, rotaries_[size(layer)], shape_.num_kv_heads, last_lse_.data(),
+          config_.num_sink_tokens, config_.recent_size, config_.num_queries);
+    }
+    ended_ = true;
+    if (config_.num_full_layers >= shape_.num_layers) return;
+    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer)
+      if (const std::optional<std::int64_t> lazy = queue_.push(ratios_[size(layer)], layer))
+        cut(*lazy);
+    for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer)
+      if (blocks_[size(layer)] >= large_blocks_) grow(layer);
   }
 
   /// Makes a full layer lazy. \throws Error(kOrder) with uncommitted tokens; nothing changes.
@@ -303,9 +370,23 @@ class LazyLayerKvCache {
   bool observes(std::int64_t layer) const {
     return prompt_open() || (measures_ && !is_lazy(layer));
   }
-  /// Measures the layer's ratio; while the prompt passes, a layer may become lazy by it.
+  /// Measures the layer's ratio; while a prompt of one chunk passes, a layer may become lazy by it.
+  /// Of a prompt in chunks the rows are remembered.
   void observe(const ObservedAttention<Key, Value>& seen) {
     if (!observes(seen.layer)) return;
+    if (prompt_open() && config_.prompt_in_chunks) {
+      const std::int64_t tokens = seen.query.rows.tokens;
+      for (std::int64_t t = std::max<std::int64_t>(0, tokens - config_.num_queries); t < tokens;
+           ++t) {
+        const std::int64_t to = seen_row(seen.layer, seen.query.first_index + t);
+        for (std::int64_t h = 0; h < num_qo_heads_; ++h)
+          std::copy_n(seen.query.rows.head(t, h), shape_.head_dim,
+                      seen_queries_.data() + (to * num_qo_heads_ + h) * shape_.head_dim);
+        std::copy_n(seen.lse + t * num_qo_heads_, num_qo_heads_,
+                    seen_lse_.data() + to * num_qo_heads_);
+      }
+      return;
+    }
     double& ratio = ratios_[size(seen.layer)];
     ratio = lazy_ratio(seen.query, seen.segments[0], sm_scale_, rotaries_[size(seen.layer)],
                        shape_.num_kv_heads, seen.lse, config_.num_sink_tokens, config_.recent_size,
@@ -368,7 +449,8 @@ class LazyLayerKvCache {
            rotary == nullptr ? 0 : rotary->head_dim());
     need(c.num_full_layers >= 0, ErrorCode::kConfig, "num_full_layers", "at least 0",
          c.num_full_layers);
-    need(c.num_queries >= 1, ErrorCode::kConfig, "num_queries", "at least 1", c.num_queries);
+    need(c.num_queries >= 1 && c.num_queries <= kMost, ErrorCode::kConfig, "num_queries",
+         "at least 1", c.num_queries);
     need(c.capacity >= 1 && c.capacity <= kMost, ErrorCode::kConfig, "capacity", "at least 1",
          c.capacity);
     need(c.max_prompt >= 1 && c.max_prompt <= c.capacity, ErrorCode::kConfig, "max_prompt",
@@ -380,17 +462,41 @@ class LazyLayerKvCache {
     return c;
   }
 
-  /// Nothing is committed yet: what passes is the prompt.
-  bool prompt_open() const { return full_.committed() == 0; }
+  /// Where a layer's rows of a token that was seen are remembered.
+  std::int64_t seen_row(std::int64_t layer, std::int64_t token) const {
+    return layer * ring_ + token % ring_;
+  }
 
+  /// The first row of a block. Large ones hold the stream, those behind them the prompt.
+  std::int64_t block_row(std::int64_t block) const {
+    const std::int64_t large = std::min(block, large_blocks_);
+    return shape_.num_kv_heads * (large * config_.capacity + (block - large) * config_.max_prompt);
+  }
   Place place(std::int64_t layer) const {
-    const std::int64_t heads = shape_.num_kv_heads;
-    const std::int64_t full_rows = heads * full_.config().capacity;
     if (is_lazy(layer))
-      return {&lazy_, num_blocks_ * full_rows + layer * heads * lazy_.config().capacity,
+      return {&lazy_,
+              block_row(num_blocks_) + layer * shape_.num_kv_heads * lazy_.config().capacity,
               lazy_.config().capacity};
-    SLUICE_ASSERT(blocks_[size(layer)] >= 0);
-    return {&full_, blocks_[size(layer)] * full_rows, full_.config().capacity};
+    const std::int64_t block = blocks_[size(layer)];
+    SLUICE_ASSERT(block >= 0);
+    return {&full_, block_row(block),
+            block < large_blocks_ ? config_.capacity : config_.max_prompt};
+  }
+
+  /// Moves a layer that stays full from a block of the prompt's size to one that has become free.
+  void grow(std::int64_t layer) {
+    const auto large = std::find_if(free_.begin(), free_.end(),
+                                    [&](std::int64_t block) { return block < large_blocks_; });
+    SLUICE_ASSERT(large != free_.end());
+    const Place from = place(layer);
+    std::swap(blocks_[size(layer)], *large);
+    const Place to = place(layer);
+    for (std::int64_t h = 0; h < shape_.num_kv_heads; ++h) {
+      std::copy_n(keys_.data() + from.row(h, 0) * shape_.head_dim, total() * shape_.head_dim,
+                  keys_.data() + to.row(h, 0) * shape_.head_dim);
+      std::copy_n(values_.data() + from.row(h, 0) * shape_.value_dim, total() * shape_.value_dim,
+                  values_.data() + to.row(h, 0) * shape_.value_dim);
+    }
   }
 
   /// Copies what a lazy layer keeps to its own rows and gives the layer's block back.
@@ -437,6 +543,7 @@ class LazyLayerKvCache {
 
   KvShape shape_;
   LazyLayerConfig config_;
+  std::int64_t num_qo_heads_;
   float sm_scale_;
   std::vector<const Rotary*> rotaries_;
   Retention full_;
@@ -446,6 +553,13 @@ class LazyLayerKvCache {
   std::vector<double> ratios_;        // [num_layers]
   std::vector<std::int64_t> free_;    // blocks that no layer has
   std::int64_t num_blocks_ = 0;
+  std::int64_t large_blocks_ = 0;  // those in front, with room for the whole stream
+  bool ended_ = false;             // a prompt in chunks
+  std::int64_t ring_ = 0;          // rows of each layer that are remembered while it is open
+  Buffer<float> seen_queries_;     // [layers, ring, num_qo_heads, head_dim]
+  Buffer<float> seen_lse_;         // [layers, ring, num_qo_heads]
+  Buffer<float> last_queries_;     // [num_queries, num_qo_heads, head_dim], in their order
+  Buffer<float> last_lse_;         // [num_queries, num_qo_heads]
   Buffer<Key> keys_;      // [blocks, kv heads, capacity, head_dim], [layers, kv heads, window, ..]
   Buffer<Value> values_;  // likewise
   std::size_t kept_now_ = 0;
