@@ -21,6 +21,7 @@
 #include "sluice/io/json.hpp"
 #include "sluice/model/load_head_map.hpp"
 #include "sluice/model/load_model.hpp"
+#include "sluice/stream/clock.hpp"
 #include "support/command_line.hpp"
 #include "support/report_text.hpp"
 #include "support/terminal.hpp"
@@ -72,8 +73,71 @@ std::int64_t singles(const std::string& policy, const Setting& setting) {
                                               : std::numeric_limits<std::int64_t>::max();
 }
 
-void compare(const Options& options, const sluice::LoadedModel& model,
-             std::span<const Token> tokens, sluice::ThreadTeam& team) {
+/// Says how a run over several policies comes along: a line that moves on a terminal, else lines,
+/// of which a log keeps a few for each policy.
+class Course {
+ public:
+  Course(const std::string& policy, std::size_t number, std::size_t count)
+      : name_(policy + format(" (%zu of %zu)", number, count)), line_(name_) {
+    if (!support::stderr_is_terminal()) std::cerr << "policies: " << name_ << '\n';
+  }
+  /// Whether to go on.
+  bool show(std::size_t done, std::size_t all) {
+    line_.show(static_cast<std::int64_t>(done),
+               static_cast<double>(done) / static_cast<double>(all));
+    if (!support::stderr_is_terminal() && sluice::monotonic_ns() >= next_ns_) {
+      std::cerr << "policies: " << name_ << format(": %zu of %zu tokens\n", done, all);
+      next_ns_ = sluice::monotonic_ns() + kPause;
+    }
+    return support::caught_signal() == 0;
+  }
+  void clear() { line_.clear(); }
+
+ private:
+  static constexpr std::int64_t kPause = 30'000'000'000;
+
+  std::string name_;
+  support::Progress line_;
+  std::int64_t next_ns_ = sluice::monotonic_ns() + kPause;
+};
+
+/// What is left after an interrupt, as the option that goes on with it.
+void say_what_is_left(std::span<const std::string> names) {
+  std::cerr << "policies: interrupted; what is left: -p ";
+  for (std::size_t i = 0; i < names.size(); ++i) std::cerr << (i == 0 ? "" : ",") << names[i];
+  std::cerr << '\n';
+}
+
+void print_row(const Options& options, const std::string& name, const Measured& m, bool whole) {
+  if (options.json) {
+    Json row{{"kind", "policy"},
+             {"policy", name},
+             {"tokens", m.tokens},
+             {"budget", options.setting.budget},
+             {"chunk", options.setting.chunk},
+             {"growth", options.setting.growth},
+             {"perplexity", m.perplexity},
+             {"late_perplexity", m.late_perplexity},
+             {"entries", m.entries},
+             {"cache_bytes", m.cache_bytes},
+             {"tokens_per_s", m.tokens_per_s},
+             {"step_ms", m.step_ms}};
+    if (!whole) row["interrupted"] = true;
+    support::write_stdout(row.dump() + "\n");
+    return;
+  }
+  const std::string shown = whole ? name : name + format(", the first %zu tokens", m.tokens);
+  support::write_stdout(format("| %s | %.3f | %.3f | %lld | %s | %.0f | %.2f ms |\n", shown.c_str(),
+                               m.perplexity, m.late_perplexity, static_cast<long long>(m.entries),
+                               support::megabytes(m.cache_bytes).c_str(), m.tokens_per_s,
+                               m.step_ms));
+}
+
+/// A row for each policy as soon as it is done, and one for what was read of the policy that an
+/// interrupt meets. A policy that cannot be made (the budget is too small for it) says so and
+/// leaves the others be. Returns the exit status.
+int compare(const Options& options, const sluice::LoadedModel& model, std::span<const Token> tokens,
+            sluice::ThreadTeam& team) {
   const double budget_share =
       static_cast<double>(options.setting.budget) / static_cast<double>(tokens.size());
   if (!options.json)
@@ -83,42 +147,33 @@ void compare(const Options& options, const sluice::LoadedModel& model,
                                  100 * budget_share) +
                           "| policy | perplexity | beyond the budget | entries | cache | "
                           "read, tokens/s | a token |\n|---|---|---|---|---|---|---|\n");
-  for (const std::string& name : options.names) {
-    if (support::caught_signal() != 0) return;
-    support::Progress progress(name);
-    const Measured m = with_cache(name, options.setting, [&](auto& cache) {
-      Stream stream(*model.decoder, cache, team, options.chosen());
-      return measure(stream, cache, tokens, options.setting.budget, singles(name, options.setting),
-                     [&](std::size_t done) {
-                       progress.show(
-                           static_cast<std::int64_t>(done),
-                           static_cast<double>(done) / static_cast<double>(tokens.size()));
-                       return support::caught_signal() == 0;
-                     });
-    });
-    progress.clear();
-    if (support::caught_signal() != 0) return;
-    if (options.json)
-      support::write_stdout(Json{{"kind", "policy"},
-                                 {"policy", name},
-                                 {"tokens", tokens.size()},
-                                 {"budget", options.setting.budget},
-                                 {"chunk", options.setting.chunk},
-                                 {"growth", options.setting.growth},
-                                 {"perplexity", m.perplexity},
-                                 {"late_perplexity", m.late_perplexity},
-                                 {"entries", m.entries},
-                                 {"cache_bytes", m.cache_bytes},
-                                 {"tokens_per_s", m.tokens_per_s},
-                                 {"step_ms", m.step_ms}}
-                                .dump() +
-                            "\n");
-    else
-      support::write_stdout(
-          format("| %s | %.3f | %.3f | %lld | %s | %.0f | %.2f ms |\n", name.c_str(), m.perplexity,
-                 m.late_perplexity, static_cast<long long>(m.entries),
-                 support::megabytes(m.cache_bytes).c_str(), m.tokens_per_s, m.step_ms));
+  int status = 0;
+  for (std::size_t i = 0; i < options.names.size(); ++i) {
+    const std::string& name = options.names[i];
+    Course course(name, i + 1, options.names.size());
+    Measured m;
+    try {
+      m = with_cache(name, options.setting, [&](auto& cache) {
+        Stream stream(*model.decoder, cache, team, options.chosen());
+        return measure(stream, cache, tokens, options.setting.budget,
+                       singles(name, options.setting),
+                       [&](std::size_t done) { return course.show(done, tokens.size()); });
+      });
+    } catch (const sluice::Error& error) {
+      course.clear();
+      std::cerr << "policies: " << name << ": " << error.what() << '\n';
+      status = 1;
+      continue;
+    }
+    course.clear();
+    const bool whole = m.tokens == tokens.size();
+    if (m.tokens >= 2) print_row(options, name, m, whole);
+    if (!whole) {
+      say_what_is_left(std::span(options.names).subspan(i));
+      return status;
+    }
   }
+  return status;
 }
 
 /// A number is said at each of several depths of the text and asked for at its end: how many of its
@@ -137,10 +192,17 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
     }
     support::write_stdout(head + "\n" + rule + "\n");
   }
-  for (const std::string& name : options.names) {
+  for (std::size_t n = 0; n < options.names.size(); ++n) {
+    const std::string& name = options.names[n];
     std::string line = "| " + name + " |";
+    Course course(name + ", pass keys", n + 1, options.names.size());
     for (std::int64_t i = 0; i < options.passkeys; ++i) {
-      if (support::caught_signal() != 0) return;
+      if (support::caught_signal() != 0) {
+        course.clear();
+        if (!options.json && i > 0) support::write_stdout(line + "\n");
+        say_what_is_left(std::span(options.names).subspan(n));
+        return;
+      }
       const std::string key = std::to_string(10007 + (i * 7919 + 31337) % 89989);
       const std::vector<Token> said = tokenizer.encode(
           "\n\nThe pass key is " + key + ". Remember it. " + key + " is the pass key.\n\n");
@@ -158,19 +220,26 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
       constexpr std::int64_t kAnswer = 8;
       Setting setting = options.setting;
       setting.tokens = static_cast<std::int64_t>(text.size()) + kAnswer;
-      support::Progress progress(name);
-      progress.show(i, static_cast<double>(i) / static_cast<double>(options.passkeys));
       const std::string answer = with_cache(name, setting, [&](auto& cache) {
         Stream stream(*model.decoder, cache, team, options.chosen());
         std::vector<double> ignored;
         const auto whole =
             static_cast<std::size_t>(std::min(singles(name, setting), setting.tokens));
-        const std::size_t in_chunks = std::min(text.size(), whole);
-        stream.read(std::span(text).first(in_chunks), ignored);
-        stream.read(std::span(text).subspan(in_chunks), ignored, 1);
+        constexpr std::size_t kPiece = 64;
+        for (std::size_t done = 0; done < text.size();) {
+          if (!course.show(static_cast<std::size_t>(i) * text.size() + done,
+                           static_cast<std::size_t>(options.passkeys) * text.size()))
+            return std::string();
+          const bool single = done >= whole;
+          const std::size_t end = single ? text.size() : std::min(text.size(), whole);
+          const std::size_t piece = std::min(kPiece, end - done);
+          stream.read(std::span(text).subspan(done, piece), ignored,
+                      single ? 1 : cache.max_chunk());
+          done += piece;
+        }
         return tokenizer.decode(stream.write(kAnswer));
       });
-      progress.clear();
+      if (support::caught_signal() != 0) continue;
       // The first run of digits in the answer, from its front.
       const std::size_t first = answer.find_first_of("0123456789");
       std::int64_t right = 0;
@@ -191,6 +260,7 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
                 .dump() +
             "\n");
     }
+    course.clear();
     if (!options.json) support::write_stdout(line + "\n");
   }
 }
@@ -219,9 +289,9 @@ int run(Options& options) {
     options.setting.filters =
         calibrate(*model.decoder, std::span(tokens).first(count), team, options.chosen());
   }
-  compare(options, model, tokens, team);
-  if (options.passkeys > 0) recall(options, model, tokens, team);
-  return 0;
+  const int status = compare(options, model, tokens, team);
+  if (support::caught_signal() == 0 && options.passkeys > 0) recall(options, model, tokens, team);
+  return status;
 }
 
 }  // namespace
@@ -254,8 +324,9 @@ int main(int argc, char** argv) {
       ->check(support::whole_number(16, 1 << 24));
   app.add_option(
          "-c,--chunk", options.setting.chunk,
-         "tokens read at once: exact for full, window, sink-window and per-head; scored policies "
-         "select at the ends of chunks; quest and tidal-decode act in single tokens, so "
+         "tokens read at once: exact for full, window, sink-window, per-head, lazy and shards; "
+         "scored policies "
+         "select at the ends of chunks; quest, tidal-decode and clusters act in single tokens, so "
          "what is beyond the budget is read one by one")
       ->capture_default_str()
       ->check(support::whole_number(1, 4096));

@@ -41,8 +41,8 @@ class Stream {
   void read(std::span<const sluice::Token> tokens, std::vector<double>& nll,
             std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
     for (std::size_t done = 0; done < tokens.size();) {
-      const std::size_t count = std::min(
-          tokens.size() - done, static_cast<std::size_t>(std::min(most, cache_.max_chunk())));
+      const std::size_t count =
+          std::min(tokens.size() - done, static_cast<std::size_t>(std::min(most, room())));
       const std::span<const sluice::Token> chunk = tokens.subspan(done, count);
       const std::size_t first = nll.size();
       nll.push_back(has_next_ ? sluice::negative_log_likelihood(next(), chunk[0]) : 0.0);
@@ -61,6 +61,8 @@ class Stream {
         cache_.commit(team_);
       else
         cache_.commit();
+      if constexpr (requires { cache_.end_prompt(); })
+        if (cache_.total() == cache_.config().max_prompt) cache_.end_prompt();
       last_row_ = rows - 1;
       has_next_ = true;
       done += count;
@@ -81,6 +83,15 @@ class Stream {
   }
 
  private:
+  /// Tokens that the cache takes at once here.
+  std::int64_t room() const {
+    std::int64_t room = cache_.max_chunk();
+    if constexpr (requires { cache_.room_in_block(); })
+      room = std::min(room, cache_.room_in_block());
+    if constexpr (requires { cache_.end_prompt(); })
+      if (cache_.prompt_open()) room = std::min(room, cache_.config().max_prompt - cache_.total());
+    return room;
+  }
   std::int64_t vocab() const { return model_.config().vocab_size; }
   std::span<const float> row(std::int64_t r) const {
     return {logits_.data() + r * vocab(), static_cast<std::size_t>(vocab())};
@@ -98,6 +109,7 @@ class Stream {
 
 /// What a policy did with a text.
 struct Measured {
+  std::size_t tokens = 0;      ///< read: all of them, or as far as it came
   double perplexity = 0;       ///< over all tokens but the first
   double late_perplexity = 0;  ///< over those that came after the budget was full
   double tokens_per_s = 0;     ///< reading, likelihoods included
@@ -130,8 +142,8 @@ std::int64_t entries_of(const Cache& cache) {
 }
 
 /// Reads `tokens`, those from `singles` on one by one, and the last few so in any case.
-/// progress(tokens read) is called now and then and says
-/// whether to go on.
+/// progress(tokens read) is called now and then and says whether to go on; what was measured until
+/// then is returned.
 template <class Cache, class Progress>
 Measured measure(Stream<Cache>& stream, const Cache& cache, std::span<const sluice::Token> tokens,
                  std::int64_t budget, std::int64_t singles, Progress&& progress) {
@@ -149,9 +161,10 @@ Measured measure(Stream<Cache>& stream, const Cache& cache, std::span<const slui
   }
   const double seconds = static_cast<double>(sluice::monotonic_ns() - begin) * 1e-9;
   Measured m;
+  const bool whole = nll.size() == chunked;
   m.tokens_per_s = static_cast<double>(nll.size()) / seconds;
   std::vector<double> ms;
-  for (std::size_t t = nll.size(); t < tokens.size() && progress(t); ++t) {
+  for (std::size_t t = nll.size(); whole && t < tokens.size() && progress(t); ++t) {
     const std::int64_t step = sluice::monotonic_ns();
     stream.read(tokens.subspan(t, 1), nll);
     ms.push_back(static_cast<double>(sluice::monotonic_ns() - step) * 1e-6);
@@ -160,6 +173,7 @@ Measured measure(Stream<Cache>& stream, const Cache& cache, std::span<const slui
     std::nth_element(ms.begin(), ms.begin() + std::ssize(ms) / 2, ms.end());
     m.step_ms = ms[ms.size() / 2];
   }
+  m.tokens = nll.size();
   const std::span<const double> all(nll);
   m.perplexity = perplexity_of(all.subspan(std::min<std::size_t>(1, all.size())));
   m.late_perplexity =

@@ -14,11 +14,15 @@
 
 #include "measure.hpp"
 
+#include "sluice/attention/cluster_cache.hpp"
+#include "sluice/attention/kivi_cache.hpp"
+#include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/query_directions.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
 #include "sluice/cache/head_map.hpp"
 #include "sluice/cache/score_policy.hpp"
+#include "sluice/cache/shard_cache.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/threads.hpp"
 #include "sluice/core/token.hpp"
@@ -40,7 +44,7 @@ struct Policy {
   Chunks chunks;
 };
 
-inline constexpr std::array<Policy, 12> kPolicies{{
+inline constexpr std::array<Policy, 16> kPolicies{{
     {"full", "everything, whatever the budget", Chunks::kExact},
     {"window", "the newest", Chunks::kExact},
     {"sink-window", "4 sinks and the newest (StreamingLLM)", Chunks::kExact},
@@ -57,6 +61,13 @@ inline constexpr std::array<Policy, 12> kPolicies{{
      Chunks::kSingle},
     {"tidal-decode", "everything; a single token reads what layers 2 and 13 chose",
      Chunks::kSingle},
+    {"clusters", "everything; a single token reads the clusters of keys that score highest",
+     Chunks::kSingle},
+    {"lazy", "everything in half of the layers, 4 sinks and the newest in others (LightTransfer)",
+     Chunks::kExact},
+    {"shards", "the newest half, and every n-th older block, another in each head (S2-Attention)",
+     Chunks::kExact},
+    {"kivi", "everything, in 4 bits (KIVI)", Chunks::kExact},
 }};
 
 inline Chunks chunks_of(std::string_view policy) {
@@ -163,6 +174,53 @@ auto with_cache(std::string_view policy, const Setting& s, Visit&& visit) {
                                      .budget = s.budget};
     if (layers > 13) selection.publishing_layers.push_back(13);
     auto cache = model.make_token_select_cache<sluice::f16>(selection, s.tokens, s.chunk);
+    return visit(cache);
+  }
+  if (policy == "clusters") {
+    // The budget is to be used up, whatever share of attention it has.
+    const sluice::ClusterSelection selection{
+        .max_clusters = std::max<std::int64_t>(16, s.tokens / 16),
+        .budget = s.budget,
+        .recent = std::min<std::int64_t>(64, s.budget / 4),
+        .share = 1};
+    auto cache = model.make_cluster_select_cache<sluice::f16>(selection, s.tokens, s.chunk);
+    return visit(cache);
+  }
+  if (policy == "lazy") {
+    const std::int64_t prompt = std::min(s.tokens, 2 * s.budget);
+    const std::int64_t recent = s.budget - kSinks;
+    auto cache = model.make_lazy_layer_cache<sluice::f16>(
+        {.num_full_layers = model.config().num_layers() / 2,
+         .num_sink_tokens = kSinks,
+         .recent_size = recent,
+         .capacity = s.tokens,
+         .max_prompt = prompt,
+         .max_chunk = std::min({s.chunk, recent + 1, prompt}),
+         .prompt_in_chunks = true});
+    return visit(cache);
+  }
+  std::vector<const sluice::Rotary*> rotaries;
+  for (std::int64_t l = 0; l < model.config().num_layers(); ++l)
+    rotaries.push_back(&model.rotary(l));
+  const sluice::KvShape shape = model.kv_shape();
+  if (policy == "shards") {
+    sluice::ShardPattern pattern{.num_heads = shape.num_kv_heads,
+                                 .block_size = std::clamp<std::int64_t>(s.budget / 8, 1, 64)};
+    const std::int64_t blocks = (s.tokens + pattern.block_size - 1) / pattern.block_size;
+    const std::int64_t kept = s.budget / pattern.block_size;
+    pattern.local_blocks = kept / 2;
+    const std::int64_t shard = kept - pattern.local_blocks;
+    pattern.vert_stride =
+        std::max<std::int64_t>(1, (blocks - pattern.local_blocks + shard - 1) / shard);
+    sluice::ShardKvCache<sluice::f16> cache(shape, pattern, s.tokens, rotaries);
+    return visit(cache);
+  }
+  if (policy == "kivi") {
+    std::int64_t group = 32;
+    while (group > 8 && shape.value_dim % group != 0) group /= 2;
+    sluice::KiviKvCache<4> cache(
+        shape, {.group = group, .retention = sluice::RetentionConfig::full(s.tokens, s.chunk)},
+        rotaries);
     return visit(cache);
   }
   const std::int64_t recent = (budget - kSinks) / 2;

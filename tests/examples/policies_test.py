@@ -18,7 +18,8 @@ import unittest
 
 PROGRAM = MODEL = FOLDER = None
 NAMES = ["full", "window", "sink-window", "per-head", "snap-kv", "snap-kv-ranks", "h2o",
-         "h2o-ranks", "q-filters", "sir-llm", "quest", "tidal-decode"]
+         "h2o-ranks", "q-filters", "sir-llm", "quest", "tidal-decode", "clusters", "lazy", "shards",
+         "kivi"]
 TEXT = ("It was a bright cold day in April, and the clocks were striking thirteen. "
         "Nobody had counted them before, and nobody would again.\n") * 12
 
@@ -46,7 +47,8 @@ class Policies(unittest.TestCase):
         self.assertEqual(list(by_name), NAMES)
         for name, row in by_name.items():
             self.assertTrue(math.isfinite(row["perplexity"]) and row["perplexity"] > 1, name)
-            keeps_all = name in ("full", "per-head", "quest", "tidal-decode")
+            keeps_all = name in ("full", "per-head", "quest", "tidal-decode", "clusters", "lazy",
+                                 "kivi")
             self.assertEqual(row["entries"] > 32, keeps_all, name)
         self.assertLess(by_name["h2o"]["cache_bytes"], by_name["full"]["cache_bytes"] / 4)
         self.assertLess(by_name["per-head"]["cache_bytes"], by_name["full"]["cache_bytes"])
