@@ -162,7 +162,7 @@ int compare(const Options& options, const sluice::LoadedModel& model, std::span<
     } catch (const sluice::Error& error) {
       course.clear();
       std::cerr << "policies: " << name << ": " << error.what() << '\n';
-      status = 1;
+      status = error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
       continue;
     }
     course.clear();

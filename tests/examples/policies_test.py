@@ -11,9 +11,11 @@ import argparse
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 PROGRAM = MODEL = FOLDER = None
@@ -66,6 +68,30 @@ class Policies(unittest.TestCase):
         self.assertEqual([row["policy"] for row in asked], ["sink-window"] * 3 + ["h2o"] * 3)
         for row in asked:
             self.assertIn(row["digits_recalled"], range(6))
+
+    def test_an_interrupt_leaves_what_was_read(self):
+        count = 400000
+        path = FOLDER / "long.txt"
+        path.write_text(TEXT * (count // len(TEXT) * 8))
+        with subprocess.Popen([PROGRAM, "-m", MODEL, "--json", "-f", path, "-n", str(count), "-b",
+                               "32", "-c", "8", "-p", "sink-window,window"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run_of_it:
+            self.assertIn(b"sink-window (1 of 2)", run_of_it.stderr.readline())
+            time.sleep(1)
+            run_of_it.send_signal(signal.SIGINT)
+            out, errors = run_of_it.communicate(timeout=60)
+        self.assertEqual(run_of_it.returncode, 130)
+        [row] = [json.loads(line) for line in out.decode().splitlines()]
+        self.assertTrue(row["interrupted"])
+        self.assertTrue(2 <= row["tokens"] < count)
+        self.assertIn("-p sink-window,window\n", errors.decode())
+
+    def test_what_cannot_be_made_leaves_the_others(self):
+        done = run("--json", "-n", 100, "-b", 16, "-c", 64, "-p", "window,full")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("window: config", done.stderr.decode())
+        [row] = [json.loads(line) for line in done.stdout.decode().splitlines()]
+        self.assertEqual(row["policy"], "full")
 
     def test_head_maps(self):
         path = FOLDER / "map.json"
