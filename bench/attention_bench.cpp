@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "sluice/attention/attend.hpp"
+#include "sluice/attention/kivi_cache.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/random.hpp"
@@ -33,9 +34,33 @@ std::vector<float> noise(std::int64_t count) {
   return values;
 }
 
+/// The cache that holds an element type, and the bytes of a token's key in one head.
+template <class Element>
+struct Storage {
+  using Cache = KvCache<Element>;
+  static Cache make(const KvShape& shape, const RetentionConfig& config, const Rotary& rotary) {
+    return Cache(shape, std::span(&config, 1), std::array{LayerCacheConfig{0, &rotary}});
+  }
+  static std::int64_t row_bytes(std::int64_t dim) {
+    return KvRow<Element>::stored(dim) * static_cast<std::int64_t>(sizeof(Element)) +
+           KvRow<Element>::scales(dim) *
+               static_cast<std::int64_t>(sizeof(typename KvRow<Element>::Scale));
+  }
+};
+template <int kBits>
+struct Storage<KiviElement<kBits, f16>> {
+  using Cache = KiviKvCache<kBits>;
+  static Cache make(const KvShape& shape, const RetentionConfig& config, const Rotary& rotary) {
+    return Cache(shape, {.retention = config}, std::array{&rotary});
+  }
+  static std::int64_t row_bytes(std::int64_t dim) { return dim * kBits / 8 + dim / 32 * 4; }
+};
+
 /// One layer with a cache that has evicted already: the steady state of a stream.
 template <class Element>
 class Layer {
+  using Cache = typename Storage<Element>::Cache;
+
  public:
   Layer(const Geometry& geometry, std::int64_t sinks, std::int64_t window, std::int64_t chunk,
         int threads)
@@ -43,8 +68,8 @@ class Layer {
         rotary_({.head_dim = static_cast<int>(geometry.head_dim),
                  .rotary_dim = static_cast<int>(geometry.head_dim)}),
         config_(RetentionConfig::sink_window(sinks, window, chunk)),
-        cache_({1, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim},
-               std::span(&config_, 1), std::array{LayerCacheConfig{0, &rotary_}}),
+        cache_(Storage<Element>::make(
+            {1, geometry.num_kv_heads, geometry.head_dim, geometry.head_dim}, config_, rotary_)),
         team_(threads),
         workspace_(&rotary_,
                    {.num_qo_heads = geometry.num_qo_heads,
@@ -52,7 +77,8 @@ class Layer {
                     .head_dim = geometry.head_dim,
                     .value_dim = geometry.head_dim,
                     .max_queries = chunk,
-                    .max_keys = config_.capacity},
+                    .max_keys = config_.capacity,
+                    .max_segments = std::max(16, Cache::kMaxSegments)},
                    threads),
         rotation_(rotary_, chunk),
         query_(noise(chunk * geometry.num_qo_heads * geometry.head_dim)),
@@ -74,7 +100,7 @@ class Layer {
   }
 
   void attend_newest(std::int64_t tokens) {
-    std::array<Segment<Element>, KvCache<Element>::kMaxSegments> segments;
+    std::array<Segment<Element>, static_cast<std::size_t>(Cache::kMaxSegments)> segments;
     const int count = cache_.segments(0, tokens, segments);
     const std::int64_t first = cache_.total() - tokens;
     const AttentionVariant<> variant{0.125F, {config_.window_size, config_.num_sink_tokens}};
@@ -88,13 +114,13 @@ class Layer {
     benchmark::DoNotOptimize(out_.data());
   }
 
-  KvCache<Element>& cache() { return cache_; }
+  Cache& cache() { return cache_; }
 
  private:
   Geometry geometry_;
   Rotary rotary_;
   RetentionConfig config_;
-  KvCache<Element> cache_;
+  Cache cache_;
   ThreadTeam team_;
   AttentionWorkspace<cpu> workspace_;
   RotaryTable rotation_;
@@ -119,11 +145,8 @@ void decode_step(benchmark::State& state) {
     layer.attend_newest(1);
     layer.cache().commit();
   }
-  const auto row_bytes =
-      KvRow<Element>::stored(geometry.head_dim) * static_cast<std::int64_t>(sizeof(Element)) +
-      KvRow<Element>::scales(geometry.head_dim) *
-          static_cast<std::int64_t>(sizeof(typename KvRow<Element>::Scale));
-  const std::int64_t bytes = (sinks + window) * geometry.num_kv_heads * 2 * row_bytes;
+  const std::int64_t bytes =
+      (sinks + window) * geometry.num_kv_heads * 2 * Storage<Element>::row_bytes(geometry.head_dim);
   state.counters["kv_bytes_per_s"] =
       benchmark::Counter(static_cast<double>(bytes), benchmark::Counter::kIsIterationInvariantRate,
                          benchmark::Counter::OneK::kIs1000);
@@ -244,6 +267,16 @@ BENCHMARK(decode_step<std::int8_t>)
     ->UseRealTime();
 BENCHMARK(decode_step<fp8_e4m3>)->Name("attention/decode/cpu/e4m3")->Apply(threaded)->UseRealTime();
 BENCHMARK(decode_step<int4x2>)->Name("attention/decode/cpu/i4")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<q8_0>)->Name("attention/decode/cpu/q8_0")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<q4_0>)->Name("attention/decode/cpu/q4_0")->Apply(threaded)->UseRealTime();
+BENCHMARK(decode_step<KiviElement<4, f16>>)
+    ->Name("attention/decode/cpu/kivi4")
+    ->Apply(threaded)
+    ->UseRealTime();
+BENCHMARK(decode_step<KiviElement<2, f16>>)
+    ->Name("attention/decode/cpu/kivi2")
+    ->Apply(threaded)
+    ->UseRealTime();
 BENCHMARK(cache_step<f16>)->Name("cache/step/cpu/f16")->Apply(single);
 BENCHMARK(multiply_add_peak)->Name("attention/peak/cpu/f32");
 BENCHMARK(prefill_prompt<f16>)
