@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/io/frame_source.hpp"
 
+#include <unistd.h>
+
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <filesystem>
 #include <string>
 #include <vector>
 
@@ -351,6 +355,76 @@ TEST(Ffmpeg, APictureThatIsRefusedEndsIt) {
   FfmpegVideo video("x.mp4", {.program = program});
   Picture picture;
   expect_error(ErrorCode::kFormat, {"picture"}, [&] { video.read(picture); });
+}
+
+// More than any pipe holds, on both outputs by turns: neither side waits for the other, and the
+// message has the end of it.
+TEST(ChildProcess, ComplaintsWithoutEndAreReadAndTheirEndKept) {
+  const TempFolder folder;
+  const std::string program = folder.write(
+      "complains",
+      "#!/bin/sh\nhead -c 3000000 /dev/zero | tr '\\0' a >&2\n"
+      "head -c 200000 /dev/zero\n"
+      "head -c 3000000 /dev/zero | tr '\\0' b >&2\necho 'the last words' >&2\nexit 7\n");
+  std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+  detail::ChildProcess process({program});
+  ByteSource source = process.output("complains");
+  std::vector<std::byte> bytes(300000);
+  EXPECT_EQ(source.read(bytes), 200000U);
+  try {
+    process.finish();
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kIo);
+    const std::string& found = error.detail().found;
+    EXPECT_TRUE(found.starts_with("status 7: bbb")) << found.substr(0, 40);
+    EXPECT_TRUE(found.ends_with("bbbthe last words")) << found.substr(found.size() - 40);
+    EXPECT_LT(found.size(), 650U);
+  }
+}
+
+// Whoever has what it wants ends the program, whatever that still has to say about it.
+TEST(ChildProcess, EndsWhileItComplains) {
+  const TempFolder folder;
+  const std::string program =
+      folder.write("complains", "#!/bin/sh\necho x\nexec yes 'and another thing' >&2\n");
+  std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+  detail::ChildProcess process({program});
+  ByteSource source = process.output("complains");
+  std::vector<std::byte> bytes(2);
+  EXPECT_EQ(source.read(bytes), 2U);
+}
+
+// A program that leaves another behind, which keeps the pipes open: its own end is what counts.
+TEST(ChildProcess, IsNotWaitedForLongerThanItLives) {
+  detail::ChildProcess process({"sh", "-c", "exec >&-; sleep 5 & echo gone >&2; exit 3"});
+  ByteSource source = process.output("sh");
+  std::vector<std::byte> bytes(2);
+  EXPECT_EQ(source.read(bytes), 0U);
+  const auto begin = std::chrono::steady_clock::now();
+  expect_error(ErrorCode::kIo, {"status 3", "gone"}, [&] { process.finish(); });
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
+}
+
+TEST(PipeTail, KeepsTheEndInBoundedMemory) {
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  detail::PipeTail tail(ends[0]);
+  tail.read();  // nothing there: does not wait
+  EXPECT_EQ(tail.text(), "");
+  std::string all;
+  for (int i = 0; i < 5000; ++i) {
+    const std::string line = "line " + std::to_string(i) + "\n";
+    ASSERT_EQ(::write(ends[1], line.data(), line.size()), static_cast<ssize_t>(line.size()));
+    all += line;
+    tail.read();
+    ASSERT_LE(tail.text().size(), detail::PipeTail::kKept);
+  }
+  EXPECT_EQ(tail.text(), all.substr(all.size() - detail::PipeTail::kKept));
+  EXPECT_GE(tail.descriptor(), 0);
+  ::close(ends[1]);
+  tail.read();
+  EXPECT_LT(tail.descriptor(), 0);  // the end
 }
 
 TEST(ChildProcess, ArgumentsStayWhatTheyAre) {

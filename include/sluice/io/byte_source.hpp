@@ -57,6 +57,7 @@ class ByteSource {
         back_(other.back_),
         back_count_(std::exchange(other.back_count_, 0)),
         stops_(other.stops_),
+        beside_(other.beside_),
         name_(std::move(other.name_)) {}
   ByteSource& operator=(ByteSource&& other) noexcept {
     std::swap(descriptor_, other.descriptor_);
@@ -66,6 +67,7 @@ class ByteSource {
     std::swap(back_, other.back_);
     std::swap(back_count_, other.back_count_);
     std::swap(stops_, other.stops_);
+    std::swap(beside_, other.beside_);
     std::swap(name_, other.name_);
     return *this;
   }
@@ -100,11 +102,7 @@ class ByteSource {
       if (count > 0) std::memcpy(out.data(), memory_.data(), count);
       memory_ = memory_.subspan(count);
     } else if (!out.empty()) {
-      while (stops_ != nullptr) {
-        if (stops_()) return 0;
-        pollfd waiting{descriptor_, POLLIN, 0};
-        if (::poll(&waiting, 1, kStopMilliseconds) > 0) break;
-      }
+      if (!wait()) return 0;
       ssize_t result = 0;
       do {
         result = ::read(descriptor_, out.data(), out.size());
@@ -119,6 +117,19 @@ class ByteSource {
   /// While bytes are waited for, `stops` is asked ten times a second; where it answers true they
   /// end there. For programs that end on a signal while their input says nothing. Null: never.
   void stop_when(bool (*stops)()) noexcept { stops_ = stops; }
+
+  /// What is read while bytes are waited for, so that whoever writes both need not wait for it: the
+  /// error output of a program whose output this is.
+  class Beside {
+   public:
+    virtual ~Beside() = default;
+    /// The descriptor to watch; below 0: none any more.
+    virtual int descriptor() const noexcept = 0;
+    /// Reads what is there, without waiting.
+    virtual void read() noexcept = 0;
+  };
+  /// `beside` outlives the source, or this is called again with null.
+  void read_beside(Beside* beside) noexcept { beside_ = beside; }
 
   /// Bytes that a pipe has given and that come once more: those read last, at most kMostBack, while
   /// none of an earlier call waits (asserted).
@@ -164,6 +175,21 @@ class ByteSource {
   ByteSource(int descriptor, bool owned, std::string name)
       : descriptor_(descriptor), owned_(owned), name_(std::move(name)) {}
 
+  // Until there is something to read, if only the end: false where stops_ ends it.
+  bool wait() {
+    for (;;) {
+      const int beside = beside_ != nullptr ? beside_->descriptor() : -1;
+      if (stops_ == nullptr && beside < 0) return true;  // read() waits by itself
+      if (stops_ != nullptr && stops_()) return false;
+      std::array<pollfd, 2> waiting{{{descriptor_, POLLIN, 0}, {beside, POLLIN, 0}}};
+      if (::poll(waiting.data(), beside < 0 ? 1 : 2, stops_ != nullptr ? kStopMilliseconds : -1) <=
+          0)
+        continue;
+      if (waiting[1].revents != 0) beside_->read();
+      if (waiting[0].revents != 0) return true;
+    }
+  }
+
   [[noreturn]] static void fail(const char* what, const std::string& name, int reason) {
     throw Error(ErrorCode::kIo, {what, name, "", "", std::generic_category().message(reason)});
   }
@@ -175,6 +201,7 @@ class ByteSource {
   std::array<std::byte, kMostBack> back_{};  // what was put back, its first back_count_ bytes
   std::size_t back_count_ = 0;
   bool (*stops_)() = nullptr;
+  Beside* beside_ = nullptr;
   std::string name_;
 };
 

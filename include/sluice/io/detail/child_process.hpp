@@ -3,16 +3,18 @@
 #pragma once
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <spawn.h>
-#include <stdlib.h>
 #include <sys/types.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstddef>
-#include <filesystem>
+#include <memory>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -25,9 +27,57 @@ extern "C" char** environ;
 
 namespace sluice::detail {
 
+/// The end of what comes through a pipe: everything is read, little is kept, for a program that
+/// complains for hours. Allocates once.
+class PipeTail final : public ByteSource::Beside {
+ public:
+  static constexpr std::size_t kKept = 4096;
+
+  /// Owns the descriptor, that of a pipe's reading end, and never waits for it.
+  explicit PipeTail(int descriptor) : descriptor_(descriptor) {
+    ::fcntl(descriptor_, F_SETFL, ::fcntl(descriptor_, F_GETFL) | O_NONBLOCK);
+    text_.reserve(2 * kKept);
+  }
+  PipeTail(const PipeTail&) = delete;
+  PipeTail& operator=(const PipeTail&) = delete;
+  ~PipeTail() override { close(); }
+
+  int descriptor() const noexcept override { return descriptor_; }
+  void read() noexcept override {
+    std::array<char, kKept> some;
+    // As much as a pipe holds: one that is filled all the while must not keep its reader for ever.
+    for (int part = 0; part < 16 && descriptor_ >= 0; ++part) {
+      const ssize_t count = ::read(descriptor_, some.data(), some.size());
+      if (count > 0) {
+        text_.append(some.data(), static_cast<std::size_t>(count));
+        if (text_.size() > kKept) text_.erase(0, text_.size() - kKept);
+      } else if (count == 0 || (errno != EINTR && errno != EAGAIN)) {
+        close();
+      } else if (errno == EAGAIN) {
+        return;
+      }
+    }
+  }
+  /// Waits so long, at most, for something to read, and reads it.
+  void wait(int milliseconds) noexcept {
+    pollfd waiting{descriptor_, POLLIN, 0};
+    if (::poll(&waiting, 1, milliseconds) > 0) read();
+  }
+  void close() noexcept {
+    if (descriptor_ >= 0) ::close(std::exchange(descriptor_, -1));
+  }
+  /// The last kKept bytes.
+  const std::string& text() const noexcept { return text_; }
+
+ private:
+  int descriptor_;
+  std::string text_;
+};
+
 /// Runs a program without a shell: arguments are passed as they are, nothing in them is
-/// interpreted. Its standard input is empty, its error output is kept for the message if it fails.
-/// Movable; the destructor ends the program and waits for it.
+/// interpreted. Its standard input is empty. Its error output is read whenever its output is, and
+/// the end of it kept for the message if it fails. Movable; the destructor ends the program and
+/// waits for it.
 class ChildProcess {
  public:
   /// \throws Error(kIo) if the program cannot be started, naming it and the system's reason.
@@ -35,17 +85,20 @@ class ChildProcess {
     int ends[2];
     if (::pipe2(ends, O_CLOEXEC) != 0) fail("cannot make a pipe", errno);
     output_ = ends[0];
-    // Where temporary files belong (TMPDIR); without such a place its words are not kept.
-    std::error_code no_place;
-    std::string name = std::filesystem::temp_directory_path(no_place) / "sluice_child_XXXXXX";
-    errors_ = no_place ? -1 : ::mkostemp(name.data(), O_CLOEXEC);
-    if (errors_ >= 0) ::unlink(name.c_str());
+    int error_ends[2];
+    if (::pipe2(error_ends, O_CLOEXEC) != 0) {
+      const int reason = errno;
+      ::close(ends[1]);
+      close_output();
+      fail("cannot make a pipe", reason);
+    }
+    errors_ = std::make_unique<PipeTail>(error_ends[0]);
 
     posix_spawn_file_actions_t actions;
     ::posix_spawn_file_actions_init(&actions);
     ::posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
     ::posix_spawn_file_actions_adddup2(&actions, ends[1], STDOUT_FILENO);
-    if (errors_ >= 0) ::posix_spawn_file_actions_adddup2(&actions, errors_, STDERR_FILENO);
+    ::posix_spawn_file_actions_adddup2(&actions, error_ends[1], STDERR_FILENO);
     // The program gets the usual signals whatever this process ignores or blocks: it must notice
     // when nobody reads any more.
     posix_spawnattr_t attributes;
@@ -65,9 +118,10 @@ class ChildProcess {
     ::posix_spawnattr_destroy(&attributes);
     ::posix_spawn_file_actions_destroy(&actions);
     ::close(ends[1]);
+    ::close(error_ends[1]);
     if (reason != 0) {
       process_ = -1;
-      close_all();
+      close_output();
       fail("cannot start the program", reason);
     }
   }
@@ -76,7 +130,7 @@ class ChildProcess {
       : arguments_(std::move(other.arguments_)),
         process_(std::exchange(other.process_, -1)),
         output_(std::exchange(other.output_, -1)),
-        errors_(std::exchange(other.errors_, -1)) {}
+        errors_(std::move(other.errors_)) {}
   ChildProcess& operator=(ChildProcess&& other) noexcept {
     std::swap(arguments_, other.arguments_);
     std::swap(process_, other.process_);
@@ -85,18 +139,18 @@ class ChildProcess {
     return *this;
   }
   ~ChildProcess() {
-    const pid_t process = process_;
     close_output();
-    if (process >= 0) {
-      ::kill(process, SIGTERM);
-      wait();
-    }
-    close_all();
+    if (process_ < 0) return;
+    errors_->close();  // or last words might wait for a reader
+    ::kill(process_, SIGTERM);
+    wait();
   }
 
   /// Its output, which belongs to this object and may be read once. `name` is what errors call it.
   ByteSource output(std::string name) const {
-    return ByteSource::of_descriptor(output_, false, std::move(name));
+    ByteSource source = ByteSource::of_descriptor(output_, false, std::move(name));
+    source.read_beside(errors_.get());
+    return source;
   }
   const std::string& program() const noexcept { return arguments_[0]; }
 
@@ -115,31 +169,30 @@ class ChildProcess {
 
  private:
   int wait() {
+    // A program of its own may hold its error output open for longer than it lives.
+    constexpr int kPatience = 50;  // milliseconds
     int status = 0;
-    while (::waitpid(process_, &status, 0) < 0 && errno == EINTR) {
+    for (;;) {
+      const bool talks = errors_->descriptor() >= 0;
+      const pid_t ended = ::waitpid(process_, &status, talks ? WNOHANG : 0);
+      if (ended == process_ || (ended < 0 && errno != EINTR)) break;
+      if (talks) errors_->wait(kPatience);
     }
+    errors_->read();
     process_ = -1;
     return status;
   }
 
   std::string error_text() const {
-    constexpr off_t kMost = 600;
-    if (errors_ < 0) return "";
-    const off_t size = ::lseek(errors_, 0, SEEK_END);
-    std::string text(static_cast<std::size_t>(size < 0 ? 0 : (size > kMost ? kMost : size)), '\0');
-    const ssize_t count =
-        ::pread(errors_, text.data(), text.size(), size - static_cast<off_t>(text.size()));
-    text.resize(count < 0 ? 0 : static_cast<std::size_t>(count));
+    constexpr std::size_t kMost = 600;
+    const std::string& kept = errors_->text();
+    std::string text = kept.substr(kept.size() - std::min(kept.size(), kMost));
     while (!text.empty() && (text.back() == '\n' || text.back() == ' ')) text.pop_back();
     return text;
   }
 
   void close_output() {
     if (output_ >= 0) ::close(std::exchange(output_, -1));
-  }
-  void close_all() {
-    close_output();
-    if (errors_ >= 0) ::close(std::exchange(errors_, -1));
   }
 
   [[noreturn]] void fail(const char* what, int reason) const {
@@ -150,7 +203,7 @@ class ChildProcess {
   std::vector<std::string> arguments_;
   pid_t process_ = -1;
   int output_ = -1;
-  int errors_ = -1;  // an unlinked file
+  std::unique_ptr<PipeTail> errors_;
 };
 
 }  // namespace sluice::detail
