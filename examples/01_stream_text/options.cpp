@@ -10,7 +10,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include "sluice/core/version.hpp"
 #include "support/command_line.hpp"
 
 namespace stream_text {
@@ -68,9 +67,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       "Streams text through a language model at constant memory and constant latency.\n"
       "Text goes to stdout, everything else to stderr."};
   app.name("stream_text");
-  app.set_version_flag("--version", "stream_text (sluice " + std::to_string(SLUICE_VERSION_MAJOR) +
-                                        "." + std::to_string(SLUICE_VERSION_MINOR) + "." +
-                                        std::to_string(SLUICE_VERSION_PATCH) + ")");
+  app.set_version_flag("--version", support::version_text("stream_text"));
   app.footer(
       "Exit status: 0 done (also when the reader of stdout went away), 1 an error, 2 a wrong flag\n"
       "or value, 130 after Ctrl-C and 143 after SIGTERM, both with the report. An option that is\n"
@@ -91,13 +88,13 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
 
   option("-m,--model", o.model, "GGUF file, or folder with config.json and safetensors")
       ->required();
-  with_default("-t,--threads", o.threads, "threads of the model")->check(whole_number(1, 1024));
+  with_default("-t,--threads", o.threads, "threads of the model")->check(support::thread_count());
   flag("--mlock", o.lock_memory, "keep the weights in memory: they are never paged out");
   with_default(
       "--activations", activations,
       "how activations meet weights: f32 (exact), bf16 (rounded beside bf16 weights), int8 "
       "(also rounded beside quantised weights, faster)")
-      ->check(CLI::IsMember({"f32", "bf16", "int8"}));
+      ->check(support::activations_name());
 
   group = "Input (without any of these: stdin, read as it comes)";
   CLI::Option* const prompt_option = option("-p,--prompt", prompt, "text to continue");
@@ -235,9 +232,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.load = taken(load_option, load);
   o.latency_log = taken(log_option, latency_log);
   o.format = format == "json" ? Format::kJson : Format::kText;
-  o.activations = activations == "int8"   ? sluice::Activations::kInt8
-                  : activations == "bf16" ? sluice::Activations::kBf16
-                                          : sluice::Activations::kFloat32;
+  o.activations = support::activations_of(activations);
   for (const KvType type : {KvType::kF32, KvType::kBF16, KvType::kQ8_0, KvType::kQ4_0})
     if (kv_type == to_string(type)) o.kv_type = type;
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;

@@ -13,7 +13,6 @@
 
 #include <CLI/CLI.hpp>
 
-#include "sluice/core/version.hpp"
 #include "sluice/position/position.hpp"
 #include "support/command_line.hpp"
 
@@ -186,9 +185,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       "what\n"
       "such models were trained on."};
   app.name("duplex_text");
-  app.set_version_flag("--version", "duplex_text (sluice " + std::to_string(SLUICE_VERSION_MAJOR) +
-                                        "." + std::to_string(SLUICE_VERSION_MINOR) + "." +
-                                        std::to_string(SLUICE_VERSION_PATCH) + ")");
+  app.set_version_flag("--version", support::version_text("duplex_text"));
   app.footer(
       "Exit status: 0 done (also when the reader of stdout went away), 1 an error or a full "
       "cache,\n"
@@ -215,9 +212,9 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
              "$SLUICE_MODEL, else the SmolLM2 of the user's cache folder, else a tiny\n"
              "model whose text is noise");
   with_default("--source-threads", o.source_threads, "threads that read")
-      ->check(whole_number(1, 1024));
+      ->check(support::thread_count());
   with_default("--target-threads", o.target_threads, "threads that write")
-      ->check(whole_number(1, 1024));
+      ->check(support::thread_count());
   with_default("--shared-threads", o.shared_threads,
                "one team of so many threads that helps both sides, in place of the two; 0: none")
       ->check(whole_number(0, 1024));

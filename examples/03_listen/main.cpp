@@ -5,9 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <iostream>
 #include <memory>
-#include <new>
 #include <span>
 #include <string>
 #include <thread>
@@ -34,11 +32,6 @@ namespace {
 
 using namespace listen;
 
-int fail(const char* message, int status) {
-  std::cerr << "listen: " << message << '\n';
-  return status;
-}
-
 sluice::AudioInput open_input(const Options& options, std::int64_t sample_rate) {
   const sluice::AudioInputConfig config{.sample_rate = sample_rate};
   if (options.input == "-") {
@@ -64,6 +57,9 @@ sluice::ListenerOptions listener_options(const Options& options, const sluice::L
   result.target_threads = options.target_threads;
   result.activations = options.activations;
   result.concurrent = !options.sequential;
+  result.deadline_ms = options.deadline_ms;
+  result.late = options.late;
+  result.shedding = options.shedding;
   return result;
 }
 
@@ -160,16 +156,5 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   std::variant<Options, int> parsed = parse_options(argc, argv);
   if (const int* status = std::get_if<int>(&parsed)) return *status;
-  support::catch_signals();
-  int status = 0;
-  try {
-    status = run(std::get<Options>(parsed));
-  } catch (const support::StdoutClosed&) {
-    return 0;
-  } catch (const std::bad_alloc&) {
-    return fail("out of memory", 1);
-  } catch (const std::exception& error) {
-    return fail(error.what(), 1);
-  }
-  return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
+  return support::run_program("listen", [&] { return run(std::get<Options>(parsed)); });
 }

@@ -11,14 +11,12 @@
 
 #include <CLI/CLI.hpp>
 
-#include "sluice/core/version.hpp"
 #include "support/command_line.hpp"
 
 namespace listen {
 
 namespace {
 
-using sluice::Activations;
 using sluice::ListenerOptions;
 using sluice::SampleEncoding;
 using support::number;
@@ -32,18 +30,9 @@ int fail(const std::string& message) {
   return 2;
 }
 
-template <class Value>
-CLI::IsMember one_of(const std::map<std::string, Value>& names) {
-  std::vector<std::string> result;
-  for (const auto& [name, value] : names) result.push_back(name);
-  return CLI::IsMember(result);
-}
-
 const std::map<std::string, SampleEncoding> kEncodings{
     {"u8", SampleEncoding::kU8},   {"s16", SampleEncoding::kS16}, {"s24", SampleEncoding::kS24},
     {"s32", SampleEncoding::kS32}, {"f32", SampleEncoding::kF32}, {"f64", SampleEncoding::kF64}};
-const std::map<std::string, Activations> kActivations{
-    {"float32", Activations::kFloat32}, {"bf16", Activations::kBf16}, {"int8", Activations::kInt8}};
 
 }  // namespace
 
@@ -82,7 +71,7 @@ std::string latency_text(const Latency& latency) {
 std::variant<Options, int> parse_options(int argc, char** argv) {
   Options o;
   o.command = support::join_command(argc, argv);
-  std::string latency = "1", encoding = "s16", activations = "float32";
+  std::string latency = "1", encoding = "s16", activations = "f32", late = "block", shed = "none";
   bool real_time = false;
 
   CLI::App app{
@@ -92,9 +81,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       "them, dim, and rewritten. Everything else is on stderr.\n\n"
       "A small model, trained on synthetic speech alone: see MODEL_CARD.md for what it can do."};
   app.name("listen");
-  app.set_version_flag("--version", "listen (sluice " + std::to_string(SLUICE_VERSION_MAJOR) + "." +
-                                        std::to_string(SLUICE_VERSION_MINOR) + "." +
-                                        std::to_string(SLUICE_VERSION_PATCH) + ")");
+  app.set_version_flag("--version", support::version_text("listen"));
   app.footer(
       "Examples:\n"
       "  listen talk.wav                                     a file, as fast as it goes\n"
@@ -127,7 +114,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   with_default("--encoding", encoding,
                "samples of raw audio, little endian:\n"
                "u8, s16, s24, s32, f32 or f64")
-      ->check(one_of(kEncodings));
+      ->check(CLI::IsMember(&kEncodings));
   flag("--real-time", real_time, "play a file at the speed at which it was spoken");
   option("--speed", o.speed, "the same so many times as fast")
       ->check(number(0.01, 1000, "a factor from 0.01 to 1000"));
@@ -148,14 +135,29 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
                "an utterance ends after so long at the latest; 0: never")
       ->check(number(0, 1e6, "milliseconds from 0 to 1e6"));
 
+  group = "Deadlines (of audio that comes as it is spoken)";
+  option("--deadline", o.deadline_ms,
+         "milliseconds from when a frame of 40 ms was there to when it is\n"
+         "heard and what is due with it written")
+      ->check(number(1, 1e6, "milliseconds from 1 to 1e6"));
+  with_default("--late", late,
+               "audio that is not heard in time: block (it is heard late) or\n"
+               "drop-oldest (it is not heard)")
+      ->check(CLI::IsMember({"block", "drop-oldest"}));
+  with_default("--shed", shed,
+               "writing that would be late: none (it is late), skip (no word is\n"
+               "begun) or shorten (words are broken off); it comes later")
+      ->check(support::shedding_name());
+
   group = "Work";
   with_default("--source-threads", o.source_threads, "threads that listen")
-      ->check(whole_number(1, 1024));
+      ->check(support::thread_count());
   with_default("--target-threads", o.target_threads, "threads that write")
-      ->check(whole_number(1, 1024));
+      ->check(support::thread_count());
   flag("--sequential", o.sequential, "listen and write in turns on one thread: the same words");
-  with_default("--activations", activations, "arithmetic: float32 (exact), bf16 or int8 (faster)")
-      ->check(one_of(kActivations));
+  with_default("--activations", activations,
+               "how activations meet weights: f32 (exact), bf16 or int8 (rounded)")
+      ->check(support::activations_name());
 
   group = "Output";
   flag("-t,--timestamps", o.timestamps,
@@ -179,7 +181,13 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   if (real_time && o.speed == 0) o.speed = 1;
   if (o.input == "-" && o.speed > 0) return fail("--real-time: stdin sets its own pace");
   o.encoding = kEncodings.at(encoding);
-  o.activations = kActivations.at(activations);
+  o.activations = support::activations_of(activations);
+  o.late = support::late_policy_of(late);
+  o.shedding = support::shedding_of(shed);
+  if (o.deadline_ms > 0 && o.input != "-" && o.speed == 0)
+    return fail("--deadline: a file has none without --real-time or --speed");
+  if (o.deadline_ms == 0 && (late != "block" || shed != "none"))
+    return fail("--late, --shed: for which --deadline?");
   if (o.model.empty()) {
     const char* const named = std::getenv("SLUICE_LISTEN_MODEL");
     o.model = named != nullptr && *named != '\0' ? named : SLUICE_LISTEN_MODEL_FILE;

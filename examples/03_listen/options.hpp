@@ -31,6 +31,10 @@ struct Options {
   double endpoint_ms = 800;
   double max_utterance_ms = 20000;
 
+  double deadline_ms = 0;  // of a source row; 0: none
+  sluice::LatePolicy late = sluice::LatePolicy::kBlock;
+  sluice::Shedding shedding = sluice::Shedding::kNone;
+
   sluice::Activations activations = sluice::Activations::kFloat32;
   int source_threads = 1;
   int target_threads = 1;

@@ -209,6 +209,13 @@ void print_stats(const Options& options, const ListenModel& model, const Outcome
     row("frames", support::latency_text(r.row) + format(" from their samples, %lld of %lld late",
                                                         static_cast<long long>(r.late_rows),
                                                         static_cast<long long>(r.source_rows)));
+  if (options.deadline_ms > 0)
+    row("deadline",
+        format("%.4g ms: ", options.deadline_ms) + support::deadline_text(r.deadlines) +
+            format("; put off %lld times, forced %lld; dropped %lld (%.0f ms)",
+                   static_cast<long long>(r.put_off_rows), static_cast<long long>(r.forced_writes),
+                   static_cast<long long>(r.deadlines.skipped),
+                   1000 * static_cast<double>(r.dropped_samples) / model.sample_rate()));
   if (options.speed > 0)
     row("pace",
         format("%lld of %lld packets late, at most %.1f ms", static_cast<long long>(outcome.late),
@@ -226,43 +233,53 @@ std::string stats_json(const Options& options, const ListenModel& model, const O
   const auto number = [](double value) {
     return std::isfinite(value) ? Json(value) : Json();
   };
-  return line_of({{"kind", "report"},
-                  {"audio_ms", ms(r.audio_ms)},
-                  {"source_rows", r.source_rows},
-                  {"utterances", r.utterances},
-                  {"words", r.words},
-                  {"target_forwards", r.target_forwards},
-                  {"late_rows", r.late_rows},
-                  {"row_ms", support::latency_json(r.row)},
-                  {"source_busy_ms", r.source_busy_ms},
-                  {"target_busy_ms", r.target_busy_ms},
-                  {"real_time_factor", number(r.real_time_factor)},
-                  {"work_before_end", number(r.work_before_end)},
-                  {"target_work_before_end", number(r.target_work_before_end)},
-                  {"end_to_last_word_ms", number(r.end_to_last_word_ms)},
-                  {"first_word_ms", support::latency_json(r.first_word)},
-                  {"word_ms", support::latency_json(r.word)},
-                  {"speech_end_to_text_ms", support::latency_json(r.speech_end_to_text)},
-                  {"laal_ms", number(r.laal_ms)},
-                  {"start_offset_ms", number(r.start_offset_ms)},
-                  {"packets", outcome.packets},
-                  {"late_packets", outcome.late},
-                  {"max_late_ms", outcome.max_late_ms},
-                  {"cache_bytes", outcome.cache_bytes},
-                  {"resident_bytes", support::resident_bytes()},
-                  {"peak_resident_bytes", support::peak_resident_bytes()},
-                  {"setting",
-                   {{"model", options.model},
-                    {"parameters", model.parameters()},
-                    {"latency", latency_text(options.latency)},
-                    {"endpoint_ms", options.endpoint_ms},
-                    {"max_utterance_ms", options.max_utterance_ms},
-                    {"speed", options.speed},
-                    {"packet_ms", options.packet_ms},
-                    {"concurrent", !options.sequential},
-                    {"source_threads", options.source_threads},
-                    {"target_threads", options.target_threads},
-                    {"command", options.command}}}});
+  Json line{{"kind", "report"},
+            {"audio_ms", ms(r.audio_ms)},
+            {"source_rows", r.source_rows},
+            {"utterances", r.utterances},
+            {"words", r.words},
+            {"target_forwards", r.target_forwards},
+            {"late_rows", r.late_rows},
+            {"row_ms", support::latency_json(r.row)},
+            {"source_busy_ms", r.source_busy_ms},
+            {"target_busy_ms", r.target_busy_ms},
+            {"real_time_factor", number(r.real_time_factor)},
+            {"work_before_end", number(r.work_before_end)},
+            {"target_work_before_end", number(r.target_work_before_end)},
+            {"end_to_last_word_ms", number(r.end_to_last_word_ms)},
+            {"first_word_ms", support::latency_json(r.first_word)},
+            {"word_ms", support::latency_json(r.word)},
+            {"speech_end_to_text_ms", support::latency_json(r.speech_end_to_text)},
+            {"laal_ms", number(r.laal_ms)},
+            {"start_offset_ms", number(r.start_offset_ms)},
+            {"packets", outcome.packets},
+            {"late_packets", outcome.late},
+            {"max_late_ms", outcome.max_late_ms},
+            {"cache_bytes", outcome.cache_bytes},
+            {"resident_bytes", support::resident_bytes()},
+            {"peak_resident_bytes", support::peak_resident_bytes()},
+            {"setting",
+             {{"model", options.model},
+              {"parameters", model.parameters()},
+              {"latency", latency_text(options.latency)},
+              {"endpoint_ms", options.endpoint_ms},
+              {"max_utterance_ms", options.max_utterance_ms},
+              {"speed", options.speed},
+              {"packet_ms", options.packet_ms},
+              {"concurrent", !options.sequential},
+              {"source_threads", options.source_threads},
+              {"target_threads", options.target_threads},
+              {"activations", to_string(options.activations)},
+              {"command", options.command}}}};
+  if (options.deadline_ms > 0) {
+    line["deadlines"] = support::deadline_json(r.deadlines);
+    line["deadlines"]["deadline_ms"] = options.deadline_ms;
+    line["put_off_rows"] = r.put_off_rows;
+    line["forced_writes"] = r.forced_writes;
+    line["dropped_rows"] = r.deadlines.skipped;
+    line["dropped_ms"] = ms(1000 * static_cast<double>(r.dropped_samples) / model.sample_rate());
+  }
+  return line_of(line);
 }
 
 }  // namespace listen

@@ -48,9 +48,7 @@ struct Options {
   bool json = false;
   Setting setting;
 
-  sluice::Activations chosen() const {
-    return activations == "int8" ? sluice::Activations::kInt8 : sluice::Activations::kFloat32;
-  }
+  sluice::Activations chosen() const { return support::activations_of(activations); }
 };
 
 /// The tokens of a text, at most `most`.
@@ -354,11 +352,11 @@ int main(int argc, char** argv) {
       ->check(support::whole_number(0, 1000));
   app.add_option("-t,--threads", options.threads, "threads")
       ->capture_default_str()
-      ->check(support::whole_number(1, 1024));
+      ->check(support::thread_count());
   app.add_option("--activations", options.activations,
-                 "how activations meet quantised weights: f32 (exact), int8 (rounded, faster)")
+                 "how activations meet weights: f32 (exact), bf16 or int8 (rounded, faster)")
       ->capture_default_str()
-      ->check(CLI::IsMember({"f32", "int8"}));
+      ->check(support::activations_name());
   app.add_flag("--json", options.json, "JSON lines instead of tables");
   try {
     app.parse(argc, argv);

@@ -60,18 +60,6 @@ struct Options {
   bool json = false;
 };
 
-sluice::LatePolicy late_policy(const std::string& name) {
-  if (name == "drop-oldest") return sluice::LatePolicy::kDropOldest;
-  if (name == "drop-newest") return sluice::LatePolicy::kDropNewest;
-  if (name == "coalesce") return sluice::LatePolicy::kCoalesce;
-  return sluice::LatePolicy::kBlock;
-}
-sluice::Shedding shedding(const std::string& name) {
-  if (name == "skip") return sluice::Shedding::kSkipFrame;
-  if (name == "shorten") return sluice::Shedding::kShortenWrite;
-  return sluice::Shedding::kNone;
-}
-
 /// All that is measured.
 struct Measured {
   sluice::LatencyHistogram encode;
@@ -123,13 +111,10 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
               {"cache", bytes_by_kind(watcher)},
               {"cache_bytes", watcher.cache().bytes()},
               {"resident_bytes", support::peak_resident_bytes()}};
-    if (options.real_time)
-      line["deadlines"] = {{"misses", m.deadlines.misses},
-                           {"miss_rate", m.deadlines.miss_rate},
-                           {"jitter_ms", m.deadlines.gap_deviation_ms},
-                           {"gap_p99_less_p50_ms", m.deadlines.gap_p99_less_p50_ms},
-                           {"largest_gap_ms", m.deadlines.largest_gap_ms},
-                           {"start_up_delay_ms", m.deadlines.start_up_delay_ms}};
+    if (options.real_time) {
+      line["deadlines"] = support::deadline_json(m.deadlines);
+      line["deadlines"]["start_up_delay_ms"] = m.deadlines.start_up_delay_ms;
+    }
     support::write_stdout(line.dump() + "\n");
     return;
   }
@@ -145,10 +130,7 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
   if (options.real_time)
     text +=
         row("due to first token", m.first_token) + row("due to reply done", m.whole) +
-        format("\ndeadlines missed %lld of %lld (%.2f%%), jitter %.2f ms, largest gap %.1f ms\n",
-               static_cast<long long>(m.deadlines.misses),
-               static_cast<long long>(m.deadlines.frames), 100 * m.deadlines.miss_rate,
-               m.deadlines.gap_deviation_ms, m.deadlines.largest_gap_ms) +
+        "\ndeadlines " + support::deadline_text(m.deadlines) + "\n" +
         format("dropped %lld, joined %lld, skipped %lld, replies shortened %lld\n",
                static_cast<long long>(m.frames.dropped_oldest + m.frames.dropped_newest),
                static_cast<long long>(m.frames.coalesced), static_cast<long long>(m.shed.skipped),
@@ -248,11 +230,11 @@ int run(const Options& options) {
   sluice::MonotonicClock clock;
   sluice::PacedSource paced(source, clock,
                             {.speed = options.real_time ? 1.0 : 0.0,
-                             .late = late_policy(options.late),
+                             .late = support::late_policy_of(options.late),
                              .queue_length = options.queue});
   std::vector<std::int64_t> amounts{options.reply};
   while (amounts.back() > 0) amounts.push_back(amounts.back() / 2);
-  sluice::WorkShedder shedder({.policy = shedding(options.shed), .amounts = amounts});
+  sluice::WorkShedder shedder({.policy = support::shedding_of(options.shed), .amounts = amounts});
 
   Measured m;
   std::optional<sluice::DeadlineMeter> meter;
@@ -362,7 +344,7 @@ int main(int argc, char** argv) {
       ->check(support::whole_number(1, 65536));
   app.add_option("--shed", options.shed, "what to leave out to hold a deadline")
       ->capture_default_str()
-      ->check(CLI::IsMember({"none", "skip", "shorten"}));
+      ->check(support::shedding_name());
   app.add_option("-m,--model", options.model,
                  "decoder: GGUF file, or folder with config.json and weights");
   app.add_option("--encoder", options.encoder,
@@ -372,7 +354,7 @@ int main(int argc, char** argv) {
       ->check(support::whole_number(1, 1024));
   app.add_option("-t,--threads", options.threads, "threads")
       ->capture_default_str()
-      ->check(support::whole_number(1, 1024));
+      ->check(support::thread_count());
   app.add_option("--seed", options.seed, "of random weights and of what is said")
       ->capture_default_str();
   app.add_flag("--json", options.json, "a JSON line for each frame, and one for the report");

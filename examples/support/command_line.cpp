@@ -5,7 +5,14 @@
 #include <string_view>
 #include <system_error>
 
+#include "sluice/core/version.hpp"
+
 namespace support {
+
+std::string version_text(const std::string& program) {
+  return program + " (sluice " + std::to_string(SLUICE_VERSION_MAJOR) + "." +
+         std::to_string(SLUICE_VERSION_MINOR) + "." + std::to_string(SLUICE_VERSION_PATCH) + ")";
+}
 
 CLI::Validator whole_number(std::int64_t least, std::int64_t most) {
   return {[least, most](std::string& text) -> std::string {
@@ -30,6 +37,30 @@ CLI::Validator number(double least, double most, const char* expected) {
             return std::string("expected ") + expected + ", found '" + text + "'";
           },
           ""};
+}
+
+CLI::Validator activations_name() {
+  return CLI::IsMember({"f32", "bf16", "int8"});
+}
+sluice::Activations activations_of(const std::string& name) {
+  if (name == "bf16") return sluice::Activations::kBf16;
+  if (name == "int8") return sluice::Activations::kInt8;
+  return sluice::Activations::kFloat32;
+}
+
+sluice::LatePolicy late_policy_of(const std::string& name) {
+  if (name == "drop-oldest") return sluice::LatePolicy::kDropOldest;
+  if (name == "drop-newest") return sluice::LatePolicy::kDropNewest;
+  if (name == "coalesce") return sluice::LatePolicy::kCoalesce;
+  return sluice::LatePolicy::kBlock;
+}
+CLI::Validator shedding_name() {
+  return CLI::IsMember({"none", "skip", "shorten"});
+}
+sluice::Shedding shedding_of(const std::string& name) {
+  if (name == "skip") return sluice::Shedding::kSkipFrame;
+  if (name == "shorten") return sluice::Shedding::kShortenWrite;
+  return sluice::Shedding::kNone;
 }
 
 std::string join_command(int argc, char** argv) {

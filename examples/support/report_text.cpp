@@ -2,6 +2,7 @@
 #include "support/report_text.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <map>
 #include <utility>
@@ -72,6 +73,27 @@ std::string latency_text(const sluice::LatencySummary& s) {
 sluice::Json latency_json(const sluice::LatencySummary& s) {
   return {{"count", s.count}, {"min", s.min_ms}, {"mean", s.mean_ms},   {"p50", s.p50_ms},
           {"p95", s.p95_ms},  {"p99", s.p99_ms}, {"p99_9", s.p99_9_ms}, {"max", s.max_ms}};
+}
+
+std::string deadline_text(const sluice::DeadlineReport& r) {
+  return format("missed %lld of %lld", static_cast<long long>(r.misses),
+                static_cast<long long>(r.frames)) +
+         (r.frames > 0 ? format(" (%.2f%%)", 100 * r.miss_rate) : std::string()) +
+         (r.frames > 1 ? format(", jitter %.2f ms, largest gap %.1f ms", r.gap_deviation_ms,
+                                r.largest_gap_ms)
+                       : std::string());
+}
+
+sluice::Json deadline_json(const sluice::DeadlineReport& r) {
+  const auto number = [](double value) {
+    return std::isfinite(value) ? sluice::Json(value) : sluice::Json();
+  };
+  return {{"frames", r.frames},
+          {"misses", r.misses},
+          {"miss_rate", number(r.miss_rate)},
+          {"jitter_ms", number(r.gap_deviation_ms)},
+          {"gap_p99_less_p50_ms", number(r.gap_p99_less_p50_ms)},
+          {"largest_gap_ms", number(r.largest_gap_ms)}};
 }
 
 }  // namespace support

@@ -10,6 +10,7 @@
 #include "sluice/io/json.hpp"
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/model/decoder.hpp"
+#include "sluice/stream/deadline.hpp"
 #include "sluice/stream/metrics.hpp"
 
 namespace support {
@@ -40,5 +41,9 @@ void require_memory(std::int64_t bytes, const std::string& what);
 
 std::string latency_text(const sluice::LatencySummary& s);
 sluice::Json latency_json(const sluice::LatencySummary& s);
+
+/// Deadlines missed, of how many, and jitter.
+std::string deadline_text(const sluice::DeadlineReport& r);
+sluice::Json deadline_json(const sluice::DeadlineReport& r);
 
 }  // namespace support

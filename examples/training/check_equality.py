@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--listen", required=True, help="the built example 03_listen")
     parser.add_argument("--most", type=int, default=10**9, help="goldens to compare")
-    parser.add_argument("--options", default="--endpoint-ms 0 --max-utterance-ms 60000 --activations float32")
+    parser.add_argument("--options", default="--endpoint-ms 0 --max-utterance-ms 60000 --activations f32")
     args = parser.parse_args()
     with open(os.path.join(args.goldens, "goldens.json"), encoding="utf-8") as file:
         goldens = json.load(file)["utterances"][: args.most]

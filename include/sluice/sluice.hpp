@@ -119,3 +119,4 @@
 #include "sluice/stream/stream_times.hpp"
 #include "sluice/stream/transducer.hpp"
 #include "sluice/stream/unit_queue.hpp"
+#include "sluice/stream/work_counter.hpp"

@@ -33,6 +33,10 @@ TEST(ListenerAllocations, AreZeroAfterConstruction) {
       options.activations = activations;
       options.source_threads = 2;
       options.endpoint_ms = 300;
+      if (activations == Activations::kInt8) {
+        options.deadline_ms = 1;
+        options.shedding = Shedding::kShortenWrite;
+      }
       Listener listener(model, options);
       const auto before = test::allocation_count();
       std::int64_t words = 0;

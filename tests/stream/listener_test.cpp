@@ -28,30 +28,10 @@ namespace SLUICE_TEST_UNIT {
 
 using test::Heard;
 using test::HearingRule;
+using test::load_tiny;
 using test::NaiveListener;
+using test::options_for;
 using test::TinyListen;
-
-/// A model that keeps its file's bytes.
-std::shared_ptr<const ListenModel> load(const GgufWriter& writer) {
-  auto bytes = std::make_shared<std::vector<std::byte>>(writer.bytes());
-  const std::shared_ptr<const GgufFile> file(
-      new GgufFile(GgufFile::from_bytes(*bytes, "tiny.gguf")),
-      [bytes](const GgufFile* own) { delete own; });
-  return load_listen_model(file);
-}
-
-ListenerOptions options_for(const ListenModel& model, const HearingRule& rule) {
-  const auto milliseconds = [&](std::int64_t rows) {
-    return static_cast<double>(rows) * model.milliseconds_per_row();
-  };
-  ListenerOptions options;
-  options.wait_words = rule.wait_words;
-  options.delay_rows = rule.delay;
-  options.endpoint_ms = milliseconds(rule.endpoint_rows);
-  options.max_utterance_ms = milliseconds(rule.max_rows);
-  options.silence_ms = milliseconds(rule.silence_rows);
-  return options;
-}
 
 /// Feeds samples in pieces of the lengths that `piece` gives, and collects what is final.
 std::vector<Heard> listen(const std::shared_ptr<const ListenModel>& model,
@@ -106,7 +86,7 @@ TEST(Listener, WritesWhatTheDefinitionWritesForAnyPieces) {
   std::int64_t uncounted = 0;
   for (const std::uint64_t seed : {1, 2, 3}) {
     const TinyListen tiny(seed);
-    const auto model = load(tiny.file());
+    const auto model = load_tiny(tiny.file());
     const std::vector<float> samples = tiny.sound(24000, 100 + seed);
     Random random(seed);
     for (const HearingRule rule :
@@ -156,7 +136,7 @@ TEST(Listener, WritesWhatTheDefinitionWritesForAnyPieces) {
 
 TEST(Listener, IsTheSameForAnyNumberOfThreads) {
   const TinyListen tiny(7);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   const std::vector<float> samples = tiny.sound(30000, 8);
   const auto whole = [&] {
     return samples.size();
@@ -173,7 +153,7 @@ TEST(Listener, IsTheSameForAnyNumberOfThreads) {
 
 TEST(Listener, PartialTextIsWhatCtcCountedBeyondTheWords) {
   const TinyListen tiny(3);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   const std::vector<float> samples = tiny.sound(40000, 5);
   ListenerOptions options = options_for(*model, {.wait_words = 3});
   Listener listener(model, options);
@@ -211,7 +191,7 @@ TEST(Listener, PartialTextIsWhatCtcCountedBeyondTheWords) {
 
 TEST(Listener, CountsItsWorkAndItsLatencies) {
   const TinyListen tiny(1);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   const std::vector<float> samples = tiny.sound(40000, 101);
   for (const bool concurrent : {false, true}) {
     ListenerOptions options = options_for(*model, {});
@@ -278,7 +258,7 @@ TEST(Listener, CountsItsWorkAndItsLatencies) {
 
 TEST(Listener, HasDefinedAnswersToEmptyAndShortAudio) {
   const TinyListen tiny(2);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   for (const bool concurrent : {false, true})
     for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{99}}) {
       ListenerOptions options;
@@ -308,7 +288,7 @@ ErrorCode code_of(Call&& call, const std::string& field) {
 
 TEST(Listener, RefusesWhatIsNoAudio) {
   const TinyListen tiny(2);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   Listener listener(model);
   std::vector<float> samples(500);
   EXPECT_EQ(listener.accept(samples), 500U);
@@ -323,7 +303,7 @@ TEST(Listener, RefusesWhatIsNoAudio) {
 
 TEST(Listener, RefusesOptionsThatMakeNoSense) {
   const TinyListen tiny(2);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   const auto refused = [&](const char* field, auto change) {
     ListenerOptions options;
     change(options);
@@ -343,7 +323,7 @@ TEST(Listener, RefusesOptionsThatMakeNoSense) {
 // Text that does not fit is cut short; the stream goes on with the next utterance.
 TEST(Listener, CutsTextThatOutgrowsItsRoom) {
   const TinyListen tiny(1);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   const std::vector<float> samples = tiny.sound(40000, 101);
   for (const bool concurrent : {false, true}) {
     ListenerOptions options = options_for(*model, {});
@@ -362,7 +342,7 @@ TEST(Listener, CutsTextThatOutgrowsItsRoom) {
 
 TEST(Listener, CanBeStoppedAnyTime) {
   const TinyListen tiny(1);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   const std::vector<float> samples = tiny.sound(200000, 101);
   ListenerOptions options = options_for(*model, {});
   options.concurrent = true;
@@ -379,7 +359,7 @@ TEST(Listener, CanBeStoppedAnyTime) {
 
 TEST(LoadListenModel, ReadsEveryKey) {
   const TinyListen tiny(4);
-  const auto model = load(tiny.file());
+  const auto model = load_tiny(tiny.file());
   EXPECT_EQ(model->sample_rate(), 4000);
   EXPECT_EQ(model->config().front_end.window_length, 100);
   EXPECT_EQ(model->config().front_end.hop_length, 40);
@@ -413,14 +393,14 @@ TEST(LoadListenModel, NamesWhatIsMissingOrWrong) {
         "listen.fft_size", "listen.mel_low_hz", "listen.mel_high_hz", "listen.log_floor",
         "listen.frame_window", "listen.trained_delay", "tokenizer.ggml.tokens",
         "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"})
-    EXPECT_EQ(code_of([&] { load(tiny.file({key})); }, key), ErrorCode::kFormat) << key;
+    EXPECT_EQ(code_of([&] { load_tiny(tiny.file({key})); }, key), ErrorCode::kFormat) << key;
   for (const auto& [name, tensor] : tiny.tensors)
-    EXPECT_EQ(code_of([&] { load(tiny.file({name})); }, name), ErrorCode::kFormat) << name;
+    EXPECT_EQ(code_of([&] { load_tiny(tiny.file({name})); }, name), ErrorCode::kFormat) << name;
 
   const auto wrong = [&](const std::string& key, double value, const char* field, ErrorCode code) {
     EXPECT_EQ(code_of(
                   [&] {
-                    load(tiny.file({}, {{key, value}}));
+                    load_tiny(tiny.file({}, {{key, value}}));
                   },
                   field),
               code)
@@ -446,17 +426,17 @@ TEST(LoadListenModel, NamesWhatIsMissingOrWrong) {
     shape.front() += 1;
     values.resize(values.size() / static_cast<std::size_t>(shape.front() - 1) *
                   static_cast<std::size_t>(shape.front()));
-    EXPECT_EQ(code_of([&] { load(other.file()); }, name), ErrorCode::kShape) << name;
+    EXPECT_EQ(code_of([&] { load_tiny(other.file()); }, name), ErrorCode::kShape) << name;
   }
   TinyListen other = tiny;
   other.pieces.pop_back();
-  EXPECT_EQ(code_of([&] { load(other.file()); }, "pieces"), ErrorCode::kShape);
+  EXPECT_EQ(code_of([&] { load_tiny(other.file()); }, "pieces"), ErrorCode::kShape);
   other = tiny;
   other.pieces[9].clear();
-  EXPECT_EQ(code_of([&] { load(other.file()); }, "pieces[9]"), ErrorCode::kFormat);
+  EXPECT_EQ(code_of([&] { load_tiny(other.file()); }, "pieces[9]"), ErrorCode::kFormat);
   other = tiny;
   other.tensors["listen.mel_std"].second[3] = 0;
-  EXPECT_EQ(code_of([&] { load(other.file()); }, "deviation"), ErrorCode::kConfig);
+  EXPECT_EQ(code_of([&] { load_tiny(other.file()); }, "deviation"), ErrorCode::kConfig);
 }
 
 // A damaged file gives a typed error, or a model that can be listened with.

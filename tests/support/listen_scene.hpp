@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 #include <map>
+#include <memory>
 #include <numbers>
 #include <span>
 #include <string>
@@ -18,7 +19,10 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/core/token.hpp"
+#include "sluice/io/gguf.hpp"
 #include "sluice/io/gguf_writer.hpp"
+#include "sluice/model/load_listen_model.hpp"
+#include "sluice/stream/listener_engine.hpp"
 
 namespace sluice::test {
 
@@ -169,15 +173,54 @@ struct Heard {
   bool operator==(const Heard&) const = default;
 };
 
+/// A model that keeps its file's bytes.
+inline std::shared_ptr<const ListenModel> load_tiny(const GgufWriter& writer) {
+  auto bytes = std::make_shared<std::vector<std::byte>>(writer.bytes());
+  const std::shared_ptr<const GgufFile> file(
+      new GgufFile(GgufFile::from_bytes(*bytes, "tiny.gguf")),
+      [bytes](const GgufFile* own) { delete own; });
+  return load_listen_model(file);
+}
+
 /// The settings of a NaiveListener, in rows; 0: never.
 struct HearingRule {
   std::int64_t wait_words = 1, delay = 2, endpoint_rows = 20, max_rows = 120, silence_rows = 40;
 };
 
+inline ListenerOptions options_for(const ListenModel& model, const HearingRule& rule) {
+  const auto milliseconds = [&](std::int64_t rows) {
+    return static_cast<double>(rows) * model.milliseconds_per_row();
+  };
+  ListenerOptions options;
+  options.wait_words = rule.wait_words;
+  options.delay_rows = rule.delay;
+  options.endpoint_ms = milliseconds(rule.endpoint_rows);
+  options.max_utterance_ms = milliseconds(rule.max_rows);
+  options.silence_ms = milliseconds(rule.silence_rows);
+  return options;
+}
+
+/// Time, for a listener that has a deadline: told of everything that is done, in order, and asked
+/// what is put off.
+class HearingPace {
+ public:
+  virtual ~HearingPace() = default;
+  /// A row of samples up to `end` was read; last: its utterance ends with it.
+  virtual void row(std::int64_t end, bool last) = 0;
+  /// Nothing more is done with it.
+  virtual void row_done() = 0;
+  /// Whether a piece that is due is predicted now; inside_word: behind another one of its word that
+  /// was written with the same row.
+  virtual bool allows(bool inside_word) = 0;
+  /// A piece was predicted.
+  virtual void forward() = 0;
+};
+
 /// The definition.
 class NaiveListener {
  public:
-  explicit NaiveListener(const TinyListen& model) : m_(model) {}
+  explicit NaiveListener(const TinyListen& model, HearingPace* pace = nullptr)
+      : m_(model), pace_(pace) {}
 
   /// Smallest difference between the best and the second best score of any decision made: words are
   /// only comparable while rounding stays below it.
@@ -411,8 +454,11 @@ class NaiveListener {
       const bool pause = (!counted.empty() && passed(blanks, rule.endpoint_rows)) ||
                          passed(static_cast<std::int64_t>(seen), rule.max_rows);
       const bool silence = !pause && counted.empty() && passed(blanks, rule.silence_rows);
+      if (pace_ != nullptr) pace_->row(static_cast<std::int64_t>(now_at), pause || silence);
+      bool inside_word = false;
       // As after every row, and then once more if the utterance ends here.
       for (const bool finished : {false, true}) {
+        if (pace_ != nullptr && finished && !pause && !silence) pace_->row_done();
         if (finished && !ended && !pause) break;
         if (finished && silence) break;  // nothing was said
         if (finished && !pause) now_at = end;
@@ -423,7 +469,9 @@ class NaiveListener {
             if (static_cast<std::int64_t>(seen) <
                 static_cast<std::int64_t>(counted[due - 1]) + 1 + rule.delay)
               break;
+            if (pace_ != nullptr && !pace_->allows(inside_word)) break;
           }
+          if (pace_ != nullptr) pace_->forward();
           Row x;
           for (std::int64_t i = 0; i < m_.width; ++i)
             x.push_back(static_cast<double>(
@@ -444,11 +492,14 @@ class NaiveListener {
           ++pieces_written_;
           word.push_back(token);
           last = token;
+          inside_word = true;
           if (!m_.ends_word[static_cast<std::size_t>(token)] && word.size() < 16) continue;
           put_word();
+          inside_word = false;
           if (finished && written >= static_cast<std::int64_t>(counted.size()) + 8) break;
         }
       }
+      if (pace_ != nullptr && (pause || silence)) pace_->row_done();
       if (!ended && !pause && !silence) continue;
       if (!silence) {
         if (!word.empty()) put_word();
@@ -459,6 +510,7 @@ class NaiveListener {
   }
 
   const TinyListen& m_;
+  HearingPace* pace_;
   double margin_ = std::numeric_limits<double>::infinity();
   std::int64_t pieces_written_ = 0;
   std::int64_t early_ends_ = 0;

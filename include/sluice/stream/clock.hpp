@@ -3,6 +3,7 @@
 #pragma once
 
 #include <chrono>
+#include <concepts>
 #include <cstdint>
 
 namespace sluice {
@@ -14,5 +15,34 @@ inline std::int64_t monotonic_ns() noexcept {
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
+
+/// Where a stream reads the time: monotonic_ns(), or a clock of the caller's, so that what depends
+/// on time can be tested and replayed. A reference: the clock must outlive it. Any thread, if the
+/// clock may be read by any.
+class ClockView {
+ public:
+  /// monotonic_ns().
+  constexpr ClockView() = default;
+  /// Anything with `std::int64_t now_ns() const noexcept`.
+  template <class T>
+  requires requires(const T& clock) {
+    { clock.now_ns() }
+    noexcept->std::same_as<std::int64_t>;
+  }
+  static ClockView of(const T& clock) {
+    ClockView view;
+    view.read_ = [](const void* own) noexcept {
+      return static_cast<const T*>(own)->now_ns();
+    };
+    view.clock_ = &clock;
+    return view;
+  }
+
+  std::int64_t now_ns() const noexcept { return read_ == nullptr ? monotonic_ns() : read_(clock_); }
+
+ private:
+  std::int64_t (*read_)(const void*) noexcept = nullptr;
+  const void* clock_ = nullptr;
+};
 
 }  // namespace sluice

@@ -16,6 +16,7 @@
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
 #include "sluice/stream/latency_histogram.hpp"
+#include "sluice/stream/work_counter.hpp"
 
 namespace sluice {
 
@@ -44,6 +45,61 @@ struct DeadlineReport {
   double start_up_delay_ms = std::numeric_limits<double>::quiet_NaN();
 };
 
+/// Counts frames against deadlines that the caller knows: a frame that came when it came is due so
+/// long after that. One thread finishes frames, one (the same or another) leaves them out; any
+/// thread may ask for a report() at any time and gets figures that lag a little. Allocates at
+/// construction only.
+class DeadlineRecord {
+ public:
+  /// A frame was finished. Frames are finished in order.
+  void on_frame(std::int64_t deadline_ns, std::int64_t now_ns) noexcept {
+    const std::int64_t frames = frames_.get();
+    if (frames > 0) {
+      const std::int64_t gap_ns = now_ns - last_ns_;
+      gaps_.record(gap_ns);
+      const auto gap = static_cast<double>(gap_ns);
+      const double before = gap - mean_gap_.get();
+      mean_gap_.add(before / static_cast<double>(frames));
+      gap_squares_.add(before * (gap - mean_gap_.get()));
+    }
+    if (now_ns > deadline_ns) misses_.add(1);
+    last_ns_ = now_ns;
+    frames_.add(1);
+  }
+  /// A frame was left out on purpose.
+  void on_skipped() noexcept { skipped_.add(1); }
+
+  std::int64_t frames() const noexcept { return frames_.get(); }
+
+  /// All but start_up_delay_ms, which no deadlines tell.
+  DeadlineReport report() const {
+    DeadlineReport report;
+    report.frames = frames_.get();
+    report.misses = misses_.get();
+    report.skipped = skipped_.get();
+    if (report.frames > 0)
+      report.miss_rate = static_cast<double>(report.misses) / static_cast<double>(report.frames);
+    if (report.frames > 1) {
+      report.mean_gap_ms = mean_gap_.get() * 1e-6;
+      report.gap_deviation_ms =
+          std::sqrt(gap_squares_.get() / static_cast<double>(report.frames - 1)) * 1e-6;
+      report.gap_p99_less_p50_ms =
+          static_cast<double>(gaps_.quantile_ns(0.99) - gaps_.quantile_ns(0.5)) * 1e-6;
+      report.largest_gap_ms = static_cast<double>(gaps_.max_ns()) * 1e-6;
+    }
+    return report;
+  }
+
+ private:
+  LatencyHistogram gaps_;
+  WorkCounter<double> mean_gap_;
+  WorkCounter<double> gap_squares_;  // sum of squared deviations
+  WorkCounter<> frames_;
+  WorkCounter<> misses_;
+  WorkCounter<> skipped_;
+  std::int64_t last_ns_ = 0;  // of the thread that finishes frames
+};
+
 /// Measures one stream against its frame rate. Deadlines are formed from the frame's number, never
 /// by adding periods up, so they do not drift. One thread at a time; allocates at construction
 /// only. Definitions: those of StreamDiffusionV2's evaluation (arXiv 2511.07399), made exact.
@@ -66,41 +122,18 @@ class DeadlineMeter {
 
   /// Frame `index` was finished at `now_ns`. Frames may be left out, but come in order.
   void on_frame(std::int64_t index, std::int64_t now_ns) noexcept {
-    if (frames_ == 0) {
-      if (anchor_ == DeadlineAnchor::kFirstFrame) origin_ns_ = now_ns - offset_ns(index + 1);
-    } else {
-      gaps_.record(now_ns - last_ns_);
-      const double gap = static_cast<double>(now_ns - last_ns_);
-      const double before = gap - mean_gap_;
-      mean_gap_ += before / static_cast<double>(frames_);
-      gap_squares_ += before * (gap - mean_gap_);
-    }
-    if (now_ns > deadline_ns(index)) ++misses_;
+    if (record_.frames() == 0 && anchor_ == DeadlineAnchor::kFirstFrame)
+      origin_ns_ = now_ns - offset_ns(index + 1);
+    record_.on_frame(deadline_ns(index), now_ns);
     start_up_ns_ = std::max(start_up_ns_, now_ns - start_ns_ - offset_ns(index));
-    last_ns_ = now_ns;
-    ++frames_;
   }
 
   /// A frame was left out on purpose.
-  void on_skipped() noexcept { ++skipped_; }
+  void on_skipped() noexcept { record_.on_skipped(); }
 
   DeadlineReport report() const {
-    DeadlineReport report;
-    report.frames = frames_;
-    report.misses = misses_;
-    report.skipped = skipped_;
-    if (frames_ > 0) {
-      report.miss_rate = static_cast<double>(misses_) / static_cast<double>(frames_);
-      report.start_up_delay_ms = static_cast<double>(start_up_ns_) * 1e-6;
-    }
-    if (frames_ > 1) {
-      const auto gaps = static_cast<double>(frames_ - 1);
-      report.mean_gap_ms = mean_gap_ * 1e-6;
-      report.gap_deviation_ms = std::sqrt(gap_squares_ / gaps) * 1e-6;
-      report.gap_p99_less_p50_ms =
-          static_cast<double>(gaps_.quantile_ns(0.99) - gaps_.quantile_ns(0.5)) * 1e-6;
-      report.largest_gap_ms = static_cast<double>(gaps_.max_ns()) * 1e-6;
-    }
+    DeadlineReport report = record_.report();
+    if (report.frames > 0) report.start_up_delay_ms = static_cast<double>(start_up_ns_) * 1e-6;
     return report;
   }
 
@@ -119,14 +152,8 @@ class DeadlineMeter {
   DeadlineAnchor anchor_;
   std::int64_t start_ns_;
   std::int64_t origin_ns_;  // t0
-  LatencyHistogram gaps_;
-  double mean_gap_ = 0;
-  double gap_squares_ = 0;  // sum of squared deviations
-  std::int64_t last_ns_ = 0;
+  DeadlineRecord record_;
   std::int64_t start_up_ns_ = std::numeric_limits<std::int64_t>::min();
-  std::int64_t frames_ = 0;
-  std::int64_t misses_ = 0;
-  std::int64_t skipped_ = 0;
 };
 
 // --- Predicting ----------------------------------------------------------------------------------

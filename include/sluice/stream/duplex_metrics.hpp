@@ -13,6 +13,7 @@
 #include "sluice/core/memory.hpp"
 #include "sluice/stream/latency_histogram.hpp"
 #include "sluice/stream/metrics.hpp"
+#include "sluice/stream/work_counter.hpp"
 
 namespace sluice {
 
@@ -64,48 +65,46 @@ class DuplexMetrics {
 
   /// A feeder.
   void on_fed(std::int64_t now_ns) noexcept {
-    if (get(units_fed_) == 0) first_fed_ns_.store(now_ns, kRelaxed);
-    last_fed_ns_.store(now_ns, kRelaxed);
-    add(units_fed_, 1);
+    if (units_fed_.get() == 0) first_fed_ns_.set(now_ns);
+    last_fed_ns_.set(now_ns);
+    units_fed_.add(1);
   }
   /// The source side: a forward of `tokens` ended at `now_ns`.
   void on_source_work(std::int64_t duration_ns, std::int64_t now_ns, std::int64_t tokens) noexcept {
-    add(source_busy_ns_, duration_ns);
-    add(source_tokens_, tokens);
-    source_done_ns_.store(now_ns, kRelaxed);
+    source_.on_work(duration_ns, tokens);
+    source_done_ns_.set(now_ns);
   }
   /// The target side: a forward ended at `now_ns`.
   void on_target_work(std::int64_t duration_ns, std::int64_t now_ns) noexcept {
-    add(target_busy_ns_, duration_ns);
-    add(target_forwards_, 1);
-    target_done_ns_.store(now_ns, kRelaxed);
+    target_.on_work(duration_ns, 1);
+    target_done_ns_.set(now_ns);
   }
   /// The target side: a READ showed it a unit that was fed at `arrival_ns`.
   void on_read(std::int64_t arrival_ns) noexcept {
-    add(units_read_, 1);
+    units_read_.add(1);
     unread_arrival_ns_ = arrival_ns;
   }
   /// The target side: a token was written.
   void on_written(std::int64_t now_ns, std::int64_t units_read, std::int64_t tokens_read) noexcept {
-    const std::int64_t written = get(tokens_written_);
+    const std::int64_t written = tokens_written_.get();
     if (written == 0) {
-      first_written_ns_.store(now_ns, kRelaxed);
-      unit_wait_.store(units_read, kRelaxed);
-      token_wait_.store(tokens_read, kRelaxed);
+      first_written_ns_.set(now_ns);
+      unit_wait_.set(units_read);
+      token_wait_.set(tokens_read);
     } else {
       inter_token_.record(now_ns - last_written_ns_);
     }
     last_written_ns_ = now_ns;
     if (unread_arrival_ns_ != 0) unit_to_token_.record(now_ns - unread_arrival_ns_);
     unread_arrival_ns_ = 0;
-    add(tokens_written_, 1);
-    target_done_ns_.store(now_ns, kRelaxed);
+    tokens_written_.add(1);
+    target_done_ns_.set(now_ns);
   }
   /// The target side: so many provisional tokens were taken back.
-  void on_retracted(std::int64_t tokens) noexcept { add(tokens_retracted_, tokens); }
+  void on_retracted(std::int64_t tokens) noexcept { tokens_retracted_.add(tokens); }
   /// The target side: a token became final with `units_read` source units visible.
   void on_final(std::int64_t units_read) noexcept {
-    const std::int64_t count = get(finals_);
+    const std::int64_t count = finals_.load(std::memory_order_relaxed);
     if (count < static_cast<std::int64_t>(delays_.size()))
       delays_[static_cast<std::size_t>(count)] = units_read;
     finals_.store(count + 1, std::memory_order_release);
@@ -121,61 +120,51 @@ class DuplexMetrics {
 
   DuplexReport report() const {
     DuplexReport report;
-    const std::int64_t first_fed = get(first_fed_ns_);
-    if (get(tokens_written_) > 0 && get(units_fed_) > 0) {
-      report.ttft_from_first_unit_ms = ms(get(first_written_ns_) - first_fed);
-      report.ttft_from_last_unit_ms = ms(get(first_written_ns_) - get(last_fed_ns_));
+    const std::int64_t first_fed = first_fed_ns_.get();
+    if (tokens_written_.get() > 0 && units_fed_.get() > 0) {
+      report.ttft_from_first_unit_ms = ms(first_written_ns_.get() - first_fed);
+      report.ttft_from_last_unit_ms = ms(first_written_ns_.get() - last_fed_ns_.get());
     }
-    report.unit_wait = get(unit_wait_);
-    report.token_wait = get(token_wait_);
+    report.unit_wait = unit_wait_.get();
+    report.token_wait = token_wait_.get();
     report.inter_token = summarise(inter_token_);
     report.unit_to_token = summarise(unit_to_token_);
-    report.units_fed = get(units_fed_);
-    report.source_tokens = get(source_tokens_);
-    report.units_read = get(units_read_);
-    report.tokens_written = get(tokens_written_);
-    report.tokens_retracted = get(tokens_retracted_);
-    report.target_forwards = get(target_forwards_);
-    report.source_busy_ms = ms(get(source_busy_ns_));
-    report.target_busy_ms = ms(get(target_busy_ns_));
-    const std::int64_t last = std::max(get(source_done_ns_), get(target_done_ns_));
+    report.units_fed = units_fed_.get();
+    report.source_tokens = source_.count.get();
+    report.units_read = units_read_.get();
+    report.tokens_written = tokens_written_.get();
+    report.tokens_retracted = tokens_retracted_.get();
+    report.target_forwards = target_.count.get();
+    report.source_busy_ms = source_.busy_ms();
+    report.target_busy_ms = target_.busy_ms();
+    const std::int64_t last = std::max(source_done_ns_.get(), target_done_ns_.get());
     if (report.units_fed > 0 && last > first_fed) report.wall_ms = ms(last - first_fed);
     return report;
   }
 
  private:
-  using Counter = std::atomic<std::int64_t>;
-  static constexpr auto kRelaxed = std::memory_order_relaxed;
-
-  static std::int64_t get(const Counter& counter) noexcept { return counter.load(kRelaxed); }
-  /// Each counter has one writing thread at a time.
-  static void add(Counter& counter, std::int64_t more) noexcept {
-    counter.store(get(counter) + more, kRelaxed);
-  }
   static double ms(std::int64_t ns) { return static_cast<double>(ns) * 1e-6; }
 
   Buffer<std::int64_t> delays_;
   LatencyHistogram inter_token_;
   LatencyHistogram unit_to_token_;
   // Feeders.
-  alignas(64) Counter units_fed_{0};
-  Counter first_fed_ns_{0};
-  Counter last_fed_ns_{0};
+  alignas(64) WorkCounter<> units_fed_;
+  WorkCounter<> first_fed_ns_;
+  WorkCounter<> last_fed_ns_;
   // The source side.
-  alignas(64) Counter source_busy_ns_{0};
-  Counter source_tokens_{0};
-  Counter source_done_ns_{0};
+  SideCounter source_;  // tokens
+  WorkCounter<> source_done_ns_;
   // The target side.
-  alignas(64) Counter target_busy_ns_{0};
-  Counter target_forwards_{0};
-  Counter target_done_ns_{0};
-  Counter units_read_{0};
-  Counter tokens_written_{0};
-  Counter tokens_retracted_{0};
-  Counter finals_{0};
-  Counter first_written_ns_{0};
-  Counter unit_wait_{0};
-  Counter token_wait_{0};
+  SideCounter target_;  // forwards
+  WorkCounter<> target_done_ns_;
+  WorkCounter<> units_read_;
+  WorkCounter<> tokens_written_;
+  WorkCounter<> tokens_retracted_;
+  std::atomic<std::int64_t> finals_{0};  // published: delays before it are written
+  WorkCounter<> first_written_ns_;
+  WorkCounter<> unit_wait_;
+  WorkCounter<> token_wait_;
   std::int64_t last_written_ns_ = 0;
   std::int64_t unread_arrival_ns_ = 0;  // of the newest unit read, until a token follows; 0: none
 };

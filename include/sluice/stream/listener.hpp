@@ -20,7 +20,6 @@
 #include "sluice/core/error.hpp"
 #include "sluice/core/signal.hpp"
 #include "sluice/model/listen_model.hpp"
-#include "sluice/stream/clock.hpp"
 #include "sluice/stream/listener_engine.hpp"
 #include "sluice/stream/listener_metrics.hpp"
 
@@ -43,8 +42,9 @@ namespace sluice {
 /// the stream, and poll() is what a loop like the above calls. They may be the same thread then
 /// only where audio comes no faster than it is listened to: accept() waits for room in the queue,
 /// the queue for the target side, and that for events to be taken. Same audio: same words at the
-/// same audio times, bit for bit, for any pieces, either way, and for any number of threads a side.
-/// After construction nothing allocates.
+/// same audio times, bit for bit, for any pieces, either way, and for any number of threads a side,
+/// unless ListenerOptions lets a deadline decide what is put off or dropped. After construction
+/// nothing allocates.
 class Listener {
  public:
   /// Allocates everything and, if concurrent, starts the two threads.
@@ -82,7 +82,7 @@ class Listener {
                                          "sample " + std::to_string(engine_.queue().pushed() +
                                                                     static_cast<std::int64_t>(i)),
                                          "a finite value", std::to_string(samples[i])});
-    const std::int64_t now = monotonic_ns();
+    const std::int64_t now = engine_.now_ns();
     std::size_t taken = 0;
     while (taken < samples.size() && !stopping()) {
       const std::uint32_t seen = caller_signal_.now();
@@ -104,7 +104,7 @@ class Listener {
   void finish() {
     if (finished_input_) return;
     finished_input_ = true;
-    engine_.metrics().on_input_end(monotonic_ns());
+    engine_.metrics().on_input_end(engine_.now_ns());
     engine_.end_input();
     source_signal_.raise();
   }

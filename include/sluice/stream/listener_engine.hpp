@@ -31,7 +31,9 @@
 #include "sluice/position/group_layout.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/ctc.hpp"
+#include "sluice/stream/deadline.hpp"
 #include "sluice/stream/listener_metrics.hpp"
+#include "sluice/stream/paced_source.hpp"
 #include "sluice/stream/sample_queue.hpp"
 
 namespace sluice {
@@ -69,6 +71,24 @@ struct ListenerOptions {
   std::int64_t lead_rows = 128;
   /// Events that wait for their reader: the target side pauses beyond it. At least 4.
   std::int64_t event_capacity = 256;
+
+  /// A source row is due so long after its last sample was accepted: read, and what is written with
+  /// it written. 0: no deadline, nothing is left out, and the text is the same at any speed.
+  double deadline_ms = 0;
+  /// What is put off when it would not be done in time, by what such work cost lately
+  /// (deadline.hpp): nothing; with kSkipFrame a word; with kShortenWrite a piece, so that a word
+  /// may be broken off. It is written with a later row that has the time, or when its utterance
+  /// ends, which is always written whole: no word is lost, but it has then seen more of the sound,
+  /// and so may be another.
+  Shedding shedding = Shedding::kNone;
+  /// After so many rows in a row with something put off, it is written however late it will be.
+  std::int64_t max_put_off = 8;
+  /// What becomes of audio whose row's deadline has passed before the row is read: kBlock, it is
+  /// read late; kDropOldest, it is dropped unheard, up to the first row that is still in time. The
+  /// others are refused: samples that wait need no joining.
+  LatePolicy late = LatePolicy::kBlock;
+  /// Where the stream reads the time. The clock must outlive the stream.
+  ClockView clock = {};
 
   /// Words are written so many milliseconds after their labels, or up to half a row more.
   static ListenerOptions with_delay(const ListenModel& model, double milliseconds) {
@@ -124,7 +144,8 @@ constexpr std::string_view to_string(ListenEvent::Kind kind) {
 /// The rule of writing is asked row by row: after row f the count C of words in the collapsed
 /// greedy CTC labels, the rows V = f + 1 and the words written W say whether a word is written,
 /// with a source prefix of V rows. So the text, and the audio time of each word, are the same for
-/// any chunks of samples and for any timing of the two sides.
+/// any chunks of samples and for any timing of the two sides; unless a deadline is to be held,
+/// which is to say that time decides.
 class ListenerEngine {
  public:
   /// How far a step got.
@@ -170,6 +191,11 @@ class ListenerEngine {
         partial_(kPartial),
         delays_(static_cast<std::size_t>(options.max_tokens)),
         metrics_(std::llround(1e6 * model_->milliseconds_per_row())),
+        deadline_ns_(std::llround(1e6 * options.deadline_ms)),
+        shedder_(
+            {.policy = options.shedding == Shedding::kNone ? Shedding::kNone : Shedding::kSkipFrame,
+             .max_skips = options.max_put_off}),
+        row_end_(model_->samples_wanted(front_end_)),
         last_(model_->config().begin_token) {}
 
   const ListenModel& model() const { return *model_; }
@@ -185,6 +211,8 @@ class ListenerEngine {
 
   /// The target side: events ever written.
   std::int64_t events_put() const { return events_put_; }
+  /// The stream's clock. Any thread.
+  std::int64_t now_ns() const noexcept { return options_.clock.now_ns(); }
 
   /// Any thread: nothing will be accepted any more. The queue may still hold samples.
   void end_input() { input_ended_.store(true, std::memory_order_release); }
@@ -209,10 +237,11 @@ class ListenerEngine {
     if (samples.empty()) {
       if (!ended) return Progress::kNeedsSamples;
       source_ended_ = true;
-      push({.kind = Row::Kind::kEnd, .samples = front_end_.samples()});
+      push({.kind = Row::Kind::kEnd, .samples = samples_taken()});
       return Progress::kEnded;
     }
-    const std::int64_t begin = monotonic_ns();
+    if (options_.late == LatePolicy::kDropOldest && drop_late()) return Progress::kStepped;
+    const std::int64_t begin = now_ns();
     std::span<const float> row;
     std::int64_t taken_in_all = 0;
     do {
@@ -224,7 +253,7 @@ class ListenerEngine {
       samples = queue_.front();
     } while (row.empty() && !samples.empty());
     if (!row.empty()) read(row);
-    const std::int64_t end = monotonic_ns();
+    const std::int64_t end = now_ns();
     metrics_.on_source_work(end - begin, taken_in_all, row.empty() ? 0 : 1);
     return Progress::kStepped;
   }
@@ -235,7 +264,8 @@ class ListenerEngine {
     if (events_.room() < kMostEvents) return Progress::kNeedsRoom;
     if (writing_) {
       write();
-      return Progress::kStepped;
+      if (!writing_ && !finishing_) end_row();
+      return ended_ ? Progress::kEnded : Progress::kStepped;
     }
     const Row* front = rows_.front();
     if (front == nullptr) return Progress::kNeedsSource;
@@ -244,7 +274,11 @@ class ListenerEngine {
     switch (row.kind) {
       case Row::Kind::kRow: note(row); break;
       case Row::Kind::kFinish: finish(); break;
-      case Row::Kind::kForget: begin_utterance(); break;
+      case Row::Kind::kForget:
+        ends_utterance_ = false;
+        end_row();
+        begin_utterance();
+        break;
       case Row::Kind::kEnd:
         at_end_ = true;
         samples_ = row.samples;
@@ -274,6 +308,7 @@ class ListenerEngine {
     std::int64_t samples = 0;     // end of the row in the stream
     std::int64_t arrival_ns = 0;  // of its last sample
     bool sounds = false;          // its label is not blank
+    bool last = false;            // the utterance ends with it: kFinish or kForget follows
   };
   /// Where CTC's count reached a number of words.
   struct Counted {
@@ -306,6 +341,14 @@ class ListenerEngine {
                                        std::pair{"max_utterance_ms", options.max_utterance_ms},
                                        std::pair{"silence_ms", options.silence_ms}})
       if (!(value >= 0 && value <= 1e9)) fail(field, "0 to 1e9", std::to_string(value));
+    range("max_put_off", options.max_put_off, 0, 1 << 20);
+    const bool sheds =
+        options.shedding != Shedding::kNone || options.late == LatePolicy::kDropOldest;
+    if (!(options.deadline_ms >= (sheds ? 1e-6 : 0) && options.deadline_ms <= 1e9))
+      fail("deadline_ms", sheds ? "1e-6 to 1e9: something is to be left out for it" : "0 to 1e9",
+           std::to_string(options.deadline_ms));
+    if (options.late != LatePolicy::kBlock && options.late != LatePolicy::kDropOldest)
+      fail("late", "kBlock or kDropOldest", "another");
     return options;
   }
 
@@ -349,28 +392,59 @@ class ListenerEngine {
                        source_team_);
     const Token piece = ctc_.push(scores_.span()).value_or(-1);
     if (piece >= 0 && model_->ends_word(piece)) ++words_counted_;
-    const std::int64_t samples = front_end_.samples();
+    const std::int64_t samples = samples_taken();
+    SLUICE_ASSERT(samples == row_end_);
     const std::int64_t arrival_ns = queue_.arrival_before(samples);
-    metrics_.on_row(monotonic_ns(), arrival_ns);
+    metrics_.on_row(now_ns(), arrival_ns);
+    const auto passed = [](std::int64_t rows, std::int64_t limit) {
+      return limit > 0 && rows >= limit;
+    };
+    const bool finished = (words_counted_ > 0 && passed(ctc_.blank_run(), endpoint_rows_)) ||
+                          passed(ctc_.frames(), max_rows_);
+    const bool silent = !finished && words_counted_ == 0 && passed(ctc_.blank_run(), silence_rows_);
     push({.piece = piece,
           .words = words_counted_,
           .samples = samples,
           .arrival_ns = arrival_ns,
-          .sounds = ctc_.blank_run() == 0});
-    const auto passed = [](std::int64_t rows, std::int64_t limit) {
-      return limit > 0 && rows >= limit;
-    };
-    if ((words_counted_ > 0 && passed(ctc_.blank_run(), endpoint_rows_)) ||
-        passed(ctc_.frames(), max_rows_))
-      end_utterance(Row::Kind::kFinish);
-    else if (words_counted_ == 0 && passed(ctc_.blank_run(), silence_rows_))
-      end_utterance(Row::Kind::kForget);
+          .sounds = ctc_.blank_run() == 0,
+          .last = finished || silent});
+    if (finished || silent)
+      end_utterance(finished ? Row::Kind::kFinish : Row::Kind::kForget);
+    else
+      row_end_ = samples + model_->samples_per_row();
   }
 
   void end_utterance(Row::Kind kind) {
-    push({.kind = kind, .samples = front_end_.samples()});
+    const std::int64_t samples = samples_taken();
+    push({.kind = kind, .samples = samples});
+    row_end_ = samples + model_->samples_wanted(front_end_);  // convolutions start anew
     between_utterances_ = true;
     ++utterances_ended_;
+  }
+
+  /// Samples that have left the queue.
+  std::int64_t samples_taken() const { return front_end_.samples() + dropped_samples_; }
+
+  /// Where the next row's deadline has passed, as many samples as a row brings leave the queue
+  /// unheard, again and again: what follows is heard as if it had come instead, and a row that was
+  /// begun goes on with it. False: nothing was late.
+  bool drop_late() {
+    const std::int64_t now = now_ns();
+    std::int64_t rows = 0;
+    std::int64_t samples = 0;
+    for (std::int64_t waiting = queue_.waiting();
+         waiting >= row_end_ - samples_taken() &&
+         queue_.arrival_before(row_end_) + deadline_ns_ < now;
+         ++rows) {
+      const std::int64_t count = std::min(waiting, model_->samples_per_row());
+      queue_.pop(static_cast<std::size_t>(count));
+      dropped_samples_ += count;
+      row_end_ += count;
+      samples += count;
+      waiting -= count;
+    }
+    if (rows > 0) metrics_.on_dropped(samples, rows);
+    return rows > 0;
   }
 
   void push(const Row& row) {
@@ -385,6 +459,9 @@ class ListenerEngine {
     ++seen_;
     samples_ = row.samples;
     source_->hold(reader_, seen_);
+    row_open_ = true;
+    due_ns_ = row.arrival_ns + deadline_ns_;
+    ends_utterance_ = row.last;
     if (row.sounds) sounding_ns_ = row.arrival_ns;
     if (row.piece >= 0) {
       add_partial(row.piece, counted_words_);
@@ -395,7 +472,29 @@ class ListenerEngine {
       }
       put_partial();
     }
-    writing_ = triggered();
+    writing_ = triggered() && in_time();
+    if (!writing_) end_row();
+  }
+
+  /// Nothing more is done with the newest row. One that ends its utterance has the text's end to
+  /// wait for.
+  void end_row() {
+    if (!row_open_ || ends_utterance_) return;
+    row_open_ = false;
+    if (deadline_ns_ > 0) metrics_.on_row_done(due_ns_, now_ns());
+  }
+
+  /// Whether the next word or piece is written with this row; otherwise it is put off. What the
+  /// utterance's end will write anyway is not.
+  bool in_time() {
+    if (options_.shedding == Shedding::kNone || ends_utterance_) return true;
+    const std::int64_t forced = shedder_.counts().forced;
+    if (shedder_.decide(due_ns_ - now_ns()).skip) {
+      metrics_.on_put_off();
+      return false;
+    }
+    if (shedder_.counts().forced != forced) metrics_.on_forced();
+    return true;
   }
 
   /// Whether the next word is due: word W once W + k are counted, and delay_rows_ rows later.
@@ -421,7 +520,7 @@ class ListenerEngine {
       if (finishing_) end_text();
       return;
     }
-    const std::int64_t begin = monotonic_ns();
+    const std::int64_t begin = now_ns();
     const std::array<GroupView<float, float>, 1> sees{source_->view(seen_)};
     const std::array<Token, 1> tokens{last_};
     model_->decoder().forward(DecoderInput{tokens}, target_,
@@ -433,8 +532,14 @@ class ListenerEngine {
     for (const Token never : {config.unknown_token, config.begin_token})
       logits_[static_cast<std::size_t>(never)] = -std::numeric_limits<float>::infinity();
     const Token token = argmax(logits_.span());
-    const std::int64_t end = monotonic_ns();
+    const std::int64_t end = now_ns();
     metrics_.on_target_work(end - begin);
+    const bool ends_word = model_->ends_word(token) || word_pieces_ + 1 >= kMostPiecesOfWord;
+    const bool by_pieces = options_.shedding == Shedding::kShortenWrite;
+    word_cost_ns_ += end - begin;
+    if (options_.shedding != Shedding::kNone &&
+        (by_pieces || ends_word || token == config.end_token))
+      shedder_.on_step(0, std::exchange(word_cost_ns_, 0));
     if (token == config.end_token) {
       // The row was computed with a prefix that has not all of the utterance: it is forgotten.
       target_.rollback();
@@ -446,18 +551,21 @@ class ListenerEngine {
     target_.commit();
     last_ = token;
     word_[static_cast<std::size_t>(word_pieces_++)] = token;
-    if (!model_->ends_word(token) && word_pieces_ < kMostPiecesOfWord) return;
+    if (!ends_word) {
+      if (by_pieces && !finishing_) writing_ = in_time();
+      return;
+    }
     put_word(end);
     if (finishing_) {
       if (written_words_ >= counted_words_ + kMostUncounted) end_text();
     } else {
-      writing_ = triggered();
+      writing_ = triggered() && in_time();
     }
   }
 
   /// The utterance's text is complete.
   void end_text() {
-    const std::int64_t now = monotonic_ns();
+    const std::int64_t now = now_ns();
     if (word_pieces_ > 0) put_word(now);
     if (seen_ > 0) {
       put({.kind = ListenEvent::Kind::kEndpoint, .word = written_words_, .time_ns = now});
@@ -467,6 +575,8 @@ class ListenerEngine {
                             milliseconds(samples_ - start_samples_));
     }
     ++utterance_;
+    ends_utterance_ = false;
+    end_row();
     begin_utterance();
     if (!at_end_) return;
     put({.kind = ListenEvent::Kind::kEnd, .time_ns = now});
@@ -483,7 +593,7 @@ class ListenerEngine {
     start_samples_ = samples_;
     seen_ = counted_words_ = awaited_words_ = written_words_ = word_pieces_ = 0;
     num_partial_ = first_partial_ = 0;
-    sounding_ns_ = 0;
+    sounding_ns_ = word_cost_ns_ = 0;
     writing_ = finishing_ = full_ = false;
     last_ = model_->config().begin_token;
     utterances_done_.store(utterances_done_.load(std::memory_order_relaxed) + 1,
@@ -531,7 +641,7 @@ class ListenerEngine {
     if (!options_.partial_text) return;
     constexpr auto kMost = static_cast<std::int64_t>(ListenEvent::kMostPieces);
     ListenEvent event{
-        .kind = ListenEvent::Kind::kPartial, .word = written_words_, .time_ns = monotonic_ns()};
+        .kind = ListenEvent::Kind::kPartial, .word = written_words_, .time_ns = now_ns()};
     for (std::int64_t i = std::max<std::int64_t>(0, num_partial_ - kMost); i < num_partial_; ++i)
       event.pieces[static_cast<std::size_t>(event.num_pieces++)] =
           partial_[static_cast<std::size_t>((first_partial_ + i) % kPartial)].piece;
@@ -570,6 +680,8 @@ class ListenerEngine {
   Buffer<PartialPiece> partial_;  // a ring
   Buffer<double> delays_;         // [max_tokens]; of the utterance's words, ms from its start
   ListenerMetrics metrics_;
+  std::int64_t deadline_ns_;  // 0: none
+  WorkShedder shedder_;       // the target side's; a word, or a piece, is its step
 
   std::atomic<bool> input_ended_{false};
   alignas(64) std::atomic<std::int64_t> utterances_done_{0};
@@ -577,6 +689,8 @@ class ListenerEngine {
   // The source side's.
   alignas(64) std::int64_t words_counted_ = 0;
   std::int64_t utterances_ended_ = 0;
+  std::int64_t dropped_samples_ = 0;
+  std::int64_t row_end_;  // of the next row, in samples
   bool between_utterances_ = false;
   bool source_ended_ = false;
 
@@ -594,10 +708,14 @@ class ListenerEngine {
   std::int64_t samples_ = 0;        // end of the newest row, or of the input
   std::int64_t start_samples_ = 0;  // where the utterance began
   std::int64_t sounding_ns_ = 0;    // arrival of the newest row with a label; 0: none
+  std::int64_t due_ns_ = 0;         // of the newest row
+  std::int64_t word_cost_ns_ = 0;   // of what was written since a step was counted
   Token last_;                      // written, not yet fed
   bool writing_ = false;
-  bool finishing_ = false;  // every row of the utterance is seen
-  bool full_ = false;       // no room for more text
+  bool row_open_ = false;        // the newest row's work goes on
+  bool ends_utterance_ = false;  // the newest row
+  bool finishing_ = false;       // every row of the utterance is seen
+  bool full_ = false;            // no room for more text
   bool at_end_ = false;
   bool ended_ = false;
 };

@@ -2,14 +2,15 @@
 /// What a stream that listens is measured by, with the start and the end of every clock defined.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <span>
 
+#include "sluice/stream/deadline.hpp"
 #include "sluice/stream/lag_scores.hpp"
 #include "sluice/stream/latency_histogram.hpp"
 #include "sluice/stream/metrics.hpp"
+#include "sluice/stream/work_counter.hpp"
 
 namespace sluice {
 
@@ -26,6 +27,13 @@ struct ListenerReport {
   /// Source rows that were read later than one row's time after their last sample was accepted:
   /// missed deadlines of a listener that keeps up with speech.
   std::int64_t late_rows = 0;
+  /// With ListenerOptions::deadline_ms: rows against it, each finished when it is read and what is
+  /// written with it is written, a row that ends an utterance when the utterance's text is; their
+  /// gaps are the jitter; skipped are rows that were dropped unheard. Otherwise all 0 and NaN.
+  DeadlineReport deadlines;
+  std::int64_t put_off_rows = 0;     ///< rows at which something due was left for a later one
+  std::int64_t forced_writes = 0;    ///< words or pieces written late after max_put_off such rows
+  std::int64_t dropped_samples = 0;  ///< of those accepted, unheard
   double audio_ms = 0;
   /// Sums of the time that each side worked.
   double source_busy_ms = 0;
@@ -62,33 +70,42 @@ class ListenerMetrics {
   explicit ListenerMetrics(std::int64_t row_ns) : row_ns_(row_ns) {}
 
   /// The caller.
-  void on_samples(std::int64_t count) noexcept { add(samples_, count); }
+  void on_samples(std::int64_t count) noexcept { samples_.add(count); }
   void on_input_end(std::int64_t now_ns) noexcept {
-    if (get(input_end_ns_) != 0) return;
-    source_busy_at_end_.store(get(source_busy_ns_), kRelaxed);
-    target_busy_at_end_.store(get(target_busy_ns_), kRelaxed);
-    input_end_ns_.store(now_ns, kRelaxed);
+    if (input_end_ns_.get() != 0) return;
+    source_busy_at_end_.set(source_.busy_ns.get());
+    target_busy_at_end_.set(target_.busy_ns.get());
+    input_end_ns_.set(now_ns);
   }
   /// The source side: a step ended that took so many samples and read so many rows.
   void on_source_work(std::int64_t duration_ns, std::int64_t samples, std::int64_t rows) noexcept {
-    add(source_busy_ns_, duration_ns);
-    add(samples_taken_, samples);
-    add(source_rows_, rows);
+    source_.on_work(duration_ns, rows);
+    samples_taken_.add(samples);
+  }
+  /// The source side: so many rows of so many samples in all were dropped.
+  void on_dropped(std::int64_t samples, std::int64_t rows) noexcept {
+    samples_taken_.add(samples);
+    dropped_samples_.add(samples);
+    for (std::int64_t i = 0; i < rows; ++i) deadlines_.on_skipped();
   }
   /// The source side: a row was read, whose last sample was accepted at `arrival_ns`.
   void on_row(std::int64_t now_ns, std::int64_t arrival_ns) noexcept {
     row_.record(now_ns - arrival_ns);
-    if (now_ns - arrival_ns > row_ns_) add(late_rows_, 1);
+    if (now_ns - arrival_ns > row_ns_) late_rows_.add(1);
   }
+  /// The target side: nothing more is done with a row.
+  void on_row_done(std::int64_t deadline_ns, std::int64_t now_ns) noexcept {
+    deadlines_.on_frame(deadline_ns, now_ns);
+  }
+  /// The target side: something was left for a later row; something was not, though it is late.
+  void on_put_off() noexcept { put_off_rows_.add(1); }
+  void on_forced() noexcept { forced_writes_.add(1); }
   /// The target side: a forward ended.
-  void on_target_work(std::int64_t duration_ns) noexcept {
-    add(target_busy_ns_, duration_ns);
-    add(target_forwards_, 1);
-  }
+  void on_target_work(std::int64_t duration_ns) noexcept { target_.on_work(duration_ns, 1); }
   /// The target side: a word was written. spoken_ns: when its end was accepted; 0: not known.
   void on_word(std::int64_t now_ns, std::int64_t spoken_ns, bool first) noexcept {
-    add(words_, 1);
-    last_word_ns_.store(now_ns, kRelaxed);
+    words_.add(1);
+    last_word_ns_.set(now_ns);
     if (spoken_ns == 0) return;
     word_.record(now_ns - spoken_ns);
     if (first) first_word_.record(now_ns - spoken_ns);
@@ -98,48 +115,53 @@ class ListenerMetrics {
   /// start.
   void on_utterance(std::int64_t sounding_ns, std::span<const double> delays,
                     double source) noexcept {
-    add(utterances_, 1);
+    utterances_.add(1);
     if (delays.empty()) return;
     const double laal = mean_lag(delays, source, source / static_cast<double>(delays.size()));
-    add(utterances_with_words_, 1);
-    sum_laal_.store(sum_laal_.load(kRelaxed) + laal, kRelaxed);
-    sum_start_offset_.store(sum_start_offset_.load(kRelaxed) + delays.front(), kRelaxed);
+    utterances_with_words_.add(1);
+    sum_laal_.add(laal);
+    sum_start_offset_.add(delays.front());
     // The last word may be written before the last label, by less than its delay.
-    const std::int64_t last = get(last_word_ns_);
+    const std::int64_t last = last_word_ns_.get();
     if (sounding_ns != 0) speech_end_to_text_.record(last > sounding_ns ? last - sounding_ns : 0);
   }
+
+  /// Of the report, what costs nothing to ask. Any thread.
+  std::int64_t source_rows() const noexcept { return source_.count.get(); }
+  std::int64_t target_forwards() const noexcept { return target_.count.get(); }
 
   ListenerReport report(double sample_rate) const {
     ListenerReport report;
     // In this order: what was taken had been accepted.
-    const std::int64_t taken = get(samples_taken_);
-    report.samples = get(samples_);
+    const std::int64_t taken = samples_taken_.get();
+    report.samples = samples_.get();
     report.samples_waiting = report.samples > taken ? report.samples - taken : 0;
-    report.source_rows = get(source_rows_);
-    report.words = get(words_);
-    report.utterances = get(utterances_);
-    report.target_forwards = get(target_forwards_);
-    report.late_rows = get(late_rows_);
+    report.source_rows = source_.count.get();
+    report.words = words_.get();
+    report.utterances = utterances_.get();
+    report.target_forwards = target_.count.get();
+    report.late_rows = late_rows_.get();
+    report.deadlines = deadlines_.report();
+    report.put_off_rows = put_off_rows_.get();
+    report.forced_writes = forced_writes_.get();
+    report.dropped_samples = dropped_samples_.get();
     report.row = summarise(row_);
     report.audio_ms = 1000 * static_cast<double>(report.samples) / sample_rate;
-    const std::int64_t source = get(source_busy_ns_);
-    const std::int64_t target = get(target_busy_ns_);
-    report.source_busy_ms = ms(source);
-    report.target_busy_ms = ms(target);
-    if (report.samples > 0) report.real_time_factor = ms(source + target) / report.audio_ms;
-    if (const std::int64_t end = get(input_end_ns_); end != 0) {
-      if (source + target > 0)
-        report.work_before_end =
-            static_cast<double>(get(source_busy_at_end_) + get(target_busy_at_end_)) /
-            static_cast<double>(source + target);
-      if (target > 0)
-        report.target_work_before_end =
-            static_cast<double>(get(target_busy_at_end_)) / static_cast<double>(target);
-      if (report.words > 0) report.end_to_last_word_ms = ms(get(last_word_ns_) - end);
+    report.source_busy_ms = source_.busy_ms();
+    report.target_busy_ms = target_.busy_ms();
+    const double busy_ms = report.source_busy_ms + report.target_busy_ms;
+    if (report.samples > 0) report.real_time_factor = busy_ms / report.audio_ms;
+    if (const std::int64_t end = input_end_ns_.get(); end != 0) {
+      const double target_ms = ms(target_busy_at_end_.get());
+      if (busy_ms > 0)
+        report.work_before_end = (ms(source_busy_at_end_.get()) + target_ms) / busy_ms;
+      if (report.target_busy_ms > 0)
+        report.target_work_before_end = target_ms / report.target_busy_ms;
+      if (report.words > 0) report.end_to_last_word_ms = ms(last_word_ns_.get() - end);
     }
-    if (const std::int64_t count = get(utterances_with_words_); count > 0) {
-      report.laal_ms = sum_laal_.load(kRelaxed) / static_cast<double>(count);
-      report.start_offset_ms = sum_start_offset_.load(kRelaxed) / static_cast<double>(count);
+    if (const std::int64_t count = utterances_with_words_.get(); count > 0) {
+      report.laal_ms = sum_laal_.get() / static_cast<double>(count);
+      report.start_offset_ms = sum_start_offset_.get() / static_cast<double>(count);
     }
     report.first_word = summarise(first_word_);
     report.word = summarise(word_);
@@ -148,14 +170,6 @@ class ListenerMetrics {
   }
 
  private:
-  using Counter = std::atomic<std::int64_t>;
-  static constexpr auto kRelaxed = std::memory_order_relaxed;
-
-  static std::int64_t get(const Counter& counter) noexcept { return counter.load(kRelaxed); }
-  /// Each counter has one writing thread at a time.
-  static void add(Counter& counter, std::int64_t more) noexcept {
-    counter.store(get(counter) + more, kRelaxed);
-  }
   static double ms(std::int64_t ns) { return static_cast<double>(ns) * 1e-6; }
 
   std::int64_t row_ns_;
@@ -163,25 +177,27 @@ class ListenerMetrics {
   LatencyHistogram first_word_;
   LatencyHistogram word_;
   LatencyHistogram speech_end_to_text_;
+  DeadlineRecord deadlines_;
   // The caller.
-  alignas(64) Counter samples_{0};
-  Counter input_end_ns_{0};
-  Counter source_busy_at_end_{0};
-  Counter target_busy_at_end_{0};
+  alignas(64) WorkCounter<> samples_;
+  WorkCounter<> input_end_ns_;
+  WorkCounter<> source_busy_at_end_;
+  WorkCounter<> target_busy_at_end_;
   // The source side.
-  alignas(64) Counter source_busy_ns_{0};
-  Counter samples_taken_{0};
-  Counter source_rows_{0};
-  Counter late_rows_{0};
+  SideCounter source_;  // rows
+  WorkCounter<> samples_taken_;
+  WorkCounter<> dropped_samples_;
+  WorkCounter<> late_rows_;
   // The target side.
-  alignas(64) Counter target_busy_ns_{0};
-  Counter target_forwards_{0};
-  Counter words_{0};
-  Counter utterances_{0};
-  Counter utterances_with_words_{0};
-  std::atomic<double> sum_laal_{0};
-  std::atomic<double> sum_start_offset_{0};
-  Counter last_word_ns_{0};
+  SideCounter target_;  // forwards
+  WorkCounter<> words_;
+  WorkCounter<> utterances_;
+  WorkCounter<> utterances_with_words_;
+  WorkCounter<double> sum_laal_;
+  WorkCounter<double> sum_start_offset_;
+  WorkCounter<> last_word_ns_;
+  WorkCounter<> put_off_rows_;
+  WorkCounter<> forced_writes_;
 };
 
 }  // namespace sluice

@@ -60,13 +60,17 @@ class SampleQueue {
     const std::size_t place = at(first);
     return {samples_.data() + place, std::min(waiting, samples_.size() - place)};
   }
-  /// Consumer. Precondition: front() has as many.
+  /// Consumer: samples that wait, at least.
+  std::int64_t waiting() const noexcept {
+    return pushed_.load(std::memory_order_acquire) - popped_.load(std::memory_order_relaxed);
+  }
+  /// Consumer. Precondition: as many wait.
   void pop(std::size_t count) noexcept {
     popped_.store(popped_.load(std::memory_order_relaxed) + static_cast<std::int64_t>(count),
                   std::memory_order_release);
   }
   /// Consumer: when the sample before `sample` (the last of those ending there) arrived. Asked with
-  /// places that never fall, at most what was popped.
+  /// places that never fall, at most what was pushed as far as waiting() has told.
   std::int64_t arrival_before(std::int64_t sample) noexcept {
     std::int64_t oldest = retired_.load(std::memory_order_relaxed);
     const std::int64_t stamps = stamped_.load(std::memory_order_acquire);
