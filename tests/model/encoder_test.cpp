@@ -6,8 +6,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -137,6 +140,95 @@ TEST(ConformerEncoder, SubsamplesLikeNemo) {
   EXPECT_EQ(latency.stride, 8);
   EXPECT_EQ(latency.look_ahead, 0);
   EXPECT_EQ(latency.receptive_field, 15);
+}
+
+// What is in a file, under another name each.
+template <class Name>
+void write_renamed(const NamedTensors& tensors, const std::string& path, Name&& name) {
+  std::vector<FileTensor> all;
+  for (const auto& [own, tensor] : tensors)
+    all.push_back({name(own), ElementType::kF32, tensor.shape,
+                   reinterpret_cast<const std::byte*>(tensor.values.data()),
+                   tensor.values.size() * sizeof(float)});
+  write_safetensors(path, all);
+}
+
+// Names as `model.state_dict()` of a NeMo model has them, typed in.
+std::string nemo_name(const std::string& own) {
+  static const std::map<std::string, std::string> kOutside{
+      {"subsampling.layers.0.weight", "encoder.pre_encode.conv.0.weight"},
+      {"subsampling.layers.0.bias", "encoder.pre_encode.conv.0.bias"},
+      {"subsampling.layers.2.weight", "encoder.pre_encode.conv.2.weight"},
+      {"subsampling.layers.2.bias", "encoder.pre_encode.conv.2.bias"},
+      {"subsampling.layers.3.weight", "encoder.pre_encode.conv.3.weight"},
+      {"subsampling.layers.3.bias", "encoder.pre_encode.conv.3.bias"},
+      {"subsampling.layers.5.weight", "encoder.pre_encode.conv.5.weight"},
+      {"subsampling.layers.5.bias", "encoder.pre_encode.conv.5.bias"},
+      {"subsampling.layers.6.weight", "encoder.pre_encode.conv.6.weight"},
+      {"subsampling.layers.6.bias", "encoder.pre_encode.conv.6.bias"},
+      {"subsampling.linear.weight", "encoder.pre_encode.out.weight"},
+      {"subsampling.linear.bias", "encoder.pre_encode.out.bias"}};
+  static const std::map<std::string, std::string> kInLayer{
+      {"self_attn.q_proj.weight", "self_attn.linear_q.weight"},
+      {"self_attn.q_proj.bias", "self_attn.linear_q.bias"},
+      {"self_attn.k_proj.weight", "self_attn.linear_k.weight"},
+      {"self_attn.k_proj.bias", "self_attn.linear_k.bias"},
+      {"self_attn.v_proj.weight", "self_attn.linear_v.weight"},
+      {"self_attn.v_proj.bias", "self_attn.linear_v.bias"},
+      {"self_attn.o_proj.weight", "self_attn.linear_out.weight"},
+      {"self_attn.o_proj.bias", "self_attn.linear_out.bias"},
+      {"self_attn.relative_k_proj.weight", "self_attn.linear_pos.weight"},
+      {"self_attn.bias_u", "self_attn.pos_bias_u"},
+      {"self_attn.bias_v", "self_attn.pos_bias_v"},
+      {"conv.norm.weight", "conv.batch_norm.weight"},
+      {"conv.norm.bias", "conv.batch_norm.bias"},
+      {"conv.norm.running_mean", "conv.batch_norm.running_mean"},
+      {"conv.norm.running_var", "conv.batch_norm.running_var"}};
+  if (const auto found = kOutside.find(own); found != kOutside.end()) return found->second;
+  if (own.starts_with("layers.")) {
+    const std::size_t inside = own.find('.', 7) + 1;
+    const auto found = kInLayer.find(own.substr(inside));
+    return "encoder." + own.substr(0, inside) +
+           (found != kInLayer.end() ? found->second : own.substr(inside));
+  }
+  return "preprocessor." + own;  // the golden's input and output: other tensors of a model
+}
+
+TEST(ConformerEncoder, ReadsTheNamesOfNemoAndOfTransformers) {
+  const std::string path = testing::TempDir() + "conformer_names.safetensors";
+  for (const bool causal : {true, false}) {
+    const NamedTensors golden = read_golden(causal ? "conformer_causal" : "conformer");
+    const FrameVisibility visible =
+        causal ? FrameVisibility::chunked_limited(4, 1) : FrameVisibility::window(16, 16);
+    const auto output = [&](const NamedTensors& tensors) {
+      return stream_through(ConformerEncoder(small_conformer(causal), tensors).chain(visible),
+                            golden.get("input").values, {7});
+    };
+    const std::vector<float> expected = output(golden);
+    expect_golden(expected, golden);
+    write_renamed(golden, path, nemo_name);
+    ASSERT_FALSE(SafetensorsFile(path).contains("encoder.layers.0.self_attn.q_proj.weight"));
+    const NamedTensors nemo = read_conformer_tensors(SafetensorsFile(path));
+    EXPECT_EQ(nemo.size() + 2, golden.size());
+    EXPECT_EQ(output(nemo), expected);
+    for (const std::string prefix : {"encoder.", ""}) {
+      write_renamed(golden, path, [&](const std::string& own) { return prefix + own; });
+      EXPECT_EQ(output(read_conformer_tensors(SafetensorsFile(path))), expected);
+    }
+    // Both names at once: whose values would count?
+    write_renamed(golden, path, [&](const std::string& own) {
+      return own == "layers.0.conv.norm.bias" ? "layers.1.conv.batch_norm.bias" : own;
+    });
+    const auto error = error_of([&] { read_conformer_tensors(SafetensorsFile(path)); });
+    ASSERT_TRUE(error);
+    EXPECT_EQ(error->code(), ErrorCode::kFormat);
+    EXPECT_EQ(error->detail().field, "layers.1.conv.norm.bias");
+  }
+  std::remove(path.c_str());
+  const SafetensorsFile other(SLUICE_TEST_DATA "/encoders/vision.safetensors");
+  const auto error = error_of([&] { read_conformer_tensors(other); });
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->code(), ErrorCode::kFormat);
 }
 
 TEST(ConformerEncoder, RefusesTensorsThatDoNotFit) {

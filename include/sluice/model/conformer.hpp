@@ -44,9 +44,10 @@ struct ConformerConfig {
 ///
 /// Tensor names are those of Transformers' ParakeetEncoder: subsampling.layers.0.weight ...,
 /// subsampling.linear, layers.N.{norm_feed_forward1, feed_forward1.linear1, ..., self_attn.q_proj,
-/// self_attn.relative_k_proj, self_attn.bias_u, conv.pointwise_conv1, conv.norm, norm_out}. A block
-/// whose conv.norm has running statistics is normalised by them, otherwise by a layer norm, as
-/// models are that stream.
+/// self_attn.relative_k_proj, self_attn.bias_u, conv.pointwise_conv1, conv.norm, norm_out};
+/// read_conformer_tensors (load_encoder.hpp) gives them from NeMo's files too. A block whose
+/// conv.norm has running statistics is normalised by them, otherwise by a layer norm, as models are
+/// that stream.
 class ConformerEncoder {
  public:
   /// \throws Error(kFormat) for a missing tensor, Error(kShape) for one of another shape,

@@ -30,6 +30,9 @@ class NamedTensors {
   const std::string& where() const { return where_; }
   bool has(const std::string& name) const { return tensors_.find(name) != tensors_.end(); }
   std::size_t size() const { return tensors_.size(); }
+  /// Pairs of a name and its tensor, by name.
+  auto begin() const { return tensors_.begin(); }
+  auto end() const { return tensors_.end(); }
 
   /// \throws Error(kShape) unless there are as many values as the shape says.
   void add(std::string name, std::vector<std::int64_t> shape, std::vector<float> values) {
