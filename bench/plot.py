@@ -586,8 +586,13 @@ def draw_streaminnc(records, folder):
     ratios = [record["work_ratio"] for record in records]
     speed.plot(ratios, ratios, color="#000000", linestyle=":", linewidth=1.2,
                label="window / hop: all work removed")
+    if all("features_speedup" in record for record in records):
+        speed.plot(ratios, [record["features_speedup"] for record in records], "s", color=SECOND,
+                   markersize=4, label="the layers that reuse (measured)")
+        speed.plot(ratios, [record["predicted_speedup"] for record in records], "--",
+                   color="#000000", linewidth=1.0, label="with a head for each output (predicted)")
     speed.plot(ratios, [record["speedup"] for record in records], "o-", color=ACCENT,
-               linewidth=1.8, markersize=4, label="measured")
+               linewidth=1.8, markersize=4, label="the network (measured)")
     speed.set_xlabel("window / hop")
     speed.set_ylabel("times as fast as windows run anew")
     speed.legend(fontsize=8, frameon=False)
