@@ -67,7 +67,8 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
 
   {"kind": "streaminnc", "window": 1024, "hop": 256, "work_ratio": 4.0, "speedup": 3.8,
    "deviation_zero_padding": 0.03, "deviation_signal_padding": 0.0, "meta": {...}}
-      lines of stream_layers_bench --json: speedup of reuse over running every window anew
+      lines of stream_layers_bench --json: speedup of reuse over running every window anew; with
+      features_speedup (of the layers that reuse applies to) and predicted_speedup, drawn too
 
   {"bench": "decode_attention", "case": "1028", "default": true, "overlap": true, "us": 4.4, ...}
       lines of the GPU programs name themselves by `bench`; drawn are decode_attention beside torch
