@@ -230,6 +230,32 @@ class Listen(unittest.TestCase):
         self.assertGreater(time.monotonic() - begin, 0.97)
         self.assertEqual(found[-1]["packets"], 50)
 
+    def test_a_deadline_is_counted_and_changes_nothing(self):
+        path = wav("short.wav", self.samples[: 2 * RATE])
+        found = events("--speed", "4", "--deadline", "5000", "--stats", path)
+        self.assertEqual(words(found), words(events(path)))
+        report = found[-1]
+        self.assertEqual(report["deadlines"]["frames"], report["source_rows"])
+        self.assertEqual(report["deadlines"]["misses"], 0)
+        self.assertEqual(report["deadlines"]["deadline_ms"], 5000)
+        self.assertEqual((report["put_off_rows"], report["dropped_rows"], report["dropped_ms"]),
+                         (0, 0, 0))
+        self.assertNotIn("deadlines", events("--speed", "20", "--stats", path)[-1])
+
+    def test_work_is_shed_to_hold_a_deadline(self):
+        # Nine seconds at once: nearly all of it is behind by the first millisecond.
+        audio = pcm(self.samples)
+        for shed in ("skip", "shorten"):
+            found = events("--deadline", "1", "--shed", shed, "--stats", "-", stdin=audio)
+            self.assertEqual(len(words(found)) > 5, True)
+            self.assertGreater(found[-1]["put_off_rows"], 10)
+            self.assertGreater(found[-1]["deadlines"]["misses"], 10)
+        found = events("--deadline", "1", "--late", "drop-oldest", "--stats", "-", stdin=audio)
+        report = found[-1]
+        self.assertGreater(report["dropped_rows"], 10)
+        self.assertAlmostEqual(report["dropped_ms"], 40 * report["dropped_rows"], delta=40)
+        self.assertEqual(found[-2]["audio_ms"], 9000)  # the audio's clock goes on
+
     def test_stats_are_text_on_stderr(self):
         done = run("--stats", "--speed", "50", self.wav)
         for name in ("model", "audio", "latency", "first word", "overlap", "work", "memory"):
@@ -299,7 +325,12 @@ class Listen(unittest.TestCase):
         for arguments in (["--latency", "0"], ["--latency", "1.5"], ["--latency", "x"],
                           ["--latency", "-3ms"], ["--encoding", "s12"], ["--rate", "1"],
                           ["--packet-ms", "0"], ["--real-time", "-"], ["--threads", "2"],
-                          ["--endpoint-ms", "-1"], [self.wav, self.wav]):
+                          ["--endpoint-ms", "-1"], [self.wav, self.wav],
+                          ["--deadline", "0", "-"], ["--deadline", "40", self.wav],
+                          ["--shed", "skip", "-"], ["--late", "drop-oldest", "-"],
+                          ["--deadline", "40", "--late", "coalesce", "-"],
+                          ["--deadline", "40", "--shed", "some", "-"],
+                          ["--activations", "float32"]):
             done = run(*arguments)
             self.assertEqual(done.returncode, 2, arguments)
             self.assertEqual(done.stdout, b"")
