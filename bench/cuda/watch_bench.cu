@@ -28,7 +28,7 @@
 #include <sluice/sluice.cuh>
 
 #include "cuda/measure.cuh"
-#include "cuda/vision_tower.cuh"
+#include "cuda/random_weights.cuh"
 
 namespace {
 
@@ -52,10 +52,22 @@ double quantile(std::vector<double> x, double q) {
   return x[static_cast<std::size_t>(q * static_cast<double>(x.size() - 1))];
 }
 
-void fill(Buffer<bf16, cuda>& matrix, std::int64_t cols, std::uint64_t salt) {
-  fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(matrix.data()),
-                             static_cast<std::int64_t>(matrix.size()), salt << 33,
-                             1 / std::sqrt(static_cast<float>(cols)));
+/// Qwen2.5-VL's tower, its feed-forward 3,424 wide instead of 3,420: every row has content.
+CudaVisionWeights<bf16> tower_weights() {
+  CudaVisionWeights<bf16> weights(CudaVisionShape{.feed_forward_width = 3424});
+  const CudaVisionShape& shape = weights.shape();
+  std::uint64_t salt = 1000;
+  fill(weights.patches, shape.patch_values(), salt++);
+  for (CudaVisionLayer<bf16>& layer : weights.layers) {
+    fill(layer.query_key_value, shape.width, salt++);
+    fill(layer.output, shape.width, salt++);
+    fill(layer.gate_up, shape.width, salt++);
+    fill(layer.down, shape.stored_feed_forward(), salt++);
+  }
+  fill(weights.merger_first, shape.merged_width(), salt++);
+  fill(weights.merger_second, shape.merged_width(), salt++);
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  return weights;
 }
 
 class Events {
@@ -104,23 +116,10 @@ void report(std::int64_t seconds, std::int64_t end, std::int64_t grids_per_secon
 
 void watch(const Options& options) {
   const CudaDecoderShape shape{152064, 3584, 18944, 28, 4, 128, 28, 1e-6, 1 / std::sqrt(128.0)};
-  CudaDecoderWeights<bf16> weights(shape, false);
-  const std::vector<float> ones(static_cast<std::size_t>(shape.hidden_size), 1.0F);
-  std::uint64_t salt = 1;
-  fill(weights.embedding, 1, salt++);
-  fill(weights.output, shape.hidden_size, salt++);
-  weights.output_norm.upload(ones);
+  const std::unique_ptr<CudaDecoderWeights<bf16>> weights = random_weights(shape);
   std::vector<Buffer<float, cuda>> biases;
-  for (CudaLayerWeights<bf16>& layer : weights.layers) {
-    layer.attention_norm.upload(ones);
-    layer.feed_forward_norm.upload(ones);
-    fill(layer.query_key_value, shape.hidden_size, salt++);
-    fill(layer.output, shape.query_size(), salt++);
-    fill(layer.gate_up, shape.hidden_size, salt++);
-    fill(layer.down, shape.intermediate_size, salt++);
+  for (std::int64_t l = 0; l < shape.num_layers; ++l)
     biases.emplace_back(static_cast<std::size_t>(shape.fused_size()));
-  }
-  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 
   const auto grids_per_second = static_cast<std::int64_t>(std::lround(options.fps / 2));
   const std::int64_t tokens = options.rows * options.cols;
@@ -148,10 +147,10 @@ void watch(const Options& options) {
   cudaStream_t stream = nullptr;
   check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   {
-    CudaKindDecoder<bf16, 128> decoder(weights, decoder_options, stream, biases);
-    const VisionTowerShape tower_shape{.rows = options.rows, .cols = options.cols};
-    std::unique_ptr<VisionTower> tower;
-    if (options.tower) tower = std::make_unique<VisionTower>(tower_shape, stream);
+    CudaKindDecoder<bf16, 128> decoder(*weights, decoder_options, stream, biases);
+    const CudaVisionWeights<bf16> seeing_weights = tower_weights();
+    CudaVisionTower<bf16, 80> tower(seeing_weights, options.rows, options.cols, stream);
+    const std::int64_t grid_bytes = tower.shape().grid_frames * tower.frame_bytes();
     Buffer<float, cuda> given(static_cast<std::size_t>(tokens * shape.hidden_size));
     std::vector<float> row(given.size());
     for (std::size_t i = 0; i < row.size(); ++i)
@@ -159,8 +158,8 @@ void watch(const Options& options) {
     given.upload(row);
     // A scene of four grids that comes round: what frames show changes no cost.
     constexpr std::int64_t kScenes = 4;
-    PinnedBytes frames(static_cast<std::size_t>(kScenes * tower_shape.frame_bytes()));
-    for (std::int64_t i = 0; i < kScenes * tower_shape.frame_bytes(); ++i)
+    PinnedBytes frames(static_cast<std::size_t>(kScenes * grid_bytes));
+    for (std::int64_t i = 0; i < kScenes * grid_bytes; ++i)
       frames.data()[i] = static_cast<std::byte>((i * 2654435761U >> 13) & 0xff);
 
     std::vector<std::int32_t> turn{151644, 872, 198, 1462, 28, 15, 12, 16, 82, 151652};
@@ -195,10 +194,10 @@ void watch(const Options& options) {
           decoder.read(turn);
         }
       }
-      const float* seen = tower == nullptr
-                              ? given.data()
-                              : tower->encode(reinterpret_cast<const std::uint8_t*>(frames.data()) +
-                                              g % kScenes * tower_shape.frame_bytes());
+      const float* seen = options.tower
+                              ? tower.encode(reinterpret_cast<const std::uint8_t*>(frames.data()) +
+                                             g % kScenes * grid_bytes)
+                              : given.data();
       events.record(at + 1, stream);
       decoder.begin_span(SpanRole::kVision, grid);
       decoder.see(seen, tokens);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // watch: frames on a clock through a vision encoder and a decoder that keeps text and frames by
-// kind; what it sustains, what it misses, what it holds.
+// kind; what it sustains, what it misses, what it holds. SLUICE_WATCH_BACKEND is the tag of the
+// backend that computes: sluice::cpu makes `watch`, sluice::cuda makes `watch_cuda`.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,18 +10,21 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <CLI/CLI.hpp>
 
+#include "models.hpp"
 #include "scene.hpp"
 #include "watcher.hpp"
 
+#include "sluice/backend/cuda/tag.hpp"
+#include "sluice/core/backend.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/io/frame_source.hpp"
 #include "sluice/io/json.hpp"
-#include "sluice/model/load_encoder.hpp"
-#include "sluice/model/load_model.hpp"
+#include "sluice/io/tokenizer.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/deadline.hpp"
 #include "sluice/stream/latency_histogram.hpp"
@@ -38,7 +42,12 @@ using sluice::Token;
 using sluice::TokenKind;
 using support::format;
 
+using Backend = SLUICE_WATCH_BACKEND;
+constexpr bool kOnHost = std::is_same_v<Backend, sluice::cpu>;
+constexpr const char* kProgram = kOnHost ? "watch" : "watch_cuda";
+
 struct Options {
+  std::string geometry = "small";
   std::string model;
   std::string encoder;
   std::int64_t encoder_heads = 16;
@@ -48,6 +57,7 @@ struct Options {
   std::int64_t rows = 4;
   std::int64_t cols = 4;
   std::int64_t reply = 2;
+  double temperature = 0.9;
   double vision_window = 16;
   std::int64_t text_sinks = 64;
   std::int64_t text_window = 128;
@@ -81,9 +91,9 @@ double ms(std::int64_t ns) {
 Json bytes_by_kind(const Watcher& watcher) {
   Json kinds;
   for (const TokenKind kind : {TokenKind::kPinned, TokenKind::kText, TokenKind::kVision})
-    kinds[std::string(to_string(kind))] = {{"tokens", watcher.cache().retention().kept(kind)},
-                                           {"bytes", watcher.cache().bytes_in_use(kind)},
-                                           {"reserved_bytes", watcher.cache().bytes(kind)}};
+    kinds[std::string(to_string(kind))] = {{"tokens", watcher.retention().kept(kind)},
+                                           {"bytes", watcher.bytes_in_use(kind)},
+                                           {"reserved_bytes", watcher.reserved_bytes(kind)}};
   return kinds;
 }
 
@@ -94,6 +104,8 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
   const double fps = static_cast<double>(m.watched) / m.seconds;
   if (options.json) {
     Json line{{"kind", "report"},
+              {"device", watcher.device()},
+              {"geometry", options.model.empty() ? options.geometry : options.model},
               {"pictures_watched", m.watched},
               {"seconds", m.seconds},
               {"sustained_fps", fps},
@@ -109,7 +121,7 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
               {"skipped", m.shed.skipped},
               {"shortened", m.shed.shortened},
               {"cache", bytes_by_kind(watcher)},
-              {"cache_bytes", watcher.cache().bytes()},
+              {"cache_bytes", watcher.cache_bytes()},
               {"resident_bytes", support::peak_resident_bytes()}};
     if (options.real_time) {
       line["deadlines"] = support::deadline_json(m.deadlines);
@@ -137,79 +149,57 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
                static_cast<long long>(m.shed.shortened));
   text += "\n| kind | tokens | in use | reserved |\n|---|---|---|---|\n";
   for (const TokenKind kind : {TokenKind::kPinned, TokenKind::kText, TokenKind::kVision})
-    text += format(
-        "| %s | %lld | %s | %s |\n", std::string(to_string(kind)).c_str(),
-        static_cast<long long>(watcher.cache().retention().kept(kind)),
-        support::megabytes(static_cast<std::int64_t>(watcher.cache().bytes_in_use(kind))).c_str(),
-        support::megabytes(static_cast<std::int64_t>(watcher.cache().bytes(kind))).c_str());
+    text +=
+        format("| %s | %lld | %s | %s |\n", std::string(to_string(kind)).c_str(),
+               static_cast<long long>(watcher.retention().kept(kind)),
+               support::megabytes(static_cast<std::int64_t>(watcher.bytes_in_use(kind))).c_str(),
+               support::megabytes(static_cast<std::int64_t>(watcher.reserved_bytes(kind))).c_str());
   support::write_stdout(text);
 }
 
 int run(const Options& options) {
-  std::shared_ptr<const sluice::Decoder> decoder;
-  std::shared_ptr<const sluice::Tokenizer> tokenizer;
-  if (options.model.empty()) {
-    decoder = random_decoder(options.seed);
-  } else {
-    const sluice::LoadedModel model = sluice::load_model(options.model);
-    decoder = model.decoder;
-    tokenizer = model.tokenizer;
-  }
-  const sluice::DecoderConfig& config = decoder->config();
-  const sluice::VisionEncoder encoder = [&] {
-    if (!options.encoder.empty()) {
-      const sluice::SafetensorsFile file(options.encoder);
-      const bool inside = file.contains("visual.patch_embed.proj.weight");
-      const sluice::NamedTensors tensors = sluice::read_tensors(file, inside ? "visual." : "");
-      return sluice::VisionEncoder(config_of(tensors, options.encoder_heads), tensors);
-    }
-    return sluice::VisionEncoder::random({.width = 64,
-                                          .num_layers = 2,
-                                          .num_heads = 4,
-                                          .feed_forward_width = 192,
-                                          .out_width = config.hidden_size,
-                                          .patch_size = 8,
-                                          .grid_frames = 1,
-                                          .window_size = 32,
-                                          .whole_layers = {1}},
-                                         options.seed + 1);
-  }();
-  const sluice::VisionEncoderConfig& vision = encoder.config();
+  const Models models({.preset = preset_of(options.geometry),
+                       .model = options.model,
+                       .encoder = options.encoder,
+                       .encoder_heads = options.encoder_heads,
+                       .seed = options.seed});
+  const sluice::Tokenizer* const tokenizer = models.tokenizer();
+  const sluice::VisionEncoderConfig& vision = models.encoder();
   const sluice::PictureFormat size{.width = options.cols * vision.merge * vision.patch_size,
                                    .height = options.rows * vision.merge * vision.patch_size};
   // Rounds a second: the encoder may take several frames at once.
   const double rate = options.fps / static_cast<double>(vision.grid_frames);
   const std::int64_t rounds = std::max<std::int64_t>(1, std::llround(options.vision_window * rate));
   const std::int64_t tokens = options.rows * options.cols;
-  sluice::ThreadTeam team(static_cast<int>(options.threads));
-  Watcher watcher(*decoder, encoder,
-                  {.retention = {.text_sinks = options.text_sinks,
-                                 .text_window = options.text_window,
-                                 .text_rounds = rounds,
-                                 .vision_rounds = rounds,
-                                 .max_turn = 0,
-                                 .max_reply = std::max<std::int64_t>(options.reply, 1),
-                                 .max_vision = tokens,
-                                 .max_spans = 2,
-                                 .max_chunk = std::max<std::int64_t>(tokens, 16)},
-                   .rows = options.rows,
-                   .cols = options.cols,
-                   .seconds_per_frame = 1 / rate,
-                   .seed = options.seed + 2},
-                  team);
+  const std::unique_ptr<Watcher> watcher = make_watcher<Backend>(
+      models, {.retention = {.text_sinks = options.text_sinks,
+                             .text_window = options.text_window,
+                             .text_rounds = rounds,
+                             .vision_rounds = rounds,
+                             .max_turn = 0,
+                             .max_reply = std::max<std::int64_t>(options.reply, 1),
+                             .max_vision = tokens,
+                             .max_spans = 2,
+                             .max_chunk = std::max<std::int64_t>(tokens, 16)},
+               .rows = options.rows,
+               .cols = options.cols,
+               .seconds_per_frame = 1 / rate,
+               .temperature = static_cast<float>(options.temperature),
+               .seed = options.seed + 2,
+               .threads = options.threads});
   const auto text = [&](const std::string& words, std::int64_t count) {
     std::vector<Token> result;
     if (tokenizer != nullptr) {
       result = tokenizer->encode(words);
     } else {
       for (std::int64_t i = 0; i < count; ++i)
-        result.push_back(static_cast<Token>((7 + 31 * i) % config.vocab_size));
+        result.push_back(static_cast<Token>((7 + 31 * i) % models.decoder().vocab_size));
     }
     if (static_cast<std::int64_t>(result.size()) > count)
       result.resize(static_cast<std::size_t>(count));
     return result;
   };
-  watcher.read_prompt(
+  watcher->read_prompt(
       text("previous text\n", 4),
       text("The camera shows what happens.", std::min<std::int64_t>(24, options.text_sinks)),
       text("\n\n", 2));
@@ -246,7 +236,7 @@ int run(const Options& options) {
                 start + static_cast<std::int64_t>(1e9 / rate));
   while (support::caught_signal() == 0 && paced.counts().taken < options.pictures &&
          paced.next(picture) == sluice::FrameStatus::kFrame) {
-    if (!watcher.take(picture.pixels)) continue;
+    if (!watcher->take(picture.pixels)) continue;
     const std::int64_t index = picture.index / vision.grid_frames;
     const std::int64_t now = sluice::monotonic_ns();
     const std::int64_t due = options.real_time ? paced.due_ns(picture) : now;
@@ -256,7 +246,7 @@ int run(const Options& options) {
       meter->on_skipped();
       continue;
     }
-    const FrameTimes times = watcher.see(choice.amount);
+    const FrameTimes times = watcher->see(choice.amount);
     if (options.real_time) shedder.on_step(choice.index, times.done - now);
     meter->on_frame(index, times.done);
     m.encode.record(times.encoded - times.begin);
@@ -274,10 +264,10 @@ int run(const Options& options) {
                 {"read_ms", ms(times.read - times.encoded)},
                 {"reply_ms", ms(times.done - times.read)},
                 {"late_ms", ms(now - due)},
-                {"tokens", watcher.last_reply()}};
+                {"tokens", watcher->last_reply()}};
       support::write_stdout(line.dump() + "\n");
     } else if (tokenizer != nullptr && choice.amount > 0) {
-      support::write_stdout(tokenizer->decode(watcher.last_reply()));
+      support::write_stdout(tokenizer->decode(watcher->last_reply()));
     }
   }
   if (!options.json && tokenizer != nullptr) support::write_stdout("\n\n");
@@ -285,10 +275,11 @@ int run(const Options& options) {
   m.deadlines = meter->report();
   m.frames = paced.counts();
   m.shed = shedder.counts();
-  report(options, m, watcher);
+  report(options, m, *watcher);
   if (m.watched == 0 && support::caught_signal() == 0) {
-    std::cerr << (m.frames.taken == 0 ? "watch: no frame came from "
-                                      : "watch: too few frames to answer any came from ")
+    std::cerr << kProgram
+              << (m.frames.taken == 0 ? ": no frame came from "
+                                      : ": too few frames to answer any came from ")
               << reader->name() << '\n';
     return 1;
   }
@@ -303,7 +294,7 @@ int main(int argc, char** argv) {
       "Frames on a clock through a vision encoder and a decoder that keeps text and frames by "
       "kind: text sinks, a text window, the frames of the last seconds. Weights are random unless "
       "loaded.",
-      "watch");
+      kProgram);
   app.footer(
       "The report goes to stdout, everything else to stderr.\n"
       "Exit status: 0 done, 1 an error, 2 a wrong flag or value, 130 after Ctrl-C.");
@@ -326,6 +317,9 @@ int main(int argc, char** argv) {
   app.add_option("--reply", options.reply, "tokens said about a frame")
       ->capture_default_str()
       ->check(support::whole_number(0, 128));
+  app.add_option("--temperature", options.temperature, "of what is said; 0: the likeliest token")
+      ->capture_default_str()
+      ->check(support::number(0, 100, "a number from 0 to 100"));
   app.add_option("--vision-window", options.vision_window, "seconds of frames that stay")
       ->capture_default_str()
       ->check(support::number(0.001, 86400, "seconds, up to a day"));
@@ -345,6 +339,11 @@ int main(int argc, char** argv) {
   app.add_option("--shed", options.shed, "what to leave out to hold a deadline")
       ->capture_default_str()
       ->check(support::shedding_name());
+  app.add_option("--geometry", options.geometry,
+                 "of models from the seed. qwen2.5-vl-7b has other defaults: --fps 30 --rows 8 "
+                 "--cols 16 --text-sinks 512 --text-window 512")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"small", "qwen2.5-vl-7b"}));
   app.add_option("-m,--model", options.model,
                  "decoder: GGUF file, or folder with config.json and weights");
   app.add_option("--encoder", options.encoder,
@@ -352,9 +351,10 @@ int main(int argc, char** argv) {
   app.add_option("--encoder-heads", options.encoder_heads, "its attention heads")
       ->capture_default_str()
       ->check(support::whole_number(1, 1024));
-  app.add_option("-t,--threads", options.threads, "threads")
-      ->capture_default_str()
-      ->check(support::thread_count());
+  if (kOnHost)
+    app.add_option("-t,--threads", options.threads, "threads")
+        ->capture_default_str()
+        ->check(support::thread_count());
   app.add_option("--seed", options.seed, "of random weights and of what is said")
       ->capture_default_str();
   app.add_flag("--json", options.json, "a JSON line for each frame, and one for the report");
@@ -363,5 +363,14 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   }
-  return support::run_program("watch", [&] { return run(options); });
+  const Preset preset = preset_of(options.geometry);
+  const auto unless_given = [&](const char* name, auto& option, auto value) {
+    if (app.count(name) == 0) option = value;
+  };
+  unless_given("--fps", options.fps, preset.fps);
+  unless_given("--rows", options.rows, preset.rows);
+  unless_given("--cols", options.cols, preset.cols);
+  unless_given("--text-sinks", options.text_sinks, preset.text_sinks);
+  unless_given("--text-window", options.text_window, preset.text_window);
+  return support::run_program(kProgram, [&] { return run(options); });
 }

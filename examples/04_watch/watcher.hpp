@@ -1,36 +1,30 @@
 // SPDX-License-Identifier: MIT
 // One conversation about a video: frames through a vision encoder into a decoder's cache, and a few
-// words about each.
+// words about each. The backend's tag says where: watcher_cpu.cpp or watcher_cuda.cu.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
-#include <vector>
 
-#include "sluice/cache/kind_kv_cache.hpp"
-#include "sluice/core/random.hpp"
-#include "sluice/model/decoder.hpp"
-#include "sluice/model/vision_encoder.hpp"
-#include "sluice/nn/patch_embedding.hpp"
-#include "sluice/position/vision_positions.hpp"
+#include "models.hpp"
+
+#include "sluice/cache/kind_retention.hpp"
+#include "sluice/core/backend.hpp"
+#include "sluice/core/token.hpp"
 
 namespace watch {
-
-/// A small decoder with three-axis positions and weights from a seed.
-std::shared_ptr<const sluice::Decoder> random_decoder(std::uint64_t seed);
-
-/// The extents of an encoder, read off the shapes of its tensors.
-sluice::VisionEncoderConfig config_of(const sluice::NamedTensors& tensors, std::int64_t num_heads);
 
 struct WatcherConfig {
   sluice::KindRetentionConfig retention;
   std::int64_t rows = 4;  // tokens of a frame
   std::int64_t cols = 4;
   double seconds_per_frame = 0.125;
-  float temperature = 0.9F;
+  float temperature = 0.9F;  // 0: the likeliest token
   std::uint64_t seed = 1;
+  std::int64_t threads = 2;  // of the host, where it computes
 };
 
 /// When the parts of a frame were done, monotonic_ns().
@@ -44,38 +38,36 @@ struct FrameTimes {
 
 class Watcher {
  public:
-  Watcher(const sluice::Decoder& decoder, const sluice::VisionEncoder& encoder,
-          const WatcherConfig& config, sluice::ThreadTeam& team);
+  virtual ~Watcher() = default;
 
   /// The text before the video: structure, what was said before, structure.
-  void read_prompt(std::span<const sluice::Token> head, std::span<const sluice::Token> previous,
-                   std::span<const sluice::Token> tail);
+  virtual void read_prompt(std::span<const sluice::Token> head,
+                           std::span<const sluice::Token> previous,
+                           std::span<const sluice::Token> tail) = 0;
   /// Takes a frame's pixels: whether there are as many now as are encoded together.
-  bool take(std::span<const std::uint8_t> pixels) { return patch_rows_.accept(pixels, picture_); }
+  virtual bool take(std::span<const std::uint8_t> pixels) = 0;
   /// A round: what was taken, then `reply` tokens about it, which last_reply() gives.
-  FrameTimes see(std::int64_t reply);
-  std::span<const sluice::Token> last_reply() const { return said_; }
-  const sluice::KindKvCache<sluice::bf16>& cache() const { return cache_; }
+  virtual FrameTimes see(std::int64_t reply) = 0;
+  virtual std::span<const sluice::Token> last_reply() const = 0;
 
- private:
-  void read_text(sluice::SpanRole role, std::span<const sluice::Token> tokens);
-  sluice::Token choose();
+  virtual const sluice::KindRetention& retention() const = 0;
+  /// Keys and values of one token, all layers.
+  virtual std::size_t token_bytes() const = 0;
+  /// All that the cache has set aside.
+  virtual std::size_t cache_bytes() const = 0;
+  /// What computes, for reports.
+  virtual std::string device() const = 0;
 
-  const sluice::Decoder& decoder_;
-  const sluice::VisionEncoder& encoder_;
-  WatcherConfig config_;
-  sluice::ThreadTeam& team_;
-  sluice::KindKvCache<sluice::bf16> cache_;
-  sluice::DecoderWorkspace workspace_;
-  sluice::VisionEncoder::Workspace encoder_workspace_;
-  sluice::VisionGrid grid_;
-  std::vector<sluice::Position3> positions_;
-  sluice::PatchRows patch_rows_;
-  sluice::PatchRows::State picture_;
-  std::vector<float> patches_;
-  std::vector<float> logits_;
-  std::vector<sluice::Token> said_;
-  sluice::Random random_;
+  std::size_t reserved_bytes(sluice::TokenKind kind) const {
+    return static_cast<std::size_t>(retention().slots(kind)) * token_bytes();
+  }
+  std::size_t bytes_in_use(sluice::TokenKind kind) const {
+    return static_cast<std::size_t>(retention().kept(kind)) * token_bytes();
+  }
 };
+
+/// \throws sluice::Error for what does not fit together, or a device that is not there.
+template <sluice::Backend Tag>
+std::unique_ptr<Watcher> make_watcher(const Models& models, const WatcherConfig& config);
 
 }  // namespace watch

@@ -18,3 +18,4 @@
 #include "sluice/backend/cuda/segment_attention.cuh"
 #include "sluice/backend/cuda/tile_attention.cuh"
 #include "sluice/backend/cuda/variant.cuh"
+#include "sluice/backend/cuda/vision_tower.cuh"

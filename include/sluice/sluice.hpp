@@ -92,6 +92,7 @@
 #include "sluice/model/moonshine_encoder.hpp"
 #include "sluice/model/named_tensors.hpp"
 #include "sluice/model/vision_encoder.hpp"
+#include "sluice/model/vision_encoder_config.hpp"
 
 #include "sluice/stream/attention_policy.hpp"
 #include "sluice/stream/block_beam.hpp"

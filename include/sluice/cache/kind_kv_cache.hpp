@@ -7,15 +7,19 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "sluice/cache/element_stream.hpp"
 #include "sluice/cache/kind_retention.hpp"
 #include "sluice/cache/kv_cache.hpp"
+#include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/segment.hpp"
+#include "sluice/core/byte_stream.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -29,8 +33,9 @@ namespace sluice {
 /// block and are rotated to their place there, so that no rounded key is rotated again.
 ///
 /// Protocol: KindRetention's, with forward() in the place of append(). Text needs no positions of
-/// its own; for frames, fill_positions(grid, next_position(), ...) gives them. Only construction
-/// allocates. One thread changes the cache; store() of different rows may run on several.
+/// its own; for frames, fill_positions(grid, next_position(), ...) gives them. Only construction,
+/// make_checkpoint(), sibling() and save() allocate. One thread changes the cache; store() of
+/// different rows may run on several.
 template <RotaryElement Key, RotaryElement Value = Key>
 class KindKvCache {
  public:
@@ -38,6 +43,18 @@ class KindKvCache {
   using ValueType = Value;
   using SegmentType = Segment<Key, Value>;
   static constexpr int kMaxSegments = KindRetention::kMaxSegments;
+
+  /// A state that revert() returns to: the books, and a copy of every row that is kept.
+  struct Checkpoint {
+    KindRetention retention;
+    std::int64_t tokens_moved = 0;
+    Buffer<std::byte> rows;
+    /// What it costs, the books left out.
+    std::size_t bytes() const { return rows.bytes(); }
+    /// As those of the cache, at the captured state.
+    std::int64_t total() const { return retention.total(); }
+    std::int64_t max_truncate() const { return retention.max_truncate(); }
+  };
 
   /// rotaries: [num_layers], each null or outliving the cache.
   /// \throws Error(kConfig, kShape) naming what does not fit.
@@ -120,6 +137,111 @@ class KindKvCache {
   void commit() { retention_.commit(); }
   void rollback() { retention_.rollback(); }
   void reset() { retention_.reset(); }
+  /// The most tokens that truncate() takes back: those of the open span.
+  std::int64_t max_truncate() const { return retention_.max_truncate(); }
+  /// Takes back the newest tokens, committed or not. \throws Error(kCapacity): nothing changes.
+  void truncate(std::int64_t tokens) { retention_.truncate(tokens); }
+
+  /// An empty checkpoint with all the room that capture() needs. Allocates it.
+  Checkpoint make_checkpoint() const {
+    const auto heads = static_cast<std::size_t>(shape_.num_layers * shape_.num_kv_heads);
+    return {retention_, tokens_moved_,
+            Buffer<std::byte>(size(capacity_) * token_bytes() + size(retention_.reply_slots()) *
+                                                                    heads * size(shape_.head_dim) *
+                                                                    sizeof(float))};
+  }
+  /// Takes the state of now. Allocates nothing. Precondition: nothing is uncommitted, `checkpoint`
+  /// is of this cache or of one made alike.
+  void capture(Checkpoint& checkpoint) const {
+    SLUICE_ASSERT(retention_.total() == retention_.committed());
+    checkpoint.retention = retention_;
+    checkpoint.tokens_moved = tokens_moved_;
+    std::byte* to = checkpoint.rows.data();
+    each_kept_row(*this, [&](const auto* row, std::int64_t count) {
+      const std::size_t bytes = sizeof(*row) * size(count);
+      std::memcpy(to, row, bytes);
+      to += bytes;
+    });
+  }
+  /// Returns to a captured state, exactly, whatever has happened since: nothing tells it from a
+  /// cache that never went on. Allocates nothing.
+  void revert(const Checkpoint& checkpoint) {
+    retention_ = checkpoint.retention;
+    tokens_moved_ = checkpoint.tokens_moved;
+    const std::byte* from = checkpoint.rows.data();
+    each_kept_row(*this, [&](auto* row, std::int64_t count) {
+      const std::size_t bytes = sizeof(*row) * size(count);
+      std::memcpy(row, from, bytes);
+      from += bytes;
+    });
+  }
+  /// Becomes a copy of `other`, a cache made alike. Copies what is kept; allocates nothing.
+  /// Precondition: nothing is uncommitted in `other`.
+  void copy_from(const KindKvCache& other) {
+    SLUICE_ASSERT(other.total() == other.retention_.committed() &&
+                  keys_.size() == other.keys_.size() && values_.size() == other.values_.size());
+    retention_ = other.retention_;
+    tokens_moved_ = other.tokens_moved_;
+    for (std::int64_t l = 0; l < shape_.num_layers; ++l)
+      for (std::int64_t h = 0; h < shape_.num_kv_heads; ++h) {
+        retention_.each_stored_slot([&](std::int64_t slot) {
+          std::copy_n(other.key(l, h, slot), shape_.head_dim, key(l, h, slot));
+          std::copy_n(other.value(l, h, slot), shape_.value_dim, value(l, h, slot));
+        });
+        retention_.each_reply_slot([&](std::int64_t reply) {
+          std::copy_n(other.raw_reply(l, h, reply), shape_.head_dim, raw_reply(l, h, reply));
+        });
+      }
+  }
+  /// An empty cache made alike. Allocates it.
+  KindKvCache sibling() const { return KindKvCache(shape_, retention_.config(), rotaries_); }
+
+  /// Appends the books and the rows that are kept. Allocates in the writer. A checksum is the
+  /// caller's (ByteWriter::write_checksum). \throws Error(kOrder) with uncommitted tokens.
+  void save(ByteWriter& writer) const {
+    if (retention_.total() != retention_.committed())
+      throw Error(ErrorCode::kOrder,
+                  {"uncommitted tokens", "KindKvCache::save", "appended tokens", "0",
+                   std::to_string(retention_.total() - retention_.committed())});
+    writer.write<std::uint32_t>(KvRow<Key>::kTag);
+    writer.write<std::uint32_t>(KvRow<Value>::kTag);
+    for (const std::int64_t extent :
+         {shape_.num_layers, shape_.num_kv_heads, shape_.head_dim, shape_.value_dim, tokens_moved_})
+      writer.write<std::int64_t>(extent);
+    retention_.save(writer);
+    each_kept_row(*this, [&](const auto* row, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) detail::put_element(writer, row[i]);
+    });
+  }
+  /// Takes over a saved state. \throws Error(kFormat) when shape, types or configuration differ,
+  /// the books are inconsistent or data is short. On an error the cache is reset.
+  void restore(ByteReader& reader) {
+    reset();
+    const auto expect = [&](const char* field, std::int64_t expected) {
+      reader.read_expected<std::int64_t>(field, expected);
+    };
+    reader.read_expected("key type", KvRow<Key>::kTag);
+    reader.read_expected("value type", KvRow<Value>::kTag);
+    expect("num_layers", shape_.num_layers);
+    expect("num_kv_heads", shape_.num_kv_heads);
+    expect("head_dim", shape_.head_dim);
+    expect("value_dim", shape_.value_dim);
+    const std::size_t begin = reader.offset();
+    const auto moved = reader.read<std::int64_t>("tokens_moved");
+    if (moved < 0)
+      reader.fail_at(begin, "inconsistent snapshot", "tokens_moved", "at least 0",
+                     std::to_string(moved));
+    try {
+      retention_.restore(reader);
+      each_kept_row(*this, [&](auto* row, std::int64_t count) {
+        for (std::int64_t i = 0; i < count; ++i) detail::get_element(reader, row[i]);
+      });
+    } catch (...) {
+      reset();
+      throw;
+    }
+    tokens_moved_ = moved;
+  }
 
   /// As KvCache::store().
   void store(std::int64_t layer, HeadsView<const float> keys, HeadsView<const float> values,
@@ -173,16 +295,40 @@ class KindKvCache {
   std::int64_t row(std::int64_t layer, std::int64_t head, std::int64_t slot) const {
     return (layer * shape_.num_kv_heads + head) * capacity_ + slot;
   }
+  std::int64_t reply_row(std::int64_t layer, std::int64_t head, std::int64_t reply) const {
+    return (layer * shape_.num_kv_heads + head) * retention_.reply_slots() + reply;
+  }
   Key* key(std::int64_t layer, std::int64_t head, std::int64_t slot) {
+    return keys_.data() + row(layer, head, slot) * shape_.head_dim;
+  }
+  const Key* key(std::int64_t layer, std::int64_t head, std::int64_t slot) const {
     return keys_.data() + row(layer, head, slot) * shape_.head_dim;
   }
   Value* value(std::int64_t layer, std::int64_t head, std::int64_t slot) {
     return values_.data() + row(layer, head, slot) * shape_.value_dim;
   }
+  const Value* value(std::int64_t layer, std::int64_t head, std::int64_t slot) const {
+    return values_.data() + row(layer, head, slot) * shape_.value_dim;
+  }
   float* raw_reply(std::int64_t layer, std::int64_t head, std::int64_t reply) {
-    return raw_replies_.data() +
-           ((layer * shape_.num_kv_heads + head) * retention_.reply_slots() + reply) *
-               shape_.head_dim;
+    return raw_replies_.data() + reply_row(layer, head, reply) * shape_.head_dim;
+  }
+  const float* raw_reply(std::int64_t layer, std::int64_t head, std::int64_t reply) const {
+    return raw_replies_.data() + reply_row(layer, head, reply) * shape_.head_dim;
+  }
+  /// Calls visit(data, count) for keys and values of what is kept and for the float32 keys of the
+  /// replies, in a fixed order.
+  template <class Self, class Visit>
+  static void each_kept_row(Self& self, Visit&& visit) {
+    for (std::int64_t l = 0; l < self.shape_.num_layers; ++l)
+      for (std::int64_t h = 0; h < self.shape_.num_kv_heads; ++h) {
+        self.retention_.each_stored_slot([&](std::int64_t slot) {
+          visit(self.key(l, h, slot), self.shape_.head_dim);
+          visit(self.value(l, h, slot), self.shape_.value_dim);
+        });
+        self.retention_.each_reply_slot(
+            [&](std::int64_t reply) { visit(self.raw_reply(l, h, reply), self.shape_.head_dim); });
+      }
   }
 
   /// A reply's token becomes one of the block's texts.

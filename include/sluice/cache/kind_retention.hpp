@@ -15,14 +15,17 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "sluice/cache/segment_rule.hpp"
+#include "sluice/core/byte_stream.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/position/position.hpp"
 #include "sluice/position/vision_positions.hpp"
@@ -84,9 +87,10 @@ struct KindMove {
 ///
 /// Protocol: begin_span(kHead), append, ...; kPrevious; kTail; then for each round begin_round(),
 /// begin_span(kTurn | kVision | kReply, ...), append()s, commit()s. A chunk (what is appended
-/// between two commits) lies in one span. Only construction and errors allocate. One thread at a
-/// time. Positions are rotary: functors that need the index of an old token get one that is below
-/// every newer token's, not its own.
+/// between two commits) lies in one span. Only construction, save(), restore() and errors allocate;
+/// assigning one made with the same configuration does not. One thread at a time. Positions are
+/// rotary: functors that need the index of an old token get one that is below every newer token's,
+/// not its own.
 class KindRetention {
  public:
   /// Runs with distinct places or slots that one reader can see.
@@ -150,6 +154,7 @@ class KindRetention {
   void begin_round(Move&& move) {
     require_committed("KindRetention::begin_round");
     span_open_ = false;
+    open_tokens_ = 0;
     const std::int64_t text_out = round_count_ - config_.text_rounds;
     const std::int64_t vision_out = round_count_ - config_.vision_rounds;
     if (vision_out >= 0)
@@ -206,6 +211,7 @@ class KindRetention {
     }
     role_ = role;
     span_open_ = true;
+    open_tokens_ = 0;
   }
 
   /// Whether `tokens` more fit in the span that is open.
@@ -219,10 +225,25 @@ class KindRetention {
   void commit() { committed_ = total_; }
   void rollback() { change(committed_ - total_); }
 
+  /// How many of the newest tokens, committed or not, truncate() takes back: those of the span that
+  /// is open. Beyond it nothing can be undone by counters alone: spans and rounds that began moved
+  /// positions, and rounds that left took their rows along.
+  std::int64_t max_truncate() const { return span_open_ ? open_tokens_ : 0; }
+  /// Takes back the newest `tokens` tokens; the span stays open.
+  /// \throws Error(kCapacity) if tokens > max_truncate(): nothing changes then.
+  void truncate(std::int64_t tokens) {
+    if (tokens < 0 || tokens > max_truncate())
+      throw Error(ErrorCode::kCapacity,
+                  {"cannot take back that many tokens", "KindRetention::truncate", "tokens",
+                   "0 to " + std::to_string(max_truncate()), std::to_string(tokens)});
+    change(-tokens);
+    committed_ = std::min(committed_, total_);
+  }
+
   /// Forgets everything. O(1).
   void reset() {
     head_ = tail_ = texts_ = total_ = committed_ = round_count_ = 0;
-    written_texts_ = block_tokens_ = 0;
+    written_texts_ = block_tokens_ = open_tokens_ = 0;
     first_span_ = first_round_ = replies_ = 0;
     next_ = removed_ = tail_number_ = 0;
     turns_.first = turns_.used = frames_.first = frames_.used = 0;
@@ -249,6 +270,22 @@ class KindRetention {
   }
   std::int64_t reply_slots() const { return config_.text_rounds * config_.max_reply; }
   SpanRole role() const { return role_; }
+
+  /// Calls visit(slot) for each token that is kept, in reading order.
+  template <class Visit>
+  void each_stored_slot(Visit&& visit) const {
+    std::array<SegmentRule, kMaxSegments> runs;
+    const int count = rules(runs);
+    for (int r = 0; r < count; ++r) {
+      const SegmentRule& run = runs[static_cast<std::size_t>(r)];
+      for (std::int64_t i = 0; i < run.count; ++i) visit(run.first_slot + i);
+    }
+  }
+  /// Calls visit(place) for each place among the replies whose key may still move, oldest first.
+  template <class Visit>
+  void each_reply_slot(Visit&& visit) const {
+    for (std::int64_t i = replies_ - live_replies(); i < replies_; ++i) visit(i % reply_slots());
+  }
 
   /// The runs that are kept, uncommitted tokens included (causality among those is the reader's);
   /// returns how many of `rules` ([kMaxSegments]) were written. A reader at position p, in the
@@ -314,7 +351,159 @@ class KindRetention {
     return written;
   }
 
+  /// Appends the state and the configuration that restore() compares.
+  /// \throws Error(kOrder) with uncommitted tokens.
+  void save(ByteWriter& writer) const {
+    require_committed("KindRetention::save");
+    for (const auto& [field, value] : identity()) writer.write<std::int64_t>(value);
+    for (const std::int64_t value :
+         {head_, tail_, texts_, written_texts_, total_, round_count_, replies_, first_span_,
+          turns_.first, frames_.first, static_cast<std::int64_t>(role_),
+          static_cast<std::int64_t>(block_role_), std::int64_t{span_open_ ? 1 : 0}, open_tokens_})
+      writer.write<std::int64_t>(value);
+    for (const Position value : {next_, removed_, tail_number_}) writer.write<double>(value);
+    for (std::int64_t r = first_round_; r < round_count_; ++r) {
+      const Round& of = round(r);
+      for (const std::int64_t value : {of.spans, of.turn, of.reply, of.vision})
+        writer.write<std::int64_t>(value);
+      for (std::int64_t s = of.first; s < of.first + of.spans; ++s) {
+        const Span& span = span_at(s);
+        writer.write<std::int64_t>(static_cast<std::int64_t>(span.role));
+        writer.write<std::int64_t>(span.first_index);
+        writer.write<std::int64_t>(span.count);
+        for (const Position value : {span.position, span.extent, span.behind})
+          writer.write<double>(value);
+      }
+    }
+  }
+
+  /// Takes over a saved state; what follows from other values is not stored, but formed.
+  /// \throws Error(kFormat) when it was saved under another configuration or breaks an invariant:
+  /// nothing changes then.
+  void restore(ByteReader& reader) {
+    for (const auto& [field, value] : identity()) reader.read_expected<std::int64_t>(field, value);
+    KindRetention loaded(config_);
+    const auto require = [&](bool good, const char* field) {
+      if (!good)
+        throw Error(ErrorCode::kFormat,
+                    {"inconsistent snapshot", reader.source(), field, "a consistent value", ""});
+    };
+    const auto number = [&](const char* field, std::int64_t most) {
+      const auto value = reader.read<std::int64_t>(field);
+      require(value >= 0 && value <= most, field);
+      return value;
+    };
+    const auto position = [&](const char* field) {
+      const auto value = reader.read<double>(field);
+      require(value >= 0 && value <= static_cast<double>(kMaxTotal), field);
+      return value;
+    };
+    loaded.head_ = number("head", config_.max_head);
+    loaded.tail_ = number("tail", config_.max_tail);
+    loaded.texts_ = number("texts", kMaxTotal);
+    loaded.written_texts_ =
+        number("written texts", std::min(loaded.texts_, config_.text_sinks + config_.text_window));
+    loaded.total_ = loaded.committed_ = number("total", kMaxTotal);
+    loaded.round_count_ = number("rounds", kMaxTotal);
+    loaded.replies_ = number("replies", loaded.total_);
+    loaded.first_span_ = number("spans", kMaxTotal);
+    loaded.turns_.first = number("first turn", std::max<std::int64_t>(turns_.capacity - 1, 0));
+    loaded.frames_.first = number("first frame", std::max<std::int64_t>(frames_.capacity - 1, 0));
+    loaded.role_ = static_cast<SpanRole>(number("role", 5));
+    loaded.block_role_ = static_cast<SpanRole>(number("block role", 2));
+    loaded.span_open_ = number("open", 1) == 1;
+    loaded.open_tokens_ = number("open tokens", loaded.total_);
+    loaded.next_ = position("next position");
+    loaded.removed_ = position("removed");
+    loaded.tail_number_ = position("tail position");
+    loaded.block_tokens_ = loaded.head_ + loaded.tail_ + loaded.written_texts_;
+    require(loaded.block_tokens_ <= loaded.total_, "total");
+    require(loaded.tail_number_ <= loaded.next_, "tail position");
+
+    loaded.first_round_ = std::max<std::int64_t>(0, loaded.round_count_ - rounds_kept_);
+    std::int64_t next_span = loaded.first_span_;
+    std::int64_t next_index = loaded.block_tokens_;
+    for (std::int64_t r = loaded.first_round_; r < loaded.round_count_; ++r) {
+      Round& of = loaded.round(r);
+      const bool text_stays = r >= loaded.round_count_ - config_.text_rounds;
+      const bool vision_stays = r >= loaded.round_count_ - config_.vision_rounds;
+      of.first = next_span;
+      of.spans = number("spans of a round", config_.max_spans);
+      of.turn = number("turn of a round", config_.max_turn);
+      of.reply = number("reply of a round", config_.max_reply);
+      of.vision = number("frames of a round", config_.max_vision);
+      Round counted{};
+      for (; next_span < of.first + of.spans; ++next_span) {
+        Span& span = loaded.span_at(next_span);
+        const std::int64_t role = number("role of a span", 5);
+        require(role >= static_cast<std::int64_t>(SpanRole::kTurn), "role of a span");
+        span.role = static_cast<SpanRole>(role);
+        span.first_index = number("first token of a span", loaded.total_);
+        span.count = number("tokens of a span", loaded.total_);
+        span.position = position("position of a span");
+        span.extent = position("extent of a span");
+        span.behind = position("what left behind a span");
+        const bool vision = span.role == SpanRole::kVision;
+        require((vision ? vision_stays : text_stays) || (span.count == 0 && span.extent == 0),
+                "tokens of a span");
+        require(vision || span.extent == static_cast<Position>(span.count), "extent of a span");
+        require(span.position + span.extent <= loaded.next_, "position of a span");
+        // Only what stands before something that left is shifted: see validate() about runs.
+        require(
+            span.behind <= loaded.removed_ && (span.behind == 0 || !(text_stays && vision_stays)),
+            "what left behind a span");
+        if (span.count > 0) {
+          require(span.first_index >= next_index && span.first_index + span.count <= loaded.total_,
+                  "first token of a span");
+          next_index = span.first_index + span.count;
+        }
+        (vision                          ? counted.vision
+         : span.role == SpanRole::kReply ? counted.reply
+                                         : counted.turn) += span.count;
+      }
+      require(!text_stays || (of.turn == counted.turn && of.reply == counted.reply),
+              "text of a round");
+      require(!vision_stays || of.vision == counted.vision, "frames of a round");
+      loaded.turns_.used += counted.turn + counted.reply;
+      loaded.frames_.used += counted.vision;
+    }
+    // The replies that left are texts of the block now.
+    std::int64_t reply = loaded.replies_ - loaded.live_replies();
+    require(reply >= 0 && loaded.texts_ - loaded.written_texts_ == reply, "texts");
+    for (std::int64_t s = loaded.first_span_; s < next_span; ++s) {
+      Span& span = loaded.span_at(s);
+      if (span.role != SpanRole::kReply) continue;
+      span.first_reply = reply;
+      reply += span.count;
+    }
+    if (loaded.round_count_ == 0) {
+      require(loaded.total_ == loaded.block_tokens_ && loaded.first_span_ == 0 &&
+                  loaded.next_ == static_cast<Position>(loaded.total_),
+              "total");
+      require(loaded.role_ == loaded.block_role_, "role");
+      const std::int64_t written = loaded.role_ == SpanRole::kHead   ? loaded.head_
+                                   : loaded.role_ == SpanRole::kTail ? loaded.tail_
+                                                                     : loaded.written_texts_;
+      require(loaded.open_tokens_ <= (loaded.span_open_ ? written : 0), "open tokens");
+    } else {
+      const Round& newest = loaded.round(loaded.round_count_ - 1);
+      require(!loaded.span_open_ || newest.spans > 0, "open");
+      std::int64_t open = 0;
+      if (loaded.span_open_) {
+        const Span& span = loaded.span_at(newest.first + newest.spans - 1);
+        require(span.role == loaded.role_, "role");
+        open = span.count;
+        require(open == 0 || span.first_index + open == loaded.total_, "total");
+      }
+      require(loaded.open_tokens_ == open, "open tokens");
+    }
+    *this = loaded;
+  }
+
  private:
+  /// Tokens of a stream: a Position counts exactly up to here.
+  static constexpr std::int64_t kMaxTotal = std::int64_t{1} << 53;
+
   /// Slots that are taken in turn.
   struct Ring {
     std::int64_t base = 0;
@@ -348,6 +537,30 @@ class KindRetention {
     std::int64_t reply = 0;
     std::int64_t vision = 0;
   };
+
+  /// What a saved state must agree in.
+  std::array<std::pair<const char*, std::int64_t>, 11> identity() const {
+    const KindRetentionConfig& c = config_;
+    return {{{"text_sinks", c.text_sinks},
+             {"text_window", c.text_window},
+             {"text_rounds", c.text_rounds},
+             {"vision_rounds", c.vision_rounds},
+             {"max_head", c.max_head},
+             {"max_tail", c.max_tail},
+             {"max_turn", c.max_turn},
+             {"max_reply", c.max_reply},
+             {"max_vision", c.max_vision},
+             {"max_spans", c.max_spans},
+             {"max_chunk", c.max_chunk}}};
+  }
+
+  /// Tokens of replies that are still in their rounds.
+  std::int64_t live_replies() const {
+    std::int64_t count = 0;
+    for (std::int64_t s = first_span_, end = first_span_ + live_spans(); s < end; ++s)
+      if (span_at(s).role == SpanRole::kReply) count += span_at(s).count;
+    return count;
+  }
 
   std::int64_t kept_texts() const {
     return std::min(texts_, config_.text_sinks + config_.text_window);
@@ -443,6 +656,7 @@ class KindRetention {
       }
     }
     total_ += tokens;
+    open_tokens_ += tokens;
   }
 
   void require_committed(const char* where) const {
@@ -499,7 +713,8 @@ class KindRetention {
   std::int64_t first_round_ = 0;  // the oldest that is kept
   std::int64_t first_span_ = 0;
   std::int64_t dropping_ = 0;
-  std::int64_t replies_ = 0;  // tokens of replies, ever
+  std::int64_t replies_ = 0;      // tokens of replies, ever
+  std::int64_t open_tokens_ = 0;  // of the open span
   Position next_ = 0;
   Position removed_ = 0;  // extents that left the rounds
   Position tail_number_ = 0;

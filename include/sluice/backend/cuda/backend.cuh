@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// The CUDA backend's tag, its error check, and the questions that its kernels ask of the
+/// The CUDA backend's error check, and the questions that its kernels ask of the
 /// architecture they are compiled for. Nothing reachable from here includes Eigen.
 #pragma once
 
@@ -9,13 +9,10 @@
 
 #include <cuda_runtime.h>
 
-#include "sluice/core/backend.hpp"
+#include "sluice/backend/cuda/tag.hpp"
 #include "sluice/core/error.hpp"
 
 namespace sluice {
-
-/// NVIDIA GPUs, compute capability 8.0 and later.
-struct cuda : generic_backend {};
 
 /// Turns a failed runtime call into an exception that names the call and the line it stands in.
 /// \throws Error(kDevice) unless `status` is cudaSuccess.

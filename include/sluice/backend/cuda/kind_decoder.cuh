@@ -292,6 +292,8 @@ class CudaKindDecoder {
   /// Of the last chunk's end or the last step. Waits.
   std::vector<float> logits() const { return logits_.download(stream_); }
   std::int32_t token() const { return token_.download(stream_)[0]; }
+  /// Where the chosen token lies in device memory, for copies that go along with the stream.
+  const std::int32_t* device_token() const { return token_.data(); }
   /// The last chunk's hidden states before the final norm, [max_chunk, hidden_size]. Waits.
   std::vector<float> hidden() const { return chunk_hidden_.download(stream_); }
 
