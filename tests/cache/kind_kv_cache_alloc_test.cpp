@@ -39,6 +39,8 @@ TEST(KindKvCacheAllocations, AreNone) {
     }
     cache.commit();
   };
+  auto checkpoint = cache.make_checkpoint();
+  KindKvCache<f16> copy = cache.sibling();
   const std::int64_t before = test::allocation_count();
   const std::size_t bytes = cache.bytes();
   for (int round = 0; round < 1000; ++round) {
@@ -53,11 +55,19 @@ TEST(KindKvCacheAllocations, AreNone) {
       positions[0] = on_all_axes(cache.next_position());
       chunk(1);
     }
+    // Going back costs none either.
+    if (round % 10 == 0) cache.capture(checkpoint);
+    if (round % 10 == 3) {
+      cache.truncate(cache.max_truncate());
+      copy.copy_from(cache);
+      cache.revert(checkpoint);
+    }
   }
   EXPECT_EQ(test::allocation_count(), before);
   EXPECT_EQ(cache.bytes(), bytes);
   EXPECT_GT(seen, 0);
   EXPECT_GT(cache.tokens_moved(), 1000);
+  EXPECT_GT(copy.total(), 1000);
 }
 
 }  // namespace SLUICE_TEST_UNIT

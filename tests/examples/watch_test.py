@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Runs watch as its users do: made-up frames, pipes, clocks, models, wrong flags.
 
-    watch_test.py --watch PROGRAM --make-tiny-model PROGRAM --encoder FILE [unittest arguments]
+    watch_test.py --watch PROGRAM [--watch-cuda PROGRAM] --make-tiny-model PROGRAM --encoder FILE
+                  [unittest arguments]
 """
 
 import argparse
@@ -14,17 +15,17 @@ import sys
 import tempfile
 import unittest
 
-PROGRAM = MODEL = ENCODER = FOLDER = None
+PROGRAM = CUDA_PROGRAM = MODEL = ENCODER = FOLDER = None
 FRAME = 64 * 64 * 3  # 4 x 4 tokens of 2 x 2 patches of 8 pixels
 
 
-def run(*arguments, stdin=b""):
-    return subprocess.run([PROGRAM, *map(str, arguments)], input=stdin, capture_output=True,
-                          timeout=120, check=False)
+def run(*arguments, stdin=b"", program=None):
+    return subprocess.run([program or PROGRAM, *map(str, arguments)], input=stdin,
+                          capture_output=True, timeout=120, check=False)
 
 
-def records(*arguments, stdin=b""):
-    done = run("--json", *arguments, stdin=stdin)
+def records(*arguments, stdin=b"", program=None):
+    done = run("--json", *arguments, stdin=stdin, program=program)
     assert done.returncode == 0, done.stderr.decode()
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert lines[-1]["kind"] == "report"
@@ -44,6 +45,12 @@ class Watch(unittest.TestCase):
         self.assertEqual([p["tokens"] for p in first], [p["tokens"] for p in second])
         other = records("-n", 12, "--seed", 6)[0]
         self.assertNotEqual([p["tokens"] for p in first], [p["tokens"] for p in other])
+
+    def test_the_likeliest_token_needs_no_luck(self):
+        first, second = (records("-n", 8, "--temperature", 0)[0] for _ in range(2))
+        self.assertEqual([p["tokens"] for p in first], [p["tokens"] for p in second])
+        drawn = records("-n", 8)[0]
+        self.assertNotEqual([p["tokens"] for p in first], [p["tokens"] for p in drawn])
 
     def test_memory_is_bounded_by_kind(self):
         arguments = ["--fps", 8, "--vision-window", 2, "--text-sinks", 8, "--text-window", 16]
@@ -117,7 +124,8 @@ class Watch(unittest.TestCase):
         self.assertEqual(run("-i", FOLDER / "absent.mp4").returncode, 1)
 
     def test_wrong_flags(self):
-        for arguments in (["--fps", "0"], ["--late", "never"], ["-n", "0"], ["--rows", "x"]):
+        for arguments in (["--fps", "0"], ["--late", "never"], ["-n", "0"], ["--rows", "x"],
+                          ["--geometry", "large"], ["--temperature", "-1"]):
             done = run(*arguments)
             self.assertEqual(done.returncode, 2, arguments)
             self.assertEqual(done.stdout, b"")
@@ -129,16 +137,85 @@ class Watch(unittest.TestCase):
         self.assertIn("--vision-window", done.stdout.decode())
 
 
+class WatchCuda(unittest.TestCase):
+    """The same program under the other backend's tag."""
+
+    @classmethod
+    def setUpClass(cls):
+        if CUDA_PROGRAM is None:
+            raise unittest.SkipTest("built without CUDA")
+        done = run("-n", 1, program=CUDA_PROGRAM)
+        cls.device = done.returncode == 0
+        cls.first = done
+
+    def needs_device(self):
+        if not self.device:
+            self.skipTest("no GPU")
+
+    def test_without_a_gpu_it_says_so(self):
+        if self.device:
+            self.skipTest("there is a GPU")
+        self.assertEqual(self.first.returncode, 1)
+        self.assertEqual(self.first.stdout, b"")
+        lines = self.first.stderr.decode().splitlines()
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn("no GPU", lines[0])
+
+    def test_wrong_flags_and_help(self):
+        for arguments in (["--fps", "0"], ["--threads", "2"]):  # no threads of the host's compute
+            self.assertEqual(run(*arguments, program=CUDA_PROGRAM).returncode, 2, arguments)
+        done = run("--help", program=CUDA_PROGRAM)
+        self.assertEqual(done.returncode, 0)
+        self.assertIn("--vision-window", done.stdout.decode())
+
+    def test_it_says_what_the_cpu_says(self):
+        self.needs_device()
+        # Windows of frames and of text both pass; pictures of several windows with rests.
+        for more in ([], ["--rows", 5, "--cols", 7, "--vision-window", 2, "--text-window", 16]):
+            arguments = ["-n", 40, "--temperature", 0, "--seed", 3, *more]
+            cpu, host = records(*arguments)
+            gpu, device = records(*arguments, program=CUDA_PROGRAM)
+            expected = [t for p in cpu for t in p["tokens"]]
+            found = [t for p in gpu for t in p["tokens"]]
+            self.assertEqual(len(found), len(expected))
+            self.assertGreater(len(set(expected)), 8)
+            # Weights are the same bits, activations are bf16 here and float there: where two tokens
+            # are as likely to within 1%, which is about one token in thirty, either may be said, and
+            # the one behind it with it. Among 512 tokens a wrong place or mask agrees nowhere.
+            same = sum(a == b for a, b in zip(expected, found))
+            self.assertGreaterEqual(same, 0.8 * len(expected), (expected, found))
+            self.assertEqual(host["cache"], device["cache"])
+
+    def test_a_loaded_encoder_of_unknown_heads_is_refused(self):
+        self.needs_device()
+        done = run("-m", MODEL, "-n", 2, program=CUDA_PROGRAM)
+        self.assertIn(done.returncode, (0, 1))
+        if done.returncode == 1:
+            self.assertIn("head_dim", done.stderr.decode())
+
+    def test_real_time(self):
+        self.needs_device()
+        pictures, report = records("-n", 60, "--real-time", "--fps", 60, "--late", "drop-oldest",
+                                   "--shed", "shorten", program=CUDA_PROGRAM)
+        self.assertEqual(len(pictures), 60)
+        self.assertGreaterEqual(report["seconds"], 59 / 60)
+        self.assertLessEqual(report["deadlines"]["misses"], 60)
+        self.assertGreater(report["first_token"]["count"], 0)
+        self.assertNotEqual(report["device"], "CPU")
+
+
 def main():
-    global PROGRAM, MODEL, ENCODER, FOLDER
+    global PROGRAM, CUDA_PROGRAM, MODEL, ENCODER, FOLDER
     parser = argparse.ArgumentParser()
     parser.add_argument("--watch", required=True)
+    parser.add_argument("--watch-cuda")
     parser.add_argument("--make-tiny-model", required=True)
     parser.add_argument("--encoder", required=True)
     options, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         FOLDER = pathlib.Path(folder)
         PROGRAM, MODEL, ENCODER = options.watch, str(FOLDER / "tiny.gguf"), options.encoder
+        CUDA_PROGRAM = options.watch_cuda
         subprocess.run([options.make_tiny_model, MODEL], check=True, stdout=subprocess.DEVNULL)
         unittest.main(argv=[sys.argv[0], *rest])
 

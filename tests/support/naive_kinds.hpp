@@ -59,6 +59,15 @@ class NaiveKinds {
     }
   }
 
+  /// Takes the newest tokens of the open span back.
+  void take_back(std::int64_t tokens) {
+    std::vector<std::int64_t>& open = role_ == SpanRole::kHead       ? head_
+                                      : role_ == SpanRole::kPrevious ? texts_
+                                      : role_ == SpanRole::kTail     ? tail_
+                                                                     : spans_.back().tokens;
+    open.resize(open.size() - static_cast<std::size_t>(tokens));
+  }
+
   /// Everything that is kept, in reading order.
   std::vector<Token> tokens() const {
     std::vector<Token> result;

@@ -477,6 +477,7 @@ class KindRetention {
       reply += span.count;
     }
     if (loaded.round_count_ == 0) {
+      require(loaded.replies_ == 0, "replies");
       require(loaded.total_ == loaded.block_tokens_ && loaded.first_span_ == 0 &&
                   loaded.next_ == static_cast<Position>(loaded.total_),
               "total");
