@@ -264,7 +264,7 @@ TEST(KindKvCacheTransactions, ACheckpointIsReturnedToFromAnywhere) {
     const std::vector<Act> other = conversation(config, 16, 8, true);
     Stream<f16> stream(config);
     auto checkpoint = stream.cache.make_checkpoint();
-    for (std::size_t from = 0; from < acts.size(); from += 11) {
+    for (std::size_t from = 0; from < acts.size(); from += 23) {
       stream.cache.reset();
       for (std::size_t i = 0; i < from; ++i) stream.apply(acts[i]);
       stream.cache.capture(checkpoint);
@@ -296,7 +296,7 @@ TEST(KindKvCacheTransactions, ACopyAndASavedCacheGoOnAlike) {
   for (const auto& [text, vision] : kWindows) {
     const KindRetentionConfig config = small(text, vision);
     const std::vector<Act> acts = conversation(config, 14, 3, true);
-    for (std::size_t from = 0; from < acts.size(); from += 13) {
+    for (std::size_t from = 0; from < acts.size(); from += 29) {
       Stream<bf16> stream(config);
       for (std::size_t i = 0; i < from; ++i) stream.apply(acts[i]);
       ByteWriter writer;
