@@ -57,7 +57,9 @@ endfunction()
 # has a path of its own for. A macro, because a language enabled in a function loses its variables.
 macro(sluice_find_cuda found)
   set(${found} OFF)
-  if(SLUICE_CUDA AND (found_tests OR found_bench OR found_examples))
+  # AUTO serves our own programs; whoever insists wants sluice::cuda_session.
+  if(SLUICE_CUDA AND (found_tests OR found_bench OR found_examples
+                      OR NOT "${SLUICE_CUDA}" STREQUAL "AUTO"))
     if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
       find_program(CMAKE_CUDA_COMPILER nvcc HINTS ENV CUDA_PATH PATHS /usr/local/cuda
                    PATH_SUFFIXES bin)

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: MIT
 // stream_text: streams text through a language model at constant memory and constant latency.
+#include <concepts>
 #include <cstddef>
 #include <exception>
 #include <iostream>
 #include <new>
+#include <string>
+#include <string_view>
 #include <variant>
 
+#include "backend.hpp"
 #include "options.hpp"
 #include "report.hpp"
 #include "runner.hpp"
@@ -15,7 +19,6 @@
 #include "sluice/core/error.hpp"
 #include "sluice/model/load_head_map.hpp"
 #include "sluice/model/load_model.hpp"
-#include "sluice/stream/session.hpp"
 
 namespace {
 
@@ -29,10 +32,29 @@ int fail(const char* message, int status) {
   return status;
 }
 
+/// What was asked for is done by another backend.
+[[noreturn]] void unsupported(const char* field, const std::string& expected,
+                              std::string_view found) {
+  throw sluice::Error(sluice::ErrorCode::kUnsupported,
+                      {"the backend " + std::string(BackendTraits::kName) + " does not do this",
+                       "stream_text", field, expected, std::string(found)});
+}
+
 template <class Element>
 int run(const sluice::LoadedModel& model, const Options& options) {
-  using Session = sluice::Session<Element>;
-  return Runner<Session>(model, options, Session(model.decoder, session_options(options))).run();
+  if constexpr (BackendTraits::kStores<Element>) {
+    using Session = sluice::SessionOn<Backend, Element>;
+    return Runner<Session>(model, options, Session(model.decoder, session_options(options))).run();
+  } else {
+    unsupported("--kv-type", "another type", to_string(options.kv_type));
+  }
+}
+
+int run_chosen(const sluice::LoadedModel& model, const Options& options) {
+  if constexpr (std::same_as<Backend, sluice::cpu>)
+    return run_choosing(model, options);
+  else
+    unsupported("--policy", "sink-window, window or full", to_string(options.choosing));
 }
 
 /// The head map that --heads names.
@@ -54,12 +76,13 @@ sluice::LoadedModel load(const Options& options) {
 }
 
 int run(Options options) {
+  BackendTraits::require_device();
   const sluice::LoadedModel model = load(options);
   if (!options.heads.empty() && options.cache.policy == sluice::CachePolicy::kPerHead)
     options.cache.heads = load_heads(options, model.decoder->config());
   try {
     print_setting(model, options);
-    if (options.choosing != Choosing::kNone) return run_choosing(model, options);
+    if (options.choosing != Choosing::kNone) return run_chosen(model, options);
     switch (options.kv_type) {
       case KvType::kF32: return run<float>(model, options);
       case KvType::kF16: return run<sluice::f16>(model, options);

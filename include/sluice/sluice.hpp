@@ -95,6 +95,7 @@
 #include "sluice/model/vision_encoder_config.hpp"
 
 #include "sluice/stream/attention_policy.hpp"
+#include "sluice/stream/backend_traits.hpp"
 #include "sluice/stream/block_beam.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/ctc.hpp"

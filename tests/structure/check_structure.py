@@ -93,7 +93,9 @@ def check_direct(header, headers, breaches):
         elif header.topic == "backend/cpu":
             allowed = target in BACKEND_USES
         elif header.topic == "backend/cuda":
-            allowed = target in BACKEND_USES - {"backend/cpu"}
+            # What the host compiler reads of it stands on top of the topics, as programs do.
+            host = header.name.endswith(".hpp")
+            allowed = target in (TOPICS if host else BACKEND_USES - {"backend/cpu"})
         elif header.topic == "core":
             allowed = False
         else:

@@ -57,6 +57,22 @@ class StructureTest(unittest.TestCase):
             changes={"backend/cpu/attend.hpp": ["sluice/model/load.hpp"]},
         )
 
+    def test_only_the_host_side_of_cuda_stands_on_top(self):
+        reached = ["sluice/model/load.hpp"]
+        self.assert_breach(
+            "backend/cuda must not include sluice/model/load.hpp",
+            changes={"backend/cuda/session.cuh": reached},
+        )
+        host = {"model/plan.hpp": [], "backend/cuda/session.hpp": ["sluice/model/plan.hpp"]}
+        self.assertEqual(
+            self.breaches(changes={"sluice.hpp": [*SOUND["sluice.hpp"], "sluice/model/plan.hpp"], **host}),
+            [],
+        )
+        self.assert_breach(
+            "attention must not include sluice/backend/cuda/session.hpp",
+            changes={**host, "attention/attend.hpp": ["sluice/backend/cuda/session.hpp"]},
+        )
+
     def test_a_backend_is_no_way_up(self):
         self.assert_breach(
             "attention reaches up to sluice/nn/norm.hpp",

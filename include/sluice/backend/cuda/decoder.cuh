@@ -18,30 +18,13 @@
 #include "sluice/backend/cuda/decode_attention.cuh"
 #include "sluice/backend/cuda/decode_step.cuh"
 #include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
 #include "sluice/backend/cuda/segment_attention.cuh"
 
 namespace sluice {
-
-/// Extents of a decoder: DecoderConfig's, for the models that this backend runs (Llama 2 and 3,
-/// Mistral, SmolLM2): RMS norms, one rotation for all layers, SiLU, no biases.
-struct CudaDecoderShape {
-  std::int64_t vocab_size = 0;
-  std::int64_t hidden_size = 0;        ///< a multiple of 8
-  std::int64_t intermediate_size = 0;  ///< a multiple of 8
-  std::int64_t num_qo_heads = 0;
-  std::int64_t num_kv_heads = 0;
-  std::int64_t head_dim = 0;
-  std::int64_t num_layers = 0;
-  double norm_eps = 1e-5;
-  double sm_scale = 0;  ///< of attention scores: 1 / sqrt(head_dim)
-
-  std::int64_t query_size() const { return num_qo_heads * head_dim; }
-  std::int64_t kv_size() const { return num_kv_heads * head_dim; }
-  std::int64_t fused_size() const { return query_size() + 2 * kv_size(); }
-};
 
 /// Weights of one layer, in device memory. Matrices are [out, in].
 template <class Element>
@@ -341,6 +324,18 @@ class CudaDecoder {
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");  // steps may use another
   }
 
+  /// feed() of the only session, from page-locked host memory that is read when the stream gets
+  /// there: waits for nothing and may be captured. Preconditions: batch_size() is 1; a token of the
+  /// vocabulary. \throws Error(kDevice).
+  void feed_from(const std::int32_t* token, cudaStream_t stream) {
+    check_cuda(
+        cudaMemcpyAsync(tokens_.data(), token, sizeof(*token), cudaMemcpyHostToDevice, stream),
+        "cudaMemcpyAsync");
+    // Not launched early: what stands before it is no kernel.
+    detail::launch_kernel("choose_token_kernel", detail::choose_token_kernel<Element>, dim3(1),
+                          detail::kRowThreads, stream, false, choice_params(0, 0));
+  }
+
   /// One step of all sessions. May be captured. \throws Error(kDevice).
   void step(cudaStream_t stream) {
     if (batch_size() == 1)
@@ -405,6 +400,17 @@ class CudaDecoder {
     run_chunk(session, base, tokens, length, stream);
   }
 
+  /// Logits behind tokens [first, first + rows) of the last chunk that was read, inputs of the
+  /// product rounded. to: [rows, vocab_size], device memory. Waits for nothing.
+  /// \throws Error(kDevice).
+  void chunk_logits(std::int64_t first, std::int64_t rows, float* to, cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    norm_rows(chunk_hidden_.data() + first * s.hidden_size, weights_->output_norm.data(), rows,
+              stream);
+    products_->launch(weights_->output_matrix(), s.vocab_size, s.hidden_size, rounded_.data(), rows,
+                      to, false, stream);
+  }
+
   /// This decoder's first session as others see it. \throws Error(kConfig) unless it keeps
   /// everything.
   CudaGroupView<Element> view(const std::int64_t* snapshot, double shift = 0) const {
@@ -444,6 +450,10 @@ class CudaDecoder {
     fill(keys_.data(), keys_.size());
     fill(values_.data(), values_.size());
   }
+
+  /// Device memory of what tokens() and logits() copy.
+  const std::int32_t* tokens_data() const { return tokens_.data(); }
+  const float* logits_data() const { return logits_.data(); }
 
   /// The token of each session's next step. Waits for the stream.
   std::vector<std::int32_t> tokens(cudaStream_t stream = nullptr) const {

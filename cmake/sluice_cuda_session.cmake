@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: MIT
+#
+# sluice::cuda_session: the device's half of backend/cuda/session.hpp in a static library, so that
+# programs stay with the host compiler. It is built when something links it, for the architectures
+# in CMAKE_CUDA_ARCHITECTURES. It is not installed: it belongs to one toolkit and its GPUs.
+include_guard()
+find_package(CUDAToolkit REQUIRED)
+
+set(cuda_session_sources "")
+foreach(element IN ITEMS bf16 f16)
+  set(source ${PROJECT_BINARY_DIR}/cuda_session/${element}.cu)
+  file(CONFIGURE OUTPUT ${source} CONTENT
+"#include <sluice/backend/cuda/device_session.cuh>
+template class sluice::CudaDeviceModel<sluice::${element}>;
+template class sluice::CudaDeviceSession<sluice::${element}>;
+")
+  list(APPEND cuda_session_sources ${source})
+endforeach()
+
+add_library(sluice_cuda_session STATIC EXCLUDE_FROM_ALL ${cuda_session_sources})
+add_library(sluice::cuda_session ALIAS sluice_cuda_session)
+# Otherwise CMake 3.25 turns extensions off, with a -std=c++17 behind our -std=c++20.
+set_target_properties(sluice_cuda_session PROPERTIES CUDA_EXTENSIONS ON)
+target_link_libraries(sluice_cuda_session PRIVATE sluice::cuda PUBLIC CUDA::cublasLt)

@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: MIT
+/// What device_session.hpp declares: a decoder with one session, and the graph of its step. A step
+/// is one launch: the token comes from page-locked host memory, its choice goes back there.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+
+#include "sluice/backend/cuda/backend.cuh"
+#include "sluice/backend/cuda/decoder.cuh"
+#include "sluice/backend/cuda/device_session.hpp"
+#include "sluice/backend/cuda/memory.cuh"
+
+namespace sluice {
+
+namespace detail {
+
+/// nll[row] = -ln softmax(logits[row])[targets[row]], in nats: a block per row, two passes.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    likelihood_kernel(const float* logits, const std::int32_t* targets, std::int64_t vocab,
+                      float* nll) {
+  __shared__ float scratch[kThreads / kWarpSize];
+  const float* const row = logits + static_cast<std::int64_t>(blockIdx.x) * vocab;
+  const int tid = static_cast<int>(threadIdx.x);
+  float top = -__int_as_float(0x7f800000);
+  for (std::int64_t i = tid; i < vocab; i += kThreads) top = fmaxf(top, row[i]);
+#pragma unroll
+  for (int step = kWarpSize / 2; step > 0; step /= 2)
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, step));
+  if (tid % kWarpSize == 0) scratch[tid / kWarpSize] = top;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kThreads / kWarpSize; ++i) top = fmaxf(top, scratch[i]);
+  __syncthreads();  // scratch is used again
+  float sum = 0;
+  for (std::int64_t i = tid; i < vocab; i += kThreads) sum += expf(row[i] - top);
+  sum = sum_of_block<kThreads>(sum, scratch);
+  if (tid == 0) nll[blockIdx.x] = logf(sum) - (row[targets[blockIdx.x]] - top);
+}
+
+/// `size` elements of page-locked host memory, which the device reads and writes in stream order.
+template <class T>
+class PageLocked {
+ public:
+  explicit PageLocked(std::size_t size) : size_(size) {
+    void* memory = nullptr;
+    check_cuda(cudaMallocHost(&memory, size * sizeof(T)), "cudaMallocHost");
+    data_ = static_cast<T*>(memory);
+    std::fill_n(data_, size, T{});
+  }
+  ~PageLocked() { static_cast<void>(cudaFreeHost(data_)); }
+  PageLocked(const PageLocked&) = delete;
+  PageLocked& operator=(const PageLocked&) = delete;
+
+  T* data() const { return data_; }
+  std::span<const T> span() const { return {data_, size_}; }
+
+ private:
+  std::size_t size_;
+  T* data_ = nullptr;
+};
+
+/// A stream that waits for no other.
+class OwnStream {
+ public:
+  OwnStream() {
+    check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  }
+  ~OwnStream() { static_cast<void>(cudaStreamDestroy(stream_)); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+
+  cudaStream_t get() const { return stream_; }
+  void wait() const { check_cuda(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+/// What was launched while a stream was captured.
+class CapturedGraph {
+ public:
+  CapturedGraph() = default;
+  ~CapturedGraph() {
+    if (executable_ != nullptr) static_cast<void>(cudaGraphExecDestroy(executable_));
+  }
+  CapturedGraph(const CapturedGraph&) = delete;
+  CapturedGraph& operator=(const CapturedGraph&) = delete;
+
+  /// Calls record(), which launches into the stream. \throws what it throws, Error(kDevice).
+  template <class Record>
+  void capture(cudaStream_t stream, Record&& record) {
+    cudaGraph_t graph = nullptr;
+    // Other threads may allocate meanwhile.
+    check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+               "cudaStreamBeginCapture");
+    try {
+      record();
+    } catch (...) {
+      static_cast<void>(cudaStreamEndCapture(stream, &graph));
+      if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+      throw;
+    }
+    check_cuda(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+    const cudaError_t status = cudaGraphInstantiate(&executable_, graph, 0);
+    static_cast<void>(cudaGraphDestroy(graph));
+    check_cuda(status, "cudaGraphInstantiate");
+  }
+  void launch(cudaStream_t stream) const {
+    check_cuda(cudaGraphLaunch(executable_, stream), "cudaGraphLaunch");
+  }
+
+ private:
+  cudaGraphExec_t executable_ = nullptr;
+};
+
+}  // namespace detail
+
+// --- The model -----------------------------------------------------------------------------------
+
+template <class Element>
+struct CudaDeviceModel<Element>::Content {
+  CudaDecoderWeights<Element> weights;
+  CudaRotation rotation;
+};
+
+template <class Element>
+void CudaDeviceModel<Element>::require_device() {
+  const auto fail = [](const std::string& found) {
+    throw Error(ErrorCode::kDevice,
+                {"no GPU that the CUDA backend can use", "CudaDeviceModel", "device",
+                 "an NVIDIA GPU of compute capability 8.0 or later, and its driver", found});
+  };
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) fail(cudaGetErrorString(status));
+  if (count == 0) fail("none");
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  if (major < 8) fail("compute capability " + std::to_string(major) + "." + std::to_string(minor));
+}
+
+template <class Element>
+CudaDeviceModel<Element>::CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation,
+                                          bool tied) {
+  require_device();
+  content_ = std::make_unique<Content>(
+      Content{CudaDecoderWeights<Element>(shape, tied), std::move(rotation)});
+}
+template <class Element>
+CudaDeviceModel<Element>::~CudaDeviceModel() = default;
+
+template <class Element>
+void CudaDeviceModel<Element>::set_embedding(std::span<const Element> embedding) {
+  content_->weights.embedding.upload(embedding);
+}
+template <class Element>
+void CudaDeviceModel<Element>::set_output(std::span<const Element> output) {
+  content_->weights.output.upload(output);
+}
+template <class Element>
+void CudaDeviceModel<Element>::set_output_norm(std::span<const float> norm) {
+  content_->weights.output_norm.upload(norm);
+}
+template <class Element>
+void CudaDeviceModel<Element>::set_layer(std::int64_t layer,
+                                         const CudaLayerContent<Element>& content) {
+  CudaDecoderWeights<Element>& weights = content_->weights;
+  CudaLayerWeights<Element>& to = weights.layers[static_cast<std::size_t>(layer)];
+  to.attention_norm.upload(content.attention_norm);
+  weights.set_query_key_value(layer, content.query, content.key, content.value);
+  to.output.upload(content.output);
+  to.feed_forward_norm.upload(content.feed_forward_norm);
+  weights.set_gate_up(layer, content.gate, content.up);
+  to.down.upload(content.down);
+}
+
+template <class Element>
+const CudaDecoderShape& CudaDeviceModel<Element>::shape() const {
+  return content_->weights.shape();
+}
+template <class Element>
+const CudaRotation& CudaDeviceModel<Element>::rotation() const {
+  return content_->rotation;
+}
+template <class Element>
+std::size_t CudaDeviceModel<Element>::bytes() const {
+  const CudaDecoderWeights<Element>& w = content_->weights;
+  std::size_t bytes = w.embedding.bytes() + w.output_norm.bytes() + w.output.bytes();
+  for (const CudaLayerWeights<Element>& layer : w.layers)
+    bytes += layer.attention_norm.bytes() + layer.query_key_value.bytes() + layer.output.bytes() +
+             layer.feed_forward_norm.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+  return bytes;
+}
+
+// --- The stream ----------------------------------------------------------------------------------
+
+template <class Element>
+struct CudaDeviceSession<Element>::State {
+  template <int kHeadDim>
+  using DecoderOf = std::unique_ptr<CudaDecoder<Element, kHeadDim>>;
+
+  State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
+      : vocab(model.shape().vocab_size),
+        token(1),
+        chosen(1),
+        logits(static_cast<std::size_t>(vocab)),
+        nll(static_cast<std::size_t>(config.likelihood_rows)),
+        targets(static_cast<std::size_t>(config.likelihood_rows)),
+        nll_on_device(static_cast<std::size_t>(config.likelihood_rows)),
+        rows(static_cast<std::size_t>(config.max_chunk > 1 ? config.likelihood_rows * vocab : 0)) {
+    const CudaRotation& rotation = model.rotation();
+    CudaDecoderOptions options;
+    options.step = {.num_sink_tokens = config.num_sink_tokens,
+                    .window_size = config.window_size,
+                    .capacity = config.capacity,
+                    .position_rule = config.position_rule,
+                    .origin = config.origin,
+                    .batch_size = 1,
+                    .frequencies = rotation.frequencies,
+                    .attention_factor = rotation.attention_factor,
+                    .interleaved = rotation.interleaved};
+    options.max_chunk = config.max_chunk > 1 ? config.max_chunk : 0;
+    const CudaDecoderWeights<Element>& weights = model.content().weights;
+    switch (model.shape().head_dim) {
+      case 64: decoder = std::make_unique<CudaDecoder<Element, 64>>(weights, options); break;
+      case 128: decoder = std::make_unique<CudaDecoder<Element, 128>>(weights, options); break;
+      default:
+        throw Error(ErrorCode::kShape, {"no kernels for this head size", "CudaDeviceSession",
+                                        "head_dim", "64 or 128 (smaller ones padded with zeros)",
+                                        std::to_string(model.shape().head_dim)});
+    }
+    // A first step outside the capture: what a launch does once is done then.
+    visit([&](auto& d) { d.step(stream.get()); });
+    set_total(0);
+    graph.capture(stream.get(), [&] {
+      visit([&](auto& d) {
+        d.feed_from(token.data(), stream.get());
+        d.step(stream.get());
+      });
+      copy_choice();
+    });
+  }
+
+  template <class F>
+  auto visit(F&& f) const {
+    return std::visit([&](auto& d) { return f(*d); }, decoder);
+  }
+
+  void set_total(std::int64_t to) {
+    visit([&](auto& d) { d.set_totals(std::array{to}, stream.get()); });
+    total = to;
+    logits_here = false;
+  }
+  void copy_choice() {
+    visit([&](auto& d) {
+      check_cuda(cudaMemcpyAsync(chosen.data(), d.tokens_data(), sizeof(Token),
+                                 cudaMemcpyDeviceToHost, stream.get()),
+                 "cudaMemcpyAsync");
+    });
+  }
+  /// nll of `next` by rows of logits on the device.
+  void score(const float* from, std::span<const Token> next, std::span<float> to) {
+    targets.upload(next, stream.get());
+    constexpr int kThreads = 256;
+    detail::likelihood_kernel<kThreads>
+        <<<static_cast<unsigned>(next.size()), kThreads, 0, stream.get()>>>(
+            from, targets.data(), vocab, nll_on_device.data());
+    check_cuda(cudaGetLastError(), "likelihood_kernel");
+    check_cuda(cudaMemcpyAsync(nll.data(), nll_on_device.data(), next.size() * sizeof(float),
+                               cudaMemcpyDeviceToHost, stream.get()),
+               "cudaMemcpyAsync");
+    stream.wait();
+    std::copy_n(nll.data(), next.size(), to.begin());
+  }
+
+  std::int64_t vocab;
+  std::int64_t total = 0;
+  bool logits_here = false;           // logits belongs to the last token read
+  detail::OwnStream stream;           // all of the following is used in its order
+  detail::PageLocked<Token> token;    // that the next step reads
+  detail::PageLocked<Token> chosen;   // of the last one
+  detail::PageLocked<float> logits;   // [vocab]
+  detail::PageLocked<float> nll;      // [likelihood_rows]
+  Buffer<Token, cuda> targets;        // [likelihood_rows]
+  Buffer<float, cuda> nll_on_device;  // [likelihood_rows]
+  Buffer<float, cuda> rows;           // [likelihood_rows, vocab]
+  std::variant<DecoderOf<64>, DecoderOf<128>> decoder;
+  detail::CapturedGraph graph;
+};
+
+template <class Element>
+CudaDeviceSession<Element>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
+                                              const CudaDeviceSessionConfig& config)
+    : state_(std::make_unique<State>(model, config)) {}
+template <class Element>
+CudaDeviceSession<Element>::~CudaDeviceSession() = default;
+template <class Element>
+CudaDeviceSession<Element>::CudaDeviceSession(CudaDeviceSession&& other) noexcept = default;
+template <class Element>
+CudaDeviceSession<Element>& CudaDeviceSession<Element>::operator=(
+    CudaDeviceSession&& other) noexcept = default;
+
+template <class Element>
+std::int64_t CudaDeviceSession<Element>::total() const {
+  return state_->total;
+}
+template <class Element>
+void CudaDeviceSession<Element>::set_total(std::int64_t total) {
+  state_->set_total(total);
+}
+
+template <class Element>
+void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
+  if (tokens.size() == 1) return step(tokens[0]);
+  State& s = *state_;
+  s.logits_here = false;
+  s.visit([&](auto& d) { d.prefill(0, tokens, s.stream.get()); });
+  s.total += static_cast<std::int64_t>(tokens.size());
+  s.copy_choice();
+  s.stream.wait();
+}
+template <class Element>
+void CudaDeviceSession<Element>::step(Token token) {
+  State& s = *state_;
+  s.logits_here = false;
+  *s.token.data() = token;
+  s.graph.launch(s.stream.get());
+  s.stream.wait();
+  ++s.total;
+}
+
+template <class Element>
+Token CudaDeviceSession<Element>::best() {
+  return *state_->chosen.data();
+}
+template <class Element>
+std::span<const float> CudaDeviceSession<Element>::logits() {
+  State& s = *state_;
+  if (!s.logits_here) {
+    s.visit([&](auto& d) {
+      check_cuda(cudaMemcpyAsync(s.logits.data(), d.logits_data(),
+                                 static_cast<std::size_t>(s.vocab) * sizeof(float),
+                                 cudaMemcpyDeviceToHost, s.stream.get()),
+                 "cudaMemcpyAsync");
+    });
+    s.stream.wait();
+    s.logits_here = true;
+  }
+  return s.logits.span();
+}
+template <class Element>
+double CudaDeviceSession<Element>::likelihood(Token next) {
+  State& s = *state_;
+  float nll = 0;
+  s.score(s.visit([](auto& d) { return d.logits_data(); }), {&next, 1}, {&nll, 1});
+  return nll;
+}
+template <class Element>
+void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::span<float> nll) {
+  State& s = *state_;
+  const std::size_t most = s.targets.size();
+  for (std::size_t done = 0; done < next.size(); done += most) {
+    const std::size_t count = std::min(most, next.size() - done);
+    s.visit([&](auto& d) {
+      d.chunk_logits(static_cast<std::int64_t>(done), static_cast<std::int64_t>(count),
+                     s.rows.data(), s.stream.get());
+    });
+    s.score(s.rows.data(), next.subspan(done, count), nll.subspan(done, count));
+  }
+}
+
+template <class Element>
+std::size_t CudaDeviceSession<Element>::cache_bytes() const {
+  return state_->visit([](auto& d) { return d.cache_bytes(); });
+}
+
+}  // namespace sluice

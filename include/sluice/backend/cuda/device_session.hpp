@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+/// The device's half of a session, as the host compiler sees it: weights and one stream behind a
+/// wall, so that a program is compiled by the host compiler as ever and by nvcc only this half.
+///
+/// The functions are defined in device_session.cuh. A program that uses them links the CMake target
+/// sluice::cuda_session, or compiles one .cu file with
+///
+///     #include <sluice/backend/cuda/device_session.cuh>
+///     template class sluice::CudaDeviceModel<sluice::bf16>;
+///     template class sluice::CudaDeviceSession<sluice::bf16>;
+///
+/// (f16 likewise), and links cublasLt.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "sluice/backend/cuda/decoder_shape.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/token.hpp"
+#include "sluice/position/position.hpp"
+
+namespace sluice {
+
+/// How a model's heads are rotated.
+struct CudaRotation {
+  std::vector<double> frequencies;  ///< [pairs], radians per token: Rotary::frequency()
+  double attention_factor = 1;      ///< Rotary::attention_factor()
+  bool interleaved = false;         ///< pairs (2i, 2i + 1) instead of (i, i + pairs)
+};
+
+/// Weights of one layer on the host. Matrices are [out, in], with the shape's extents.
+template <class Element>
+struct CudaLayerContent {
+  std::span<const float> attention_norm;
+  std::span<const Element> query;
+  std::span<const Element> key;
+  std::span<const Element> value;
+  std::span<const Element> output;
+  std::span<const float> feed_forward_norm;
+  std::span<const Element> gate;
+  std::span<const Element> up;
+  std::span<const Element> down;
+};
+
+/// A model's weights in device memory, for any number of sessions. Element: bf16 or f16. Setters
+/// copy and wait.
+template <class Element>
+class CudaDeviceModel {
+ public:
+  /// Head sizes for which there are kernels here; others are padded with zeros by the caller.
+  static constexpr std::int64_t kHeadDims[] = {64, 128};
+
+  /// \throws Error(kDevice) saying what was found, unless there is a GPU that this backend can use.
+  static void require_device();
+
+  /// tied: the output projection is the embedding. \throws Error(kShape) naming the extent that
+  /// does not fit; Error(kDevice).
+  CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation, bool tied);
+  ~CudaDeviceModel();
+  CudaDeviceModel(const CudaDeviceModel&) = delete;
+  CudaDeviceModel& operator=(const CudaDeviceModel&) = delete;
+
+  /// [vocab_size, hidden_size]. \throws Error(kShape, kDevice), as all setters.
+  void set_embedding(std::span<const Element> embedding);
+  /// [vocab_size, hidden_size]; not called where tied.
+  void set_output(std::span<const Element> output);
+  void set_output_norm(std::span<const float> norm);
+  void set_layer(std::int64_t layer, const CudaLayerContent<Element>& content);
+
+  const CudaDecoderShape& shape() const;
+  const CudaRotation& rotation() const;
+  /// Device memory of the weights.
+  std::size_t bytes() const;
+
+  struct Content;  ///< what lies on the device; device_session.cuh
+  const Content& content() const { return *content_; }
+
+ private:
+  std::unique_ptr<Content> content_;
+};
+
+/// What a stream on the device keeps. The first five are RetentionConfig's (kPerQuery, kRotated).
+struct CudaDeviceSessionConfig {
+  std::int64_t num_sink_tokens = 0;
+  std::int64_t window_size = 0;
+  std::int64_t capacity = 0;
+  std::int64_t max_chunk = 1;
+  PositionRule position_rule = PositionRule::kInCache;
+  Position origin = 0;
+  std::int64_t likelihood_rows = 1;  ///< rows of logits that likelihoods() forms at once
+};
+
+/// One stream: its cache, its counters, and a step that was captured once and is replayed for ever.
+/// The model must outlive it. One thread at a time. All functions wait for the device.
+///
+/// step() and what follows it allocate nothing; read() allocates some bytes on the host, and what
+/// cuBLASLt needs for a length that it has not seen. All \throw Error(kDevice) when the device
+/// refuses.
+template <class Element>
+class CudaDeviceSession {
+ public:
+  /// \throws Error(kConfig, kShape) for extents that do not fit; Error(kDevice).
+  CudaDeviceSession(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config);
+  ~CudaDeviceSession();
+  CudaDeviceSession(CudaDeviceSession&& other) noexcept;
+  CudaDeviceSession& operator=(CudaDeviceSession&& other) noexcept;
+
+  /// Tokens in the cache so far, evicted ones included.
+  std::int64_t total() const;
+  /// Goes on behind the first `total` tokens. Precondition: their rows are still in the cache.
+  void set_total(std::int64_t total);
+
+  /// Reads a chunk, as a matrix: inputs of products are rounded to Element.
+  /// Preconditions: 1 to max_chunk tokens of the vocabulary, room in a full cache.
+  void read(std::span<const Token> tokens);
+  /// Reads one token, activations in float32. Preconditions: as read().
+  void step(Token token);
+
+  /// The token of the greatest logit behind the last token read, of equals the first.
+  Token best();
+  /// Logits behind the last token read. [vocab_size], page-locked; valid until the next read.
+  std::span<const float> logits();
+  /// -ln softmax(logits)[next] behind the last token read, in nats.
+  double likelihood(Token next);
+  /// The same for the first tokens of the chunk that read() was given last: nll[i] belongs to
+  /// next[i], behind token i of the chunk. Preconditions: as many as next, fewer than the chunk.
+  void likelihoods(std::span<const Token> next, std::span<float> nll);
+
+  /// Device memory of keys and values.
+  std::size_t cache_bytes() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+extern template class CudaDeviceModel<bf16>;
+extern template class CudaDeviceModel<f16>;
+extern template class CudaDeviceSession<bf16>;
+extern template class CudaDeviceSession<f16>;
+
+}  // namespace sluice

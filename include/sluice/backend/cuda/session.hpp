@@ -1,0 +1,512 @@
+// SPDX-License-Identifier: MIT
+/// Session and its model on a GPU, for programs that the host compiler compiles: the verbs of
+/// stream/session.hpp, so that a program changes from one backend to the other by its tag
+/// (stream/backend_traits.hpp). What runs on the device is behind device_session.hpp, which says
+/// what to link.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "sluice/attention/draft_tree.hpp"
+#include "sluice/backend/cuda/device_session.hpp"
+#include "sluice/backend/cuda/tag.hpp"
+#include "sluice/cache/kv_element.hpp"
+#include "sluice/cache/retention.hpp"
+#include "sluice/core/backend.hpp"
+#include "sluice/core/element.hpp"
+#include "sluice/core/error.hpp"
+#include "sluice/core/memory.hpp"
+#include "sluice/core/token.hpp"
+#include "sluice/core/view.hpp"
+#include "sluice/model/cache_plan.hpp"
+#include "sluice/model/decoder.hpp"
+#include "sluice/nn/quantised_blocks.hpp"
+#include "sluice/nn/weight_matrix.hpp"
+#include "sluice/position/rotary.hpp"
+#include "sluice/stream/backend_traits.hpp"
+#include "sluice/stream/clock.hpp"
+#include "sluice/stream/metrics.hpp"
+#include "sluice/stream/sampler.hpp"
+#include "sluice/stream/session.hpp"
+
+namespace sluice {
+
+/// Element types that the GPU multiplies, in weights and in the cache.
+template <class T>
+concept CudaElement = std::same_as<T, bf16> || std::same_as<T, f16>;
+
+namespace detail {
+
+/// Rows or columns in runs of `unit`, each followed by zeros up to `padded`.
+struct ZeroPadding {
+  std::int64_t unit;
+  std::int64_t padded;
+
+  std::int64_t size(std::int64_t count) const { return count / unit * padded; }
+};
+
+/// A stored matrix of any type, rounded to Element, zeros added. \throws Error(kUnsupported) for a
+/// weight that Element has no room for.
+template <CudaElement Element>
+std::vector<Element> rounded_matrix(const WeightMatrix& matrix, const char* name,
+                                    std::optional<ZeroPadding> row_padding = {},
+                                    std::optional<ZeroPadding> col_padding = {}) {
+  const ZeroPadding in_rows = row_padding.value_or(ZeroPadding{matrix.rows, matrix.rows});
+  const ZeroPadding in_cols = col_padding.value_or(ZeroPadding{matrix.cols, matrix.cols});
+  const std::int64_t width = in_cols.size(matrix.cols);
+  std::vector<Element> result(static_cast<std::size_t>(in_rows.size(matrix.rows) * width),
+                              Element(0.0F));
+  std::vector<float> row(static_cast<std::size_t>(matrix.cols));
+  for (std::int64_t r = 0; r < matrix.rows; ++r) {
+    dequantise(matrix.type, matrix.row(r), matrix.cols, row.data());
+    Element* to = result.data() +
+                  (r / in_rows.unit * in_rows.padded + r % in_rows.unit) * width;
+    for (std::int64_t c = 0; c < matrix.cols; c += in_cols.unit, to += in_cols.padded)
+      for (std::int64_t i = 0; i < in_cols.unit; ++i)
+        to[i] = Element(row[static_cast<std::size_t>(c + i)]);
+    if constexpr (std::same_as<Element, f16>)
+      for (const float value : row)
+        if (std::isfinite(value) && std::abs(value) >= 65520.0F)  // what rounds to infinity
+          throw Error(ErrorCode::kUnsupported, {"a weight does not fit the element type",
+                                                "CudaModel", name, "below 65520, or bf16 weights",
+                                                std::to_string(value)});
+  }
+  return result;
+}
+
+}  // namespace detail
+
+/// A decoder whose weights lie on the GPU, in bf16 or f16 whatever the file stores: quantised types
+/// are widened, and float32 is rounded. Heads of other sizes than the kernels' are padded with
+/// zeros, which changes no result and costs their memory and time. Immutable; sessions share it.
+template <CudaElement Element>
+class CudaModel {
+ public:
+  /// Copies the weights to the current device; the loaded model is kept, its pages are not read
+  /// again. \throws Error(kUnsupported) naming what the GPU does not do; Error(kShape, kDevice).
+  explicit CudaModel(std::shared_ptr<const Decoder> decoder) : decoder_(std::move(decoder)) {
+    const DecoderConfig& c = decoder_->config();
+    const DecoderWeights& w = decoder_->weights();
+    check_supported(*decoder_);
+    const std::int64_t head_dim = padded_head_dim(c.head_dim);
+    const bool tied = w.output.data == w.embedding.data;
+    const Rotary& rotary = decoder_->rotary(0);
+    CudaRotation rotation{.frequencies = {},
+                          .attention_factor = rotary.attention_factor(),
+                          .interleaved = c.rotaries[0].pairing == RotaryPairing::kInterleaved};
+    for (int pair = 0; pair < rotary.num_pairs(); ++pair)
+      rotation.frequencies.push_back(rotary.frequency(pair));
+    device_ = std::make_unique<CudaDeviceModel<Element>>(
+        CudaDecoderShape{c.vocab_size, c.hidden_size, c.intermediate_size, c.num_qo_heads,
+                         c.num_kv_heads, head_dim, c.num_layers(), c.norm_eps, c.sm_scale},
+        std::move(rotation), tied);
+    device_->set_embedding(detail::rounded_matrix<Element>(w.embedding, "embedding"));
+    if (!tied) device_->set_output(detail::rounded_matrix<Element>(w.output, "output"));
+    device_->set_output_norm(w.output_norm);
+    const detail::ZeroPadding heads{c.head_dim, head_dim};
+    for (std::size_t l = 0; l < w.layers.size(); ++l) {
+      const DecoderLayerWeights& from = w.layers[l];
+      const auto query = detail::rounded_matrix<Element>(from.query, "query", heads);
+      const auto key = detail::rounded_matrix<Element>(from.key, "key", heads);
+      const auto value = detail::rounded_matrix<Element>(from.value, "value", heads);
+      const auto output =
+          detail::rounded_matrix<Element>(from.output, "output of attention", {}, heads);
+      const auto gate = detail::rounded_matrix<Element>(from.gate, "gate");
+      const auto up = detail::rounded_matrix<Element>(from.up, "up");
+      const auto down = detail::rounded_matrix<Element>(from.down, "down");
+      device_->set_layer(static_cast<std::int64_t>(l), {.attention_norm = from.attention_norm,
+                                                        .query = query,
+                                                        .key = key,
+                                                        .value = value,
+                                                        .output = output,
+                                                        .feed_forward_norm = from.feed_forward_norm,
+                                                        .gate = gate,
+                                                        .up = up,
+                                                        .down = down});
+    }
+  }
+
+  const Decoder& decoder() const { return *decoder_; }
+  const CudaDeviceModel<Element>& device() const { return *device_; }
+  /// Device memory of the weights.
+  std::size_t bytes() const { return device_->bytes(); }
+
+  /// \throws Error(kUnsupported) naming what the GPU does not do of this model.
+  static void check_supported(const Decoder& decoder) {
+    const DecoderConfig& c = decoder.config();
+    const DecoderWeights& w = decoder.weights();
+    const auto require = [&](bool good, const char* field, const std::string& expected,
+                             const std::string& found) {
+      if (!good)
+        throw Error(ErrorCode::kUnsupported, {"the CUDA backend does not run this model",
+                                              "CudaModel, family " + c.family, field, expected,
+                                              found});
+    };
+    require(c.activation == Activation::kSilu, "activation", "SiLU", "another");
+    require(c.embedding_scale == 1, "embedding_scale", "1", std::to_string(c.embedding_scale));
+    require(c.rotaries.size() == 1, "rotaries", "one for all layers",
+            std::to_string(c.rotaries.size()));
+    require(c.head_dim <= largest_head_dim(), "head_dim",
+            "at most " + std::to_string(largest_head_dim()), std::to_string(c.head_dim));
+    require(c.hidden_size % 8 == 0, "hidden_size", "a multiple of 8",
+            std::to_string(c.hidden_size));
+    require(c.intermediate_size % 8 == 0, "intermediate_size", "a multiple of 8",
+            std::to_string(c.intermediate_size));
+    for (std::size_t l = 0; l < w.layers.size(); ++l) {
+      const DecoderLayerWeights& layer = w.layers[l];
+      const std::string found = "some in layer " + std::to_string(l);
+      require(layer.query_bias.empty() && layer.key_bias.empty() && layer.value_bias.empty() &&
+                  layer.output_bias.empty(),
+              "biases of attention", "none", found);
+      require(layer.query_norm.empty() && layer.key_norm.empty(), "norms of queries and keys",
+              "none", found);
+      require(layer.post_attention_norm.empty() && layer.post_feed_forward_norm.empty(),
+              "norms before the residual sums", "none", found);
+    }
+  }
+
+ private:
+  static constexpr std::int64_t largest_head_dim() {
+    return *std::max_element(std::begin(CudaDeviceModel<Element>::kHeadDims),
+                             std::end(CudaDeviceModel<Element>::kHeadDims));
+  }
+  static std::int64_t padded_head_dim(std::int64_t head_dim) {
+    std::int64_t best = largest_head_dim();
+    for (const std::int64_t size : CudaDeviceModel<Element>::kHeadDims)
+      if (size >= head_dim) best = std::min(best, size);
+    return best;
+  }
+
+  std::shared_ptr<const Decoder> decoder_;
+  std::unique_ptr<CudaDeviceModel<Element>> device_;
+};
+
+/// What a GPU session says of its cache.
+struct CudaCacheView {
+  std::int64_t tokens = 0;
+  std::int64_t chunk = 0;
+  std::size_t device_bytes = 0;
+
+  /// Tokens so far, evicted ones included.
+  std::int64_t total() const { return tokens; }
+  std::int64_t max_chunk() const { return chunk; }
+  /// Device memory of keys and values.
+  std::size_t bytes() const { return device_bytes; }
+};
+
+/// Session (stream/session.hpp) on a GPU: the same options and verbs, and the same results to
+/// rounding. Weights, keys and values are of one type.
+///
+/// | verb                                                  |                                    |
+/// |-------------------------------------------------------|------------------------------------|
+/// | accept, accept_scored, step, result, logits, reset    | as Session's                       |
+/// | update, common_prefix                                 | keeps what the cache still has     |
+/// | step(draft), checkpoint, rollback_to, fork, save, ... | Error(kUnsupported)                |
+///
+/// Policies: sinks + window, window, full, with rotated keys; others are Error(kUnsupported).
+/// Arithmetic: a step's activations are float32; a chunk of two tokens and more is read as a
+/// matrix, for which the inputs of products are rounded to Element: logits are then within 2^-9
+/// (bf16) or 2^-12 (f16) of their size times the square root of the number of products.
+/// The token of the greatest logit is chosen on the device. Otherwise logits come to the host, so
+/// that the same sampler draws, with the same seed, as on the CPU.
+///
+/// Everything is allocated by the constructor, on the device and here; step() allocates nothing.
+/// One thread at a time; sessions of one model are independent. A verb returns when the device is
+/// done, and throws Error(kDevice) when it refuses: the session is then to be thrown away.
+template <CudaElement Element = f16>
+class CudaSession {
+ public:
+  /// \throws Error(kConfig) as Session does, Error(kUnsupported) naming the option that the GPU
+  /// does not do; Error(kDevice).
+  CudaSession(std::shared_ptr<const CudaModel<Element>> model, const SessionOptions& options)
+      : model_(std::move(model)),
+        options_(options),
+        retention_(checked(model_->decoder(), options)),
+        device_(model_->device(), device_config(retention_)),
+        sampler_(options.sampler, model_->decoder().config().vocab_size),
+        history_(static_cast<std::size_t>(options.history)),
+        nll_(static_cast<std::size_t>(retention_.max_chunk)) {
+    metrics_.set_cache_bytes(static_cast<std::int64_t>(device_.cache_bytes()));
+  }
+  /// Copies the weights to the device for this session alone. \throws as above, and what CudaModel
+  /// throws.
+  CudaSession(std::shared_ptr<const Decoder> model, const SessionOptions& options)
+      : CudaSession(placed(std::move(model), options), options) {}
+
+  const Decoder& model() const { return model_->decoder(); }
+  const std::shared_ptr<const CudaModel<Element>>& device_model() const { return model_; }
+  const SessionOptions& options() const { return options_; }
+  CudaCacheView cache() const {
+    return {device_.total(), retention_.max_chunk, device_.cache_bytes()};
+  }
+  StreamMetrics& metrics() { return metrics_; }
+  const StreamMetrics& metrics() const { return metrics_; }
+  std::int64_t position() const { return position_; }
+
+  void accept(std::span<const Token> tokens) {
+    accept(tokens, [] { return false; });
+  }
+  template <std::predicate Stop>
+  std::int64_t accept(std::span<const Token> tokens, Stop&& stop) {
+    check(tokens, 0, device_.total(), pending_ ? 1 : 0);
+    return read(
+        tokens, false, [](std::size_t, double) {}, stop);
+  }
+  /// As Session::accept_scored(). Logits are formed on the device: scratch is not written, but
+  /// without rows nothing is scored.
+  template <class Visit>
+  void accept_scored(std::span<const Token> tokens, MatrixView<float> scratch, Visit&& visit) {
+    check(tokens, 0, device_.total(), pending_ ? 1 : 0);
+    read(tokens, scratch.rows > 0, visit, [] { return false; });
+  }
+
+  std::int64_t common_prefix(std::span<const Token> tokens) const {
+    const std::int64_t most =
+        std::min({static_cast<std::int64_t>(tokens.size()), options_.history, position_});
+    const auto end = history_.span().begin() + most;
+    return std::mismatch(history_.span().begin(), end, tokens.begin()).first -
+           history_.span().begin();
+  }
+  template <std::predicate Stop>
+  UpdateResult update(std::span<const Token> tokens, Stop&& stop) {
+    UpdateResult result;
+    result.common_prefix = common_prefix(tokens);
+    const std::int64_t kept = kept_of(
+        std::min(result.common_prefix, static_cast<std::int64_t>(tokens.size()) - 1));
+    check(tokens, kept, kept, 0);
+    if (kept == 0) {
+      reset();
+    } else {
+      device_.set_total(kept);
+      sampler_.reset();
+      pending_.reset();
+      position_ = 0;
+      for (const Token token : tokens.first(static_cast<std::size_t>(kept))) take(token);
+    }
+    result.kept = kept;
+    result.computed = read(
+        tokens.subspan(static_cast<std::size_t>(kept)), false, [](std::size_t, double) {}, stop);
+    return result;
+  }
+  UpdateResult update(std::span<const Token> tokens) {
+    return update(tokens, [] { return false; });
+  }
+
+  bool is_ready() const {
+    return has_state_ &&
+           (!pending_ || !options_.cache.is_bounded() || device_.total() < retention_.capacity);
+  }
+  std::optional<Token> step() {
+    if (!is_ready()) return std::nullopt;
+    feed_pending();
+    const Token token = greedy() ? device_.best() : sampler_.sample(device_.logits());
+    take(token);
+    pending_ = token;
+    wrote_since_input_ = true;
+    metrics_.on_output(monotonic_ns());
+    return token;
+  }
+  std::optional<Token> result() const { return pending_; }
+  /// [vocab_size], on the host; valid until the next verb. Precondition: is_ready().
+  std::span<const float> logits() {
+    feed_pending();
+    return device_.logits();
+  }
+  void reset() {
+    device_.set_total(0);
+    sampler_.reset();
+    metrics_.on_turn_end();
+    pending_.reset();
+    position_ = 0;
+    has_state_ = wrote_since_input_ = false;
+  }
+  void reseed(std::uint64_t seed) { sampler_.reseed(seed); }
+
+  // What the GPU does not do: all of these throw Error(kUnsupported).
+  std::span<const Token> step(const DraftTree&) { unsupported("verify drafts"); }
+  CheckpointId checkpoint() { unsupported("take checkpoints"); }
+  void rollback_to(CheckpointId) { unsupported("go back to checkpoints"); }
+  CudaSession fork() const { unsupported("fork"); }
+  void save(const std::string&) { unsupported("be saved"); }
+  void restore(const std::string&) { unsupported("be restored"); }
+
+ private:
+  static constexpr std::int64_t kLikelihoodRows = 32;  // of logits, formed at once
+
+  [[noreturn]] static void unsupported(const char* what) {
+    throw Error(ErrorCode::kUnsupported,
+                {std::string("a session on a GPU cannot ") + what, "CudaSession", "backend", "cpu",
+                 "cuda"});
+  }
+
+  static std::shared_ptr<const CudaModel<Element>> placed(std::shared_ptr<const Decoder> model,
+                                                          const SessionOptions& options) {
+    CudaModel<Element>::check_supported(*model);
+    static_cast<void>(checked(*model, options));  // before anything is copied
+    return std::make_shared<const CudaModel<Element>>(std::move(model));
+  }
+
+  /// The retention of all layers.
+  static RetentionConfig checked(const Decoder& model, const SessionOptions& options) {
+    const CacheOptions& cache = options.cache;
+    const auto require = [](bool good, const char* field, const std::string& expected,
+                            const std::string& found) {
+      if (!good)
+        throw Error(ErrorCode::kUnsupported, {"the CUDA backend does not do this",
+                                              "SessionOptions", field, expected, found});
+    };
+    require(cache.policy == CachePolicy::kSinkWindow || cache.policy == CachePolicy::kWindow ||
+                cache.policy == CachePolicy::kFull,
+            "cache.policy", "sink-window, window or full", std::string(to_string(cache.policy)));
+    require(cache.key_form == KeyForm::kRotated, "cache.key_form", "rotated", "raw");
+    require(cache.lead == 0, "cache.lead", "0", std::to_string(cache.lead));
+    require(options.activations == Activations::kFloat32, "activations",
+            std::string(to_string(Activations::kFloat32)),
+            std::string(to_string(options.activations)));
+    require(options.checkpoints == 0, "checkpoints", "0", std::to_string(options.checkpoints));
+    require(options.checkpoint_every == 0, "checkpoint_every", "0",
+            std::to_string(options.checkpoint_every));
+    if (options.history < 0 || options.history > kMaxHistory)
+      throw Error(ErrorCode::kConfig, {"option out of range", "SessionOptions", "history",
+                                       "0 to 2^40", std::to_string(options.history)});
+    options.sampler.validate();
+    const CachePlan plan = plan_cache(model.config(), cache);
+    require(plan.retentions.size() == 1, "cache.window_size",
+            "at most the windows that layers were trained with",
+            cache.policy == CachePolicy::kFull ? "a full cache"
+                                               : std::to_string(cache.window_size));
+    return plan.retentions.front();
+  }
+  static CudaDeviceSessionConfig device_config(const RetentionConfig& r) {
+    return {.num_sink_tokens = r.num_sink_tokens,
+            .window_size = r.window_size,
+            .capacity = r.capacity,
+            .max_chunk = r.max_chunk,
+            .position_rule = r.position_rule,
+            .origin = r.origin,
+            .likelihood_rows = std::min(kLikelihoodRows, r.max_chunk)};
+  }
+
+  bool greedy() const {
+    return options_.sampler.temperature == 0 && options_.sampler.repetition_penalty == 1;
+  }
+
+  void check(std::span<const Token> tokens, std::int64_t first, std::int64_t fed,
+             std::int64_t pending) const {
+    const std::int64_t vocab = model().config().vocab_size;
+    for (std::size_t i = 0; i < tokens.size(); ++i)
+      if (tokens[i] < 0 || tokens[i] >= vocab)
+        throw Error(ErrorCode::kShape, {"token outside the vocabulary", "CudaSession::accept",
+                                        "tokens[" + std::to_string(i) + "]",
+                                        "0 to " + std::to_string(vocab - 1),
+                                        std::to_string(tokens[i])});
+    if (!options_.cache.is_bounded()) return;
+    const std::int64_t coming = static_cast<std::int64_t>(tokens.size()) - first + pending;
+    const std::int64_t room = retention_.capacity - fed;
+    if (coming > room)
+      throw Error(ErrorCode::kCapacity,
+                  {"the full cache cannot hold that many tokens", "CudaSession::accept", "tokens",
+                   "at most " + std::to_string(room), std::to_string(coming)});
+  }
+
+  template <class Visit, class Stop>
+  std::int64_t read(std::span<const Token> tokens, bool scored, Visit&& visit, Stop&& stop) {
+    if (tokens.empty()) return 0;
+    const std::int64_t begin = monotonic_ns();
+    if (wrote_since_input_) metrics_.on_turn_end();
+    wrote_since_input_ = false;
+    metrics_.on_input(begin, 0);
+    feed_pending();
+    std::size_t done = 0;
+    while (done < tokens.size() && (done == 0 || !stop())) {
+      const std::size_t count =
+          std::min(tokens.size() - done, static_cast<std::size_t>(retention_.max_chunk));
+      const std::span<const Token> chunk = tokens.subspan(done, count);
+      if (scored && has_state_) visit(done, device_.likelihood(chunk[0]));
+      device_.read(chunk);
+      has_state_ = true;
+      if (scored && count > 1) {
+        const std::span<float> nll = nll_.span().first(count - 1);
+        device_.likelihoods(chunk.subspan(1), nll);
+        for (std::size_t i = 0; i < nll.size(); ++i)
+          visit(done + i + 1, static_cast<double>(nll[i]));
+      }
+      for (const Token token : chunk) take(token);
+      metrics_.on_input(begin, static_cast<std::int64_t>(count));
+      done += count;
+    }
+    metrics_.on_input_done(monotonic_ns() - begin, static_cast<std::int64_t>(done));
+    return static_cast<std::int64_t>(done);
+  }
+
+  /// How many of the first `limit` tokens update() can keep: all, unless one that the next token
+  /// sees has been written over.
+  std::int64_t kept_of(std::int64_t limit) const {
+    const std::int64_t fed = device_.total();
+    limit = std::min(limit, fed);
+    if (limit <= 0) return 0;
+    if (fed <= retention_.capacity) return limit;
+    const std::int64_t spare =
+        retention_.capacity - retention_.num_sink_tokens - retention_.window_size;
+    return fed - limit <= spare ? limit : 0;
+  }
+
+  void feed_pending() {
+    if (!pending_) return;
+    device_.step(*pending_);
+    pending_.reset();
+  }
+  /// The stream has one token more.
+  void take(Token token) {
+    sampler_.accept(token);
+    if (position_ < options_.history) history_[static_cast<std::size_t>(position_)] = token;
+    ++position_;
+  }
+
+  static constexpr std::int64_t kMaxHistory = std::int64_t{1} << 40;
+
+  std::shared_ptr<const CudaModel<Element>> model_;
+  SessionOptions options_;
+  RetentionConfig retention_;
+  CudaDeviceSession<Element> device_;
+  Sampler sampler_;
+  StreamMetrics metrics_;
+  Buffer<Token> history_;  // [SessionOptions::history], the stream's first tokens
+  Buffer<float> nll_;      // [chunk]
+  std::int64_t position_ = 0;
+  std::optional<Token> pending_;  // written, not yet fed
+  bool has_state_ = false;        // something was fed
+  bool wrote_since_input_ = false;
+};
+
+template <>
+struct backend_traits<cuda> {
+  static constexpr std::string_view kName = "cuda";
+  template <class Element>
+  static constexpr bool kStores = CudaElement<Element>;
+
+  template <KvElement Element>
+  using Model = CudaModel<Element>;
+  template <KvElement Element>
+  using Session = CudaSession<Element>;
+
+  static void require_device() { CudaDeviceModel<bf16>::require_device(); }
+  template <KvElement Element>
+  static std::shared_ptr<const Model<Element>> place(std::shared_ptr<const Decoder> model) {
+    return std::make_shared<const CudaModel<Element>>(std::move(model));
+  }
+};
+
+}  // namespace sluice

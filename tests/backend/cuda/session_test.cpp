@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: MIT
+/// A session on the GPU against the same program with the tag cpu. What needs no GPU runs anywhere.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include <sluice/backend/cuda/session.hpp>
+#include <sluice/core/random.hpp>
+#include <sluice/stream/backend_traits.hpp>
+#include <sluice/stream/likelihood.hpp>
+
+namespace {
+
+using namespace sluice;
+
+constexpr std::int64_t kVocab = 128;
+constexpr std::int64_t kHidden = 96;
+constexpr std::int64_t kIntermediate = 160;
+constexpr std::int64_t kLayers = 3;
+constexpr std::int64_t kQoHeads = 4;
+constexpr std::int64_t kKvHeads = 2;
+
+// Relative errors of logits, which have a standard deviation of 1 here.
+// Steps: float32 on both sides, in another order; keys and values that round to the other
+// neighbour change a bf16 unit of a few entries among thousands.
+constexpr double kExactBound = 1e-3;
+// Chunks: inputs of 4 products a layer and of the last are rounded to bf16, by 2^-9 at most.
+constexpr double kRoundedBound = (4 * kLayers + 1) * 0x1p-9;
+
+bool has_device() {
+  try {
+    backend_traits<cuda>::require_device();
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+#define SKIP_WITHOUT_DEVICE() \
+  if (!has_device()) GTEST_SKIP() << "no CUDA device"
+
+struct Setting {
+  int head_dim = 64;
+  bool interleaved = false;
+  bool biased = false;
+  std::int64_t trained_window = kUnlimitedWindow;
+};
+
+/// A random model in bf16, the same for both sides.
+std::shared_ptr<const Decoder> make_model(const Setting& setting, std::uint64_t seed) {
+  auto storage = std::make_shared<std::vector<std::vector<bf16>>>();
+  storage->reserve(2 + 7 * kLayers);
+  Random random(seed);
+  const auto matrix = [&](std::int64_t rows, std::int64_t cols, double gain) {
+    std::vector<bf16>& values = storage->emplace_back();
+    for (std::int64_t i = 0; i < rows * cols; ++i)
+      values.push_back(bf16(
+          static_cast<float>(gain * random.normal() / std::sqrt(static_cast<double>(cols)))));
+    return WeightMatrix{ElementType::kBF16, values.data(), rows, cols};
+  };
+  const auto norm = [&] {
+    std::vector<float> values(static_cast<std::size_t>(kHidden));
+    for (float& value : values) value = static_cast<float>(1 + 0.2 * random.normal());
+    return values;
+  };
+  DecoderConfig config;
+  config.family = "llama";
+  config.vocab_size = kVocab;
+  config.hidden_size = kHidden;
+  config.intermediate_size = kIntermediate;
+  config.num_qo_heads = kQoHeads;
+  config.num_kv_heads = kKvHeads;
+  config.head_dim = setting.head_dim;
+  config.sm_scale = 1 / std::sqrt(static_cast<double>(setting.head_dim));
+  config.rotaries.push_back({.head_dim = setting.head_dim,
+                             .rotary_dim = setting.head_dim,
+                             .pairing = setting.interleaved ? RotaryPairing::kInterleaved
+                                                            : RotaryPairing::kHalfSplit});
+  config.layers.resize(static_cast<std::size_t>(kLayers));
+  for (DecoderLayerConfig& layer : config.layers) layer.window_size = setting.trained_window;
+  DecoderWeights weights;
+  weights.embedding = matrix(kVocab, kHidden, std::sqrt(static_cast<double>(kHidden)));
+  weights.output = matrix(kVocab, kHidden, 1);
+  weights.output_norm = norm();
+  for (std::int64_t l = 0; l < kLayers; ++l) {
+    DecoderLayerWeights layer;
+    layer.attention_norm = norm();
+    layer.feed_forward_norm = norm();
+    layer.query = matrix(kQoHeads * setting.head_dim, kHidden, 1.5);
+    layer.key = matrix(kKvHeads * setting.head_dim, kHidden, 1.5);
+    layer.value = matrix(kKvHeads * setting.head_dim, kHidden, 1);
+    layer.output = matrix(kHidden, kQoHeads * setting.head_dim, 1);
+    layer.gate = matrix(kIntermediate, kHidden, 1);
+    layer.up = matrix(kIntermediate, kHidden, 1);
+    layer.down = matrix(kHidden, kIntermediate, 1);
+    if (setting.biased)
+      layer.query_bias.resize(static_cast<std::size_t>(kQoHeads * setting.head_dim));
+    weights.layers.push_back(std::move(layer));
+  }
+  weights.storage = storage;
+  return std::make_shared<const Decoder>(std::move(config), std::move(weights));
+}
+
+std::vector<Token> some_tokens(std::size_t count, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<Token> tokens;
+  for (std::size_t i = 0; i < count; ++i)
+    tokens.push_back(static_cast<Token>(random.below(kVocab)));
+  return tokens;
+}
+
+SessionOptions options_of(std::int64_t sinks, std::int64_t window, std::int64_t chunk) {
+  SessionOptions options;
+  options.cache.num_sink_tokens = sinks;
+  options.cache.window_size = window;
+  options.cache.chunk_size = chunk;
+  return options;
+}
+
+double norm_of(std::span<const float> x) {
+  double sum = 0;
+  for (const float value : x) sum += static_cast<double>(value) * static_cast<double>(value);
+  return std::sqrt(sum);
+}
+/// ||found - expected|| / ||expected||.
+double relative_error(std::span<const float> found, std::span<const float> expected) {
+  std::vector<float> difference(found.size());
+  for (std::size_t i = 0; i < found.size(); ++i) difference[i] = found[i] - expected[i];
+  return norm_of(difference) / norm_of(expected);
+}
+/// By how much the greatest logit leads.
+double margin_of(std::span<const float> logits) {
+  std::vector<float> sorted(logits.begin(), logits.end());
+  std::partial_sort(sorted.begin(), sorted.begin() + 2, sorted.end(), std::greater<float>());
+  return static_cast<double>(sorted[0]) - static_cast<double>(sorted[1]);
+}
+std::vector<float> copy(std::span<const float> x) {
+  return {x.begin(), x.end()};
+}
+
+/// The program that both backends run: reads a prompt, writes, reports the logits of every step.
+template <Backend Tag, KvElement Element>
+class Program {
+ public:
+  Program(const std::shared_ptr<const Decoder>& model, const SessionOptions& options)
+      : session_(place_model<Tag, Element>(model), options) {}
+
+  SessionOn<Tag, Element>& session() { return session_; }
+  std::vector<float> logits() { return copy(session_.logits()); }
+  Token write() { return session_.step().value(); }
+
+ private:
+  SessionOn<Tag, Element> session_;
+};
+
+template <KvElement Element>
+void expect_the_same_text(const Setting& setting, PositionRule rule, std::uint64_t seed) {
+  SCOPED_TRACE("head size " + std::to_string(setting.head_dim) + ", " +
+               std::string(to_string(rule)));
+  const auto model = make_model(setting, seed);
+  SessionOptions options = options_of(4, 40, 1);  // 44 slots: five rounds of the ring
+  options.cache.position_rule = rule;
+  Program<cpu, Element> expected(model, options);
+  Program<cuda, Element> found(model, options);
+  std::vector<Token> text = some_tokens(60, seed + 1);
+  expected.session().accept(text);
+  found.session().accept(text);
+  int parted = 0;
+  double worst = 0;
+  for (int i = 0; i < 200; ++i) {
+    const std::vector<float> logits = expected.logits();
+    worst = std::max(worst, relative_error(found.logits(), logits));
+    const Token token = expected.write();
+    text.push_back(token);
+    if (found.write() == token) continue;
+    // Within the bound either token may be the greater: the GPU goes on with the CPU's text.
+    EXPECT_LT(margin_of(logits), 2 * kExactBound * norm_of(logits)) << "step " << i;
+    ++parted;
+    found.session().reset();
+    found.session().accept(text);
+  }
+  EXPECT_LE(worst, kExactBound);
+  EXPECT_LE(parted, 5);
+  EXPECT_EQ(expected.session().position(), found.session().position());
+  std::printf("relative error of logits %.2e, %d of 200 tokens within the bound\n", worst, parted);
+}
+
+TEST(CudaSession, WritesTheCpusText) {
+  SKIP_WITHOUT_DEVICE();
+  expect_the_same_text<bf16>({.head_dim = 64}, PositionRule::kInCache, 7);
+  expect_the_same_text<bf16>({.head_dim = 16, .interleaved = true}, PositionRule::kInText, 8);
+  expect_the_same_text<f16>({.head_dim = 128}, PositionRule::kInCache, 9);
+  expect_the_same_text<f16>({.head_dim = 24}, PositionRule::kInCache, 10);  // padded
+}
+
+TEST(CudaSession, ReadsInAnyChunks) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 11);
+  const auto placed = place_model<cuda, bf16>(model);
+  const std::vector<Token> text = some_tokens(150, 12);
+  Session<bf16> expected(model, options_of(4, 30, 1));
+  expected.accept(text);
+  for (const std::int64_t chunk : {1, 7, 16, 30}) {
+    const double bound = chunk == 1 ? kExactBound : kRoundedBound;
+    std::vector<float> bits;
+    for (int again = 0; again < 2; ++again) {
+      CudaSession<bf16> session(placed, options_of(4, 30, chunk));
+      session.accept(text);
+      EXPECT_LE(relative_error(session.logits(), expected.logits()), bound) << "chunk " << chunk;
+      if (again == 1) EXPECT_EQ(copy(session.logits()), bits) << "chunk " << chunk;
+      bits = copy(session.logits());
+      session.reset();
+      session.accept(text);
+      EXPECT_EQ(copy(session.logits()), bits) << "after a reset, chunk " << chunk;
+    }
+    // Cut by the caller, too.
+    CudaSession<bf16> session(placed, options_of(4, 30, chunk));
+    const std::span<const Token> tokens(text);
+    session.accept(tokens.first(1));
+    session.accept(tokens.subspan(1, 80));
+    session.accept(tokens.subspan(81));
+    EXPECT_LE(relative_error(session.logits(), expected.logits()), bound) << "chunk " << chunk;
+    if (chunk == 1) EXPECT_EQ(copy(session.logits()), bits);
+  }
+}
+
+template <Backend Tag>
+std::vector<double> scores_of(const std::shared_ptr<const Decoder>& model, std::int64_t chunk,
+                              std::span<const Token> text) {
+  SessionOn<Tag, bf16> session(place_model<Tag, bf16>(model), options_of(4, 40, chunk));
+  std::vector<float> memory(static_cast<std::size_t>(8 * kVocab));
+  const MatrixView<float> scratch(memory.data(), 8, kVocab);
+  std::vector<double> scores(text.size(), -1);
+  std::size_t begin = 0;
+  for (const std::size_t length : {std::size_t{90}, std::size_t{1}, text.size() - 91}) {
+    session.accept_scored(text.subspan(begin, length), scratch,
+                          [&](std::size_t i, double nll) { scores.at(begin + i) = nll; });
+    begin += length;
+  }
+  return scores;
+}
+
+TEST(CudaSession, ScoresTheCpusPerplexity) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 21);
+  const std::vector<Token> text = some_tokens(260, 22);
+  const std::vector<double> expected = scores_of<cpu>(model, 1, text);
+  const double logits_norm = std::sqrt(static_cast<double>(kVocab));  // within a few percent
+  for (const std::int64_t chunk : {1, 16, 40}) {
+    const double bound = chunk == 1 ? kExactBound : kRoundedBound;
+    const std::vector<double> found = scores_of<cuda>(model, chunk, text);
+    EXPECT_EQ(found[0], -1);  // nothing predicts it
+    double difference = 0;
+    for (std::size_t i = 1; i < text.size(); ++i) {
+      // A target and the sum of all: each moves by no more than all logits together.
+      EXPECT_NEAR(found[i], expected[i], 2 * bound * 1.2 * logits_norm) << "token " << i;
+      difference += found[i] - expected[i];
+    }
+    // Of the mean: what a logit's standard deviation is moved by.
+    EXPECT_LE(std::abs(difference) / static_cast<double>(text.size() - 1), bound)
+        << "chunk " << chunk;
+  }
+}
+
+TEST(CudaSession, ScoresWithTheLogitsThatItShows) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 23);
+  CudaSession<bf16> session(model, options_of(4, 40, 16));
+  const std::vector<Token> text = some_tokens(40, 24);
+  session.accept(text);
+  std::vector<float> memory(static_cast<std::size_t>(kVocab));
+  const MatrixView<float> scratch(memory.data(), 1, kVocab);
+  for (const Token token : some_tokens(20, 25)) {
+    const double expected = negative_log_likelihood(session.logits(), token);
+    // A float32 sum of 128 terms, and a float32 result.
+    session.accept_scored({&token, 1}, scratch, [&](std::size_t, double nll) {
+      EXPECT_NEAR(nll, expected, 2e-5);
+    });
+  }
+}
+
+TEST(CudaSession, DrawsWithTheSameSampler) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 31);
+  SessionOptions options = options_of(4, 40, 16);
+  options.sampler = {.temperature = 0.8,
+                     .top_k = 30,
+                     .top_p = 0.95,
+                     .repetition_penalty = 1.1,
+                     .repetition_window = 20,
+                     .seed = 5};
+  CudaSession<bf16> session(model, options);
+  Sampler sampler(options.sampler, kVocab);
+  const std::vector<Token> text = some_tokens(50, 32);
+  session.accept(text);
+  for (const Token token : text) sampler.accept(token);
+  for (int i = 0; i < 100; ++i) {
+    const Token expected = sampler.sample(copy(session.logits()));
+    sampler.accept(expected);
+    ASSERT_EQ(session.step(), expected) << "token " << i;
+    ASSERT_EQ(session.result(), expected);
+  }
+  const StreamMetrics::Report report = session.metrics().report();
+  EXPECT_EQ(report.tokens_read, 50);
+  EXPECT_EQ(report.tokens_written, 100);
+  EXPECT_EQ(session.position(), 150);
+}
+
+TEST(CudaSession, UpdateKeepsWhatIsThere) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 41);
+  const auto placed = place_model<cuda, bf16>(model);
+  SessionOptions options = options_of(4, 40, 8);  // 51 slots
+  options.history = 400;
+  CudaSession<bf16> session(placed, options);
+  const auto logits_of = [&](std::span<const Token> text) {
+    CudaSession<bf16> fresh(placed, options);
+    fresh.accept(text);
+    return copy(fresh.logits());
+  };
+  std::vector<Token> text = some_tokens(48, 42);
+  session.accept(text);
+  static_cast<void>(session.step());  // pending: is forgotten
+  std::vector<Token> other = text;
+  other[30] = (other[30] + 1) % kVocab;
+  UpdateResult result = session.update(other);
+  EXPECT_EQ(result.common_prefix, 30);
+  EXPECT_EQ(result.kept, 30);
+  EXPECT_EQ(result.computed, 18);
+  EXPECT_LE(relative_error(session.logits(), logits_of(other)), kRoundedBound);
+  // The ring has gone round: 7 tokens back nothing that is seen is gone, 8 back something is.
+  const std::vector<Token> more = some_tokens(80, 43);
+  other.insert(other.end(), more.begin(), more.end());
+  session.accept(more);
+  for (const int back : {7, 8}) {
+    std::vector<Token> changed = other;
+    Token& token = changed[changed.size() - static_cast<std::size_t>(back)];
+    token = (token + 1) % kVocab;
+    result = session.update(changed);
+    EXPECT_EQ(result.kept, back == 7 ? static_cast<std::int64_t>(other.size()) - 7 : 0);
+    EXPECT_LE(relative_error(session.logits(), logits_of(changed)), kRoundedBound);
+    result = session.update(other);
+    EXPECT_LE(relative_error(session.logits(), logits_of(other)), kRoundedBound);
+  }
+}
+
+TEST(CudaSession, AFullCacheEnds) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 51);
+  SessionOptions options;
+  options.cache.policy = CachePolicy::kFull;
+  options.cache.capacity = 30;
+  options.cache.chunk_size = 8;
+  Session<bf16> expected(model, options);
+  CudaSession<bf16> found(model, options);
+  EXPECT_FALSE(found.is_ready());
+  EXPECT_EQ(found.step(), std::nullopt);
+  const std::vector<Token> text = some_tokens(25, 52);
+  expected.accept(text);
+  found.accept(text);
+  int written = 0;
+  while (expected.is_ready()) {
+    ASSERT_TRUE(found.is_ready());
+    static_cast<void>(expected.step());
+    static_cast<void>(found.step());
+    ++written;
+  }
+  EXPECT_EQ(written, 6);
+  EXPECT_EQ(found.step(), std::nullopt);
+  try {
+    found.accept(text);
+    FAIL() << "more than fits";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kCapacity) << error.what();
+  }
+  try {
+    found.accept(std::vector<Token>{1, kVocab});
+    FAIL() << "a token outside the vocabulary";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kShape) << error.what();
+    EXPECT_EQ(error.detail().field, "tokens[1]");
+  }
+}
+
+TEST(CudaSession, VerbsThatItHasNot) {
+  SKIP_WITHOUT_DEVICE();
+  CudaSession<bf16> session(make_model({.head_dim = 64}, 61), options_of(4, 40, 8));
+  const auto expect_unsupported = [](auto&& verb) {
+    try {
+      verb();
+      ADD_FAILURE() << "nothing was thrown";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kUnsupported) << error.what();
+    }
+  };
+  expect_unsupported([&] { static_cast<void>(session.checkpoint()); });
+  expect_unsupported([&] { session.rollback_to({}); });
+  expect_unsupported([&] { static_cast<void>(session.fork()); });
+  expect_unsupported([&] { session.save("nowhere"); });
+  expect_unsupported([&] { session.restore("nowhere"); });
+}
+
+/// The field that a session of these options names, or "none".
+std::string refused_field(const std::shared_ptr<const Decoder>& model,
+                          const SessionOptions& options, ErrorCode code) {
+  try {
+    CudaSession<bf16> session(model, options);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    EXPECT_FALSE(error.detail().expected.empty());
+    EXPECT_FALSE(error.detail().found.empty());
+    return error.detail().field;
+  }
+  return "none";
+}
+
+// These fail before a device is looked for.
+TEST(CudaSession, SaysWhatItDoesNotDo) {
+  const auto model = make_model({.head_dim = 64}, 71);
+  const auto refused = [&](auto&& change) {
+    SessionOptions options = options_of(4, 40, 8);
+    change(options);
+    return refused_field(model, options, ErrorCode::kUnsupported);
+  };
+  EXPECT_EQ(refused([](auto& o) { o.cache.policy = CachePolicy::kRecompute; }), "cache.policy");
+  EXPECT_EQ(refused([](auto& o) { o.cache.policy = CachePolicy::kPerHead; }), "cache.policy");
+  EXPECT_EQ(refused([](auto& o) { o.cache.key_form = KeyForm::kRaw; }), "cache.key_form");
+  EXPECT_EQ(refused([](auto& o) { o.cache.lead = 3; }), "cache.lead");
+  EXPECT_EQ(refused([](auto& o) { o.activations = Activations::kInt8; }), "activations");
+  EXPECT_EQ(refused([](auto& o) { o.checkpoints = 2; }), "checkpoints");
+  SessionOptions options = options_of(4, 40, 8);
+  options.sampler.temperature = -1;
+  EXPECT_EQ(refused_field(model, options, ErrorCode::kConfig), "temperature");
+  options = options_of(4, 40, 8);
+  EXPECT_EQ(refused_field(make_model({.head_dim = 64, .biased = true}, 1), options,
+                          ErrorCode::kUnsupported),
+            "biases of attention");
+  EXPECT_EQ(refused_field(make_model({.head_dim = 256}, 1), options, ErrorCode::kUnsupported),
+            "head_dim");
+  EXPECT_EQ(refused_field(make_model({.head_dim = 64, .trained_window = 20}, 1), options,
+                          ErrorCode::kUnsupported),
+            "cache.window_size");
+}
+
+TEST(CudaSession, SaysThatThereIsNoDevice) {
+  if (has_device()) GTEST_SKIP() << "there is one";
+  EXPECT_EQ(refused_field(make_model({.head_dim = 64}, 81), options_of(4, 40, 8),
+                          ErrorCode::kDevice),
+            "device");
+}
+
+}  // namespace
