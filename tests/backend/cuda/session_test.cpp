@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -62,8 +64,8 @@ std::shared_ptr<const Decoder> make_model(const Setting& setting, std::uint64_t 
   const auto matrix = [&](std::int64_t rows, std::int64_t cols, double gain) {
     std::vector<bf16>& values = storage->emplace_back();
     for (std::int64_t i = 0; i < rows * cols; ++i)
-      values.push_back(bf16(
-          static_cast<float>(gain * random.normal() / std::sqrt(static_cast<double>(cols)))));
+      values.push_back(
+          bf16(static_cast<float>(gain * random.normal() / std::sqrt(static_cast<double>(cols)))));
     return WeightMatrix{ElementType::kBF16, values.data(), rows, cols};
   };
   const auto norm = [&] {
@@ -80,10 +82,10 @@ std::shared_ptr<const Decoder> make_model(const Setting& setting, std::uint64_t 
   config.num_kv_heads = kKvHeads;
   config.head_dim = setting.head_dim;
   config.sm_scale = 1 / std::sqrt(static_cast<double>(setting.head_dim));
-  config.rotaries.push_back({.head_dim = setting.head_dim,
-                             .rotary_dim = setting.head_dim,
-                             .pairing = setting.interleaved ? RotaryPairing::kInterleaved
-                                                            : RotaryPairing::kHalfSplit});
+  config.rotaries.push_back(
+      {.head_dim = setting.head_dim,
+       .rotary_dim = setting.head_dim,
+       .pairing = setting.interleaved ? RotaryPairing::kInterleaved : RotaryPairing::kHalfSplit});
   config.layers.resize(static_cast<std::size_t>(kLayers));
   for (DecoderLayerConfig& layer : config.layers) layer.window_size = setting.trained_window;
   DecoderWeights weights;
@@ -215,7 +217,9 @@ TEST(CudaSession, ReadsInAnyChunks) {
       CudaSession<bf16> session(placed, options_of(4, 30, chunk));
       session.accept(text);
       EXPECT_LE(relative_error(session.logits(), expected.logits()), bound) << "chunk " << chunk;
-      if (again == 1) EXPECT_EQ(copy(session.logits()), bits) << "chunk " << chunk;
+      if (again == 1) {
+        EXPECT_EQ(copy(session.logits()), bits) << "chunk " << chunk;
+      }
       bits = copy(session.logits());
       session.reset();
       session.accept(text);
@@ -228,7 +232,9 @@ TEST(CudaSession, ReadsInAnyChunks) {
     session.accept(tokens.subspan(1, 80));
     session.accept(tokens.subspan(81));
     EXPECT_LE(relative_error(session.logits(), expected.logits()), bound) << "chunk " << chunk;
-    if (chunk == 1) EXPECT_EQ(copy(session.logits()), bits);
+    if (chunk == 1) {
+      EXPECT_EQ(copy(session.logits()), bits);
+    }
   }
 }
 
@@ -281,9 +287,8 @@ TEST(CudaSession, ScoresWithTheLogitsThatItShows) {
   for (const Token token : some_tokens(20, 25)) {
     const double expected = negative_log_likelihood(session.logits(), token);
     // A float32 sum of 128 terms, and a float32 result.
-    session.accept_scored({&token, 1}, scratch, [&](std::size_t, double nll) {
-      EXPECT_NEAR(nll, expected, 2e-5);
-    });
+    session.accept_scored({&token, 1}, scratch,
+                          [&](std::size_t, double nll) { EXPECT_NEAR(nll, expected, 2e-5); });
   }
 }
 
@@ -452,9 +457,9 @@ TEST(CudaSession, SaysWhatItDoesNotDo) {
 
 TEST(CudaSession, SaysThatThereIsNoDevice) {
   if (has_device()) GTEST_SKIP() << "there is one";
-  EXPECT_EQ(refused_field(make_model({.head_dim = 64}, 81), options_of(4, 40, 8),
-                          ErrorCode::kDevice),
-            "device");
+  EXPECT_EQ(
+      refused_field(make_model({.head_dim = 64}, 81), options_of(4, 40, 8), ErrorCode::kDevice),
+      "device");
 }
 
 }  // namespace

@@ -71,17 +71,16 @@ std::vector<Element> rounded_matrix(const WeightMatrix& matrix, const char* name
   std::vector<float> row(static_cast<std::size_t>(matrix.cols));
   for (std::int64_t r = 0; r < matrix.rows; ++r) {
     dequantise(matrix.type, matrix.row(r), matrix.cols, row.data());
-    Element* to = result.data() +
-                  (r / in_rows.unit * in_rows.padded + r % in_rows.unit) * width;
+    Element* to = result.data() + (r / in_rows.unit * in_rows.padded + r % in_rows.unit) * width;
     for (std::int64_t c = 0; c < matrix.cols; c += in_cols.unit, to += in_cols.padded)
       for (std::int64_t i = 0; i < in_cols.unit; ++i)
         to[i] = Element(row[static_cast<std::size_t>(c + i)]);
     if constexpr (std::same_as<Element, f16>)
       for (const float value : row)
         if (std::isfinite(value) && std::abs(value) >= 65520.0F)  // what rounds to infinity
-          throw Error(ErrorCode::kUnsupported, {"a weight does not fit the element type",
-                                                "CudaModel", name, "below 65520, or bf16 weights",
-                                                std::to_string(value)});
+          throw Error(ErrorCode::kUnsupported,
+                      {"a weight does not fit the element type", "CudaModel", name,
+                       "below 65520, or bf16 weights", std::to_string(value)});
   }
   return result;
 }
@@ -150,9 +149,9 @@ class CudaModel {
     const auto require = [&](bool good, const char* field, const std::string& expected,
                              const std::string& found) {
       if (!good)
-        throw Error(ErrorCode::kUnsupported, {"the CUDA backend does not run this model",
-                                              "CudaModel, family " + c.family, field, expected,
-                                              found});
+        throw Error(ErrorCode::kUnsupported,
+                    {"the CUDA backend does not run this model", "CudaModel, family " + c.family,
+                     field, expected, found});
     };
     require(c.activation == Activation::kSilu, "activation", "SiLU", "another");
     require(c.embedding_scale == 1, "embedding_scale", "1", std::to_string(c.embedding_scale));
@@ -283,8 +282,8 @@ class CudaSession {
   UpdateResult update(std::span<const Token> tokens, Stop&& stop) {
     UpdateResult result;
     result.common_prefix = common_prefix(tokens);
-    const std::int64_t kept = kept_of(
-        std::min(result.common_prefix, static_cast<std::int64_t>(tokens.size()) - 1));
+    const std::int64_t kept =
+        kept_of(std::min(result.common_prefix, static_cast<std::int64_t>(tokens.size()) - 1));
     check(tokens, kept, kept, 0);
     if (kept == 0) {
       reset();
@@ -346,9 +345,8 @@ class CudaSession {
   static constexpr std::int64_t kLikelihoodRows = 32;  // of logits, formed at once
 
   [[noreturn]] static void unsupported(const char* what) {
-    throw Error(ErrorCode::kUnsupported,
-                {std::string("a session on a GPU cannot ") + what, "CudaSession", "backend", "cpu",
-                 "cuda"});
+    throw Error(ErrorCode::kUnsupported, {std::string("a session on a GPU cannot ") + what,
+                                          "CudaSession", "backend", "cpu", "cuda"});
   }
 
   static std::shared_ptr<const CudaModel<Element>> placed(std::shared_ptr<const Decoder> model,
@@ -364,8 +362,8 @@ class CudaSession {
     const auto require = [](bool good, const char* field, const std::string& expected,
                             const std::string& found) {
       if (!good)
-        throw Error(ErrorCode::kUnsupported, {"the CUDA backend does not do this",
-                                              "SessionOptions", field, expected, found});
+        throw Error(ErrorCode::kUnsupported, {"the CUDA backend does not do this", "SessionOptions",
+                                              field, expected, found});
     };
     require(cache.policy == CachePolicy::kSinkWindow || cache.policy == CachePolicy::kWindow ||
                 cache.policy == CachePolicy::kFull,
@@ -383,10 +381,10 @@ class CudaSession {
                                        "0 to 2^40", std::to_string(options.history)});
     options.sampler.validate();
     const CachePlan plan = plan_cache(model.config(), cache);
-    require(plan.retentions.size() == 1, "cache.window_size",
-            "at most the windows that layers were trained with",
-            cache.policy == CachePolicy::kFull ? "a full cache"
-                                               : std::to_string(cache.window_size));
+    require(
+        plan.retentions.size() == 1, "cache.window_size",
+        "at most the windows that layers were trained with",
+        cache.policy == CachePolicy::kFull ? "a full cache" : std::to_string(cache.window_size));
     return plan.retentions.front();
   }
   static CudaDeviceSessionConfig device_config(const RetentionConfig& r) {
@@ -408,10 +406,10 @@ class CudaSession {
     const std::int64_t vocab = model().config().vocab_size;
     for (std::size_t i = 0; i < tokens.size(); ++i)
       if (tokens[i] < 0 || tokens[i] >= vocab)
-        throw Error(ErrorCode::kShape, {"token outside the vocabulary", "CudaSession::accept",
-                                        "tokens[" + std::to_string(i) + "]",
-                                        "0 to " + std::to_string(vocab - 1),
-                                        std::to_string(tokens[i])});
+        throw Error(ErrorCode::kShape,
+                    {"token outside the vocabulary", "CudaSession::accept",
+                     "tokens[" + std::to_string(i) + "]", "0 to " + std::to_string(vocab - 1),
+                     std::to_string(tokens[i])});
     if (!options_.cache.is_bounded()) return;
     const std::int64_t coming = static_cast<std::int64_t>(tokens.size()) - first + pending;
     const std::int64_t room = retention_.capacity - fed;
