@@ -203,9 +203,9 @@ TEST(CudaSession, WritesTheCpusText) {
   expect_the_same_text<f16>({.head_dim = 24}, PositionRule::kInCache, 10);  // padded
 }
 
-TEST(CudaSession, ReadsInAnyChunks) {
-  SKIP_WITHOUT_DEVICE();
-  const auto model = make_model({.head_dim = 64}, 11);
+void expect_any_chunks(int head_dim) {
+  SCOPED_TRACE("head size " + std::to_string(head_dim));
+  const auto model = make_model({.head_dim = head_dim}, 11);
   const auto placed = place_model<cuda, bf16>(model);
   const std::vector<Token> text = some_tokens(150, 12);
   Session<bf16> expected(model, options_of(4, 30, 1));
@@ -236,6 +236,13 @@ TEST(CudaSession, ReadsInAnyChunks) {
       EXPECT_EQ(copy(session.logits()), bits);
     }
   }
+}
+
+TEST(CudaSession, ReadsInAnyChunks) {
+  SKIP_WITHOUT_DEVICE();
+  expect_any_chunks(64);
+  expect_any_chunks(128);  // by other kernels on Hopper
+  expect_any_chunks(40);   // padded
 }
 
 template <Backend Tag>
