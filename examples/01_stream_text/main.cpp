@@ -76,6 +76,7 @@ sluice::LoadedModel load(const Options& options) {
 }
 
 int run(Options options) {
+  options.backend = BackendTraits::kName;
   BackendTraits::require_device();
   const sluice::LoadedModel model = load(options);
   if (!options.heads.empty() && options.cache.policy == sluice::CachePolicy::kPerHead)

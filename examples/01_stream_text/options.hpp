@@ -47,6 +47,7 @@ struct Options {
   std::string heads;                    // --policy per-head: the head map's file or folder
   double sparsity = 0.5;                // of a DuoAttention map: share of streaming heads
   KvType kv_type = KvType::kF16;
+  std::string_view backend = "cpu";  // that the program is compiled for
   int threads = 1;
   bool lock_memory = false;
   sluice::Activations activations = sluice::Activations::kFloat32;

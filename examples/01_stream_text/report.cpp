@@ -90,6 +90,7 @@ Json setting_json(const sluice::LoadedModel& model, const Options& options) {
           {"keys", key_form(options)},
           {"kv_type", to_string(options.kv_type)},
           {"chunk", cache.chunk()},
+          {"backend", options.backend},
           {"threads", options.threads},
           {"activations", to_string(options.activations)},
           {"temperature", options.sampler.temperature},
@@ -145,8 +146,9 @@ void print_setting(const sluice::LoadedModel& model, const Options& options) {
             << "cache    " << cache_text(options) << "; positions "
             << to_string(cache.position_rule) << ", keys " << key_form(options) << ", "
             << to_string(options.kv_type) << "; " << megabytes(bytes) << ", fixed\n"
-            << "running  " << options.threads << (options.threads == 1 ? " thread" : " threads")
-            << ", reads " << cache.chunk() << " tokens at once";
+            << "running  " << options.backend << ", " << options.threads
+            << (options.threads == 1 ? " thread" : " threads") << ", reads " << cache.chunk()
+            << " tokens at once";
   const sluice::SamplerOptions& s = options.sampler;
   if (options.mode != Mode::kPerplexity) {
     if (s.temperature == 0)
