@@ -75,30 +75,47 @@ with_fixed_addresses() {
 
 jobs=$(build_jobs)
 
+# part NAME COMMAND...: one part of a stage; its time, and whether it failed, go into the summary.
+part() {
+  part_name=$1
+  part_begin=$(date +%s)
+  shift
+  if "$@"; then
+    parts="$parts, $part_name $(($(date +%s) - part_begin)) s"
+  else
+    parts="$parts, $part_name FAILED"
+    return 1
+  fi
+}
+
+# The sanitizers run the fuzzers: beside them, a release build would add nothing.
 release() {
-  configure release -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON -D SLUICE_BENCH=ON \
-    -D SLUICE_EXAMPLES=ON -D SLUICE_WERROR=ON &&
-    build release &&
-    ctest --preset release --parallel "$jobs"
+  fuzzers=OFF
+  [ "$quick" -eq 0 ] || fuzzers=ON
+  part configure configure release -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON \
+    -D SLUICE_BENCH=ON -D SLUICE_EXAMPLES=ON -D SLUICE_WERROR=ON -D SLUICE_FUZZERS=$fuzzers &&
+    part build build release &&
+    part tests ctest --preset release --parallel "$jobs"
 }
 
 portable() {
-  configure portable -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON -D SLUICE_BENCH=OFF \
-    -D SLUICE_EXAMPLES=OFF -D SLUICE_WERROR=ON &&
-    build portable sluice_kernel_tests &&
-    ctest --preset portable --parallel "$jobs" --label-regex '^kernels$'
+  part configure configure portable -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON \
+    -D SLUICE_BENCH=OFF -D SLUICE_EXAMPLES=OFF -D SLUICE_WERROR=ON &&
+    part build build portable sluice_kernel_tests &&
+    part tests ctest --preset portable --parallel "$jobs" --label-regex '^kernels$'
 }
 
 sanitizers() {
-  configure asan -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON &&
-    build asan &&
-    without_model env UBSAN_OPTIONS=print_stacktrace=1 ctest --preset asan --parallel "$jobs"
+  part configure configure asan -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON &&
+    part build build asan &&
+    part tests without_model env UBSAN_OPTIONS=print_stacktrace=1 \
+      ctest --preset asan --parallel "$jobs"
 }
 
 threads() {
-  configure tsan -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON &&
-    build tsan &&
-    without_model ctest --preset tsan
+  part configure configure tsan -D SLUICE_IO=ON -D SLUICE_AUDIO=ON -D SLUICE_TESTS=ON &&
+    part build build tsan &&
+    part tests without_model ctest --preset tsan --parallel "$jobs"
 }
 
 summary=''
@@ -113,6 +130,7 @@ stage() {
   fi
   say "=== $1 ==="
   begin=$(date +%s)
+  parts=''
   if "$1"; then
     result=passed
   else
@@ -120,7 +138,7 @@ stage() {
     failed=1
   fi
   summary="$summary
-  $1: $result ($(($(date +%s) - begin)) s)"
+  $1: $result ($(($(date +%s) - begin)) s:${parts#,})"
 }
 
 stage release
@@ -131,4 +149,5 @@ if [ "$quick" -eq 0 ]; then
 fi
 
 printf '\nsluice tests:%s\n  model: %s\n' "$summary" "$model_note"
+[ "$failed" -eq 0 ] || printf '  what failed is told above this summary\n'
 exit "$failed"
