@@ -485,22 +485,27 @@ def draw_policies(records, folder):
 
 
 def draw_passkey(records, folder):
-    """Digits recalled of five, by policy and depth."""
-    names = list(dict.fromkeys(record["policy"] for record in records))
-    depths = sorted({record["passkey_depth"] for record in records})
-    cells = {(record["policy"], record["passkey_depth"]): record["digits_recalled"]
-             for record in records}
-    made, (axis,) = figure(width=1.2 + 0.9 * len(depths), height=0.8 + 0.4 * len(names))
-    axis.imshow([[cells.get((name, depth), 0) for depth in depths] for name in names],
-                cmap="Blues", vmin=0, vmax=7, aspect="auto")
-    for row, name in enumerate(names):
-        for column, depth in enumerate(depths):
-            axis.text(column, row, cells.get((name, depth), ""), ha="center", va="center",
-                      fontsize=9)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_xticks(range(len(depths)), [f"{100 * depth:.0f}%" for depth in depths])
-    axis.set_xlabel("where in the text the number is said")
-    axis.set_title("digits recalled of 5", fontsize=10)
+    """Digits recalled of five, by policy and depth; a panel for each length and budget."""
+    runs = sorted({(record["tokens"], record["budget"]) for record in records})
+    most = max(len({record["policy"] for record in records if
+                    (record["tokens"], record["budget"]) == run}) for run in runs)
+    made, axes = figure(columns=len(runs), width=5.4, height=0.8 + 0.4 * most)
+    for axis, run in zip(axes, runs):
+        chosen = [record for record in records if (record["tokens"], record["budget"]) == run]
+        names = list(dict.fromkeys(record["policy"] for record in chosen))
+        depths = sorted({round(100 * record["passkey_depth"]) for record in chosen})
+        cells = {(record["policy"], round(100 * record["passkey_depth"])):
+                 record["digits_recalled"] for record in chosen}
+        axis.imshow([[cells.get((name, depth), 0) for depth in depths] for name in names],
+                    cmap="Blues", vmin=0, vmax=7, aspect="auto")
+        for row, name in enumerate(names):
+            for column, depth in enumerate(depths):
+                axis.text(column, row, cells.get((name, depth), ""), ha="center", va="center",
+                          fontsize=9)
+        axis.set_yticks(range(len(names)), names)
+        axis.set_xticks(range(len(depths)), [f"{depth}%" for depth in depths])
+        axis.set_xlabel("where in the text the number is said")
+        axis.set_title(f"digits recalled of 5: {run[0]:,} tokens, {run[1]:,} entries", fontsize=10)
     save(made, folder, "passkey", records)
 
 
