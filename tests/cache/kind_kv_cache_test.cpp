@@ -242,6 +242,8 @@ TEST(KindKvCacheTransactions, TakesBackTheOpenSpanAlone) {
       expected.take_back(back);
       EXPECT_EQ(shorter.total(), total + act.tokens - back);
       EXPECT_EQ(shorter.max_truncate(), open - back);
+      shorter.rollback();  // what is left is final
+      EXPECT_EQ(shorter.total(), total + act.tokens - back);
       std::map<TokenKind, std::int64_t> kept;
       for (const auto& token : expected.tokens()) ++kept[token.kind];
       for (const TokenKind kind : {TokenKind::kPinned, TokenKind::kText, TokenKind::kVision})
@@ -461,6 +463,44 @@ TEST(KindKvCacheTransactions, NoDamageBreaksTheBooks) {
   }
   EXPECT_GT(refused, 2500);
   EXPECT_GT(accepted, 20);
+}
+
+// Runs that stand apart are bounded by the configuration: a file cannot make more of them than a
+// list of segments holds.
+TEST(KindKvCacheTransactions, AFileCannotPullRunsApart) {
+  KindRetentionConfig config = small(70, 70);
+  config.max_vision = 8;
+  KindRetention retention(config);
+  for (int round = 0; round < 75; ++round) {
+    retention.begin_round();
+    for (int span = 0; span < 4; ++span) {
+      retention.begin_span(SpanRole::kVision, {.frames = 1, .rows = 1, .cols = 2});
+      retention.append(2);
+      retention.commit();
+    }
+  }
+  ByteWriter writer;
+  retention.save(writer);
+  std::vector<std::byte> bytes(writer.bytes().begin(), writer.bytes().end());
+  // Configuration, counters and positions; then of each round four counts, of each span three
+  // counts, its position, its extent and what left behind it.
+  const std::size_t rounds = (11 + 14 + 3) * 8;
+  ASSERT_EQ(bytes.size(), rounds + 70 * (4 + 4 * 6) * 8);
+  for (std::size_t span = 0; span < 280; ++span) {
+    const double behind = 0.25 * static_cast<double>(1 + span % 3);
+    std::memcpy(bytes.data() + rounds + (span / 4 * 28 + 4 + span % 4 * 6 + 5) * 8, &behind, 8);
+  }
+  KindRetention loaded(config);
+  const auto error = test::error_of([&] {
+    ByteReader reader(bytes, "memory");
+    loaded.restore(reader);
+  });
+  ASSERT_TRUE(error);
+  EXPECT_EQ(error->code(), ErrorCode::kFormat);
+  EXPECT_EQ(loaded.total(), 0);
+  ByteReader reader(writer.bytes(), "memory");
+  loaded.restore(reader);
+  EXPECT_EQ(loaded.total(), retention.total());
 }
 
 }  // namespace
