@@ -5,7 +5,10 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -257,6 +260,60 @@ void run(const CudaVisionShape& shape, std::int64_t rows, std::int64_t cols) {
     }
   }
   check_cuda(cudaStreamDestroy(stream), "cudaStreamDestroy");
+}
+
+// On the host alone: every patch stands once, a token's side by side, a window within a tile.
+TEST(VisionLayout, PlacesEveryPatchOnceAndWindowsInTiles) {
+  for (const auto& [window, patch] : {std::pair{32, 8}, {32, 4}, {16, 8}, {0, 8}}) {
+    const CudaVisionShape shape = small(window, patch, 1);
+    for (const auto& [rows, cols] : {std::pair{1, 1}, {3, 5}, {4, 8}, {5, 6}, {8, 16}, {7, 9}}) {
+      const detail::VisionLayout layout = detail::vision_layout(shape, rows, cols);
+      const std::size_t group = 4;
+      const std::size_t count = layout.places.size();
+      ASSERT_EQ(count % 64, 0U);
+      ASSERT_EQ(layout.positions.size(), count);
+      ASSERT_EQ(layout.token_of.size() * group, count);
+      ASSERT_EQ(layout.tiles.size() * 64, count);
+      std::vector<int> seen(static_cast<std::size_t>(rows * cols), 0);
+      for (std::size_t g = 0; g < layout.token_of.size(); ++g) {
+        const int token = layout.token_of[g];
+        for (std::size_t i = 0; i < group; ++i) {
+          const detail::PatchOnGrid place = layout.places[g * group + i];
+          const Position3 at = layout.positions[g * group + i];
+          if (token < 0) {
+            EXPECT_LT(place.y, 0);
+            continue;
+          }
+          EXPECT_EQ(place.y, token / cols * 2 + static_cast<int>(i) / 2);
+          EXPECT_EQ(place.x, token % cols * 2 + static_cast<int>(i) % 2);
+          EXPECT_EQ(at.t, 0);
+          EXPECT_EQ(at.h, place.y);
+          EXPECT_EQ(at.w, place.x);
+        }
+        if (token >= 0) ++seen[static_cast<std::size_t>(token)];
+      }
+      EXPECT_EQ(std::count(seen.begin(), seen.end(), 1), rows * cols);
+      std::map<std::pair<int, int>, std::size_t> tile_of;
+      const int side = window == 0 ? 1 << 20 : window / patch;
+      for (std::size_t tile = 0; tile < layout.tiles.size(); ++tile) {
+        const AttentionTile& listed = layout.tiles[tile];
+        EXPECT_EQ(listed.slot, static_cast<int>(64 * tile));
+        ASSERT_GE(listed.count, 1);
+        std::optional<std::pair<int, int>> held;
+        for (int j = 0; j < 64; ++j) {
+          const detail::PatchOnGrid place = layout.places[64 * tile + static_cast<std::size_t>(j)];
+          EXPECT_EQ(place.y >= 0, j < listed.count);  // padding is behind what is listed
+          if (place.y < 0) continue;
+          const std::pair<int, int> of{place.y / side, place.x / side};
+          EXPECT_TRUE(!held || *held == of);
+          held = of;
+          if (window != 0) {
+            EXPECT_EQ(tile_of.emplace(of, tile).first->second, tile);
+          }
+        }
+      }
+    }
+  }
 }
 
 TEST(VisionTower, EqualsItsDefinition) {

@@ -207,6 +207,55 @@ struct PatchOnGrid {
   std::int32_t x;
 };
 
+/// Where patches stand in a tower's rows.
+struct VisionLayout {
+  std::vector<PatchOnGrid> places;     // [rows]
+  std::vector<Position3> positions;    // [rows]
+  std::vector<std::int32_t> token_of;  // [rows / merge^2]; negative: padding
+  std::vector<AttentionTile> tiles;    // [rows / 64]: the rows that are no padding
+};
+
+/// Tokens window by window, those at the right and at the bottom smaller, each window from a whole
+/// tile on; without windows, row by row. rows, cols: tokens of a grid.
+inline VisionLayout vision_layout(const CudaVisionShape& s, std::int64_t rows, std::int64_t cols) {
+  constexpr std::int64_t kTile = kChunkTile;
+  const std::int64_t side =
+      s.window_size == 0 ? std::max(rows, cols) : s.window_size / s.patch_size / s.merge;
+  VisionLayout layout;
+  const auto pad = [&] {
+    while (static_cast<std::int64_t>(layout.places.size()) % kTile != 0) {
+      layout.token_of.push_back(-1);
+      for (std::int64_t i = 0; i < s.merge * s.merge; ++i) {
+        layout.places.push_back({-1, -1});
+        layout.positions.push_back({});
+      }
+    }
+  };
+  for (std::int64_t y = 0; y < rows; y += side)
+    for (std::int64_t x = 0; x < cols; x += side) {
+      for (std::int64_t r = y; r < std::min(y + side, rows); ++r)
+        for (std::int64_t c = x; c < std::min(x + side, cols); ++c) {
+          layout.token_of.push_back(static_cast<std::int32_t>(r * cols + c));
+          for (std::int64_t i = 0; i < s.merge * s.merge; ++i) {
+            const std::int64_t row = r * s.merge + i / s.merge;
+            const std::int64_t col = c * s.merge + i % s.merge;
+            layout.places.push_back(
+                {static_cast<std::int32_t>(row), static_cast<std::int32_t>(col)});
+            layout.positions.push_back({0, static_cast<Position>(row), static_cast<Position>(col)});
+          }
+        }
+      pad();
+    }
+  const auto count = static_cast<std::int64_t>(layout.places.size());
+  for (std::int64_t first = 0; first < count; first += kTile) {
+    std::int32_t held = 0;
+    for (std::int64_t i = first; i < first + kTile; ++i)
+      held += layout.places[static_cast<std::size_t>(i)].y >= 0 ? 1 : 0;
+    layout.tiles.push_back({static_cast<std::int32_t>(first), held, 0, AttentionTile::kOld});
+  }
+  return layout;
+}
+
 struct VisionPatchParams {
   const std::uint8_t* frames;  // [grid_frames, height, width, channels]
   const PatchOnGrid* places;   // [rows]
@@ -294,7 +343,7 @@ class CudaVisionTower {
         stream_(stream),
         rows_(require(rows, "rows")),
         cols_(require(cols, "cols")),
-        layout_(lay_out(weights.shape(), rows, cols)),
+        layout_(detail::vision_layout(weights.shape(), rows, cols)),
         attention_(weights.shape().num_heads, weights.shape().num_heads,
                    frequencies(weights.shape()), 0, kHeadDim / 4, patch_rows(), 1) {
     const CudaVisionShape& s = shape();
@@ -422,58 +471,11 @@ class CudaVisionTower {
   }
 
  private:
-  /// Where patches stand in the tower's rows.
-  struct Layout {
-    std::vector<detail::PatchOnGrid> places;  // [rows]
-    std::vector<Position3> positions;         // [rows]
-    std::vector<std::int32_t> token_of;       // [rows / merge^2]; negative: padding
-    std::vector<AttentionTile> tiles;         // [rows / 64]
-  };
-
   static std::int64_t require(std::int64_t extent, const char* field) {
     if (extent < 1 || extent > 1024)
       throw Error(ErrorCode::kShape, {"value out of range", "CudaVisionTower", field, "1 to 1024",
                                       std::to_string(extent)});
     return extent;
-  }
-  static Layout lay_out(const CudaVisionShape& s, std::int64_t rows, std::int64_t cols) {
-    constexpr std::int64_t kTile = detail::kChunkTile;
-    const std::int64_t side =
-        s.window_size == 0 ? std::max(rows, cols) : s.window_size / s.patch_size / s.merge;
-    Layout layout;
-    const auto pad = [&] {
-      while (static_cast<std::int64_t>(layout.places.size()) % kTile != 0) {
-        layout.token_of.push_back(-1);
-        for (std::int64_t i = 0; i < s.merge * s.merge; ++i) {
-          layout.places.push_back({-1, -1});
-          layout.positions.push_back({});
-        }
-      }
-    };
-    for (std::int64_t y = 0; y < rows; y += side)
-      for (std::int64_t x = 0; x < cols; x += side) {
-        for (std::int64_t r = y; r < std::min(y + side, rows); ++r)
-          for (std::int64_t c = x; c < std::min(x + side, cols); ++c) {
-            layout.token_of.push_back(static_cast<std::int32_t>(r * cols + c));
-            for (std::int64_t i = 0; i < s.merge * s.merge; ++i) {
-              const std::int64_t row = r * s.merge + i / s.merge;
-              const std::int64_t col = c * s.merge + i % s.merge;
-              layout.places.push_back(
-                  {static_cast<std::int32_t>(row), static_cast<std::int32_t>(col)});
-              layout.positions.push_back(
-                  {0, static_cast<Position>(row), static_cast<Position>(col)});
-            }
-          }
-        pad();
-      }
-    const auto count = static_cast<std::int64_t>(layout.places.size());
-    for (std::int64_t first = 0; first < count; first += kTile) {
-      std::int32_t held = 0;
-      for (std::int64_t i = first; i < first + kTile; ++i)
-        held += layout.places[static_cast<std::size_t>(i)].y >= 0 ? 1 : 0;
-      layout.tiles.push_back({static_cast<std::int32_t>(first), held, 0, AttentionTile::kOld});
-    }
-    return layout;
   }
   /// Both halves of the pairs turn by the same frequencies, one by rows and one by columns.
   static std::vector<double> frequencies(const CudaVisionShape& s) {
@@ -511,7 +513,7 @@ class CudaVisionTower {
   cudaStream_t stream_;
   std::int64_t rows_;
   std::int64_t cols_;
-  Layout layout_;
+  detail::VisionLayout layout_;
   TileAttentionPlan<Element, kHeadDim> attention_;
   MatrixProducts<Element> products_;
   Buffer<std::uint8_t, cuda> pixels_;  // [grid_frames, height, width, channels]
