@@ -211,7 +211,7 @@ void expect_any_chunks(int head_dim, std::span<const std::int64_t> chunks) {
   SCOPED_TRACE("head size " + std::to_string(head_dim));
   const auto model = make_model({.head_dim = head_dim}, 11);
   const auto placed = place_model<cuda, bf16>(model);
-  const std::vector<Token> text = some_tokens(90, 12);
+  const std::vector<Token> text = some_tokens(60, 12);
   Session<bf16> expected(model, options_of(4, 30, 1));
   expected.accept(text);
   for (const std::int64_t chunk : chunks) {
@@ -233,8 +233,8 @@ void expect_any_chunks(int head_dim, std::span<const std::int64_t> chunks) {
     CudaSession<bf16> session(placed, options_of(4, 30, chunk));
     const std::span<const Token> tokens(text);
     session.accept(tokens.first(1));
-    session.accept(tokens.subspan(1, 50));
-    session.accept(tokens.subspan(51));
+    session.accept(tokens.subspan(1, 40));
+    session.accept(tokens.subspan(41));
     EXPECT_LE(relative_error(session.logits(), expected.logits()), bound) << "chunk " << chunk;
     if (chunk == 1) {
       EXPECT_EQ(copy(session.logits()), bits);
@@ -353,7 +353,7 @@ TEST(CudaSession, UpdateKeepsWhatIsThere) {
   EXPECT_EQ(result.computed, 18);
   EXPECT_LE(relative_error(session.logits(), logits_of(other)), kRoundedBound);
   // The ring has gone round: 7 tokens back nothing that is seen is gone, 8 back something is.
-  const std::vector<Token> more = some_tokens(80, 43);
+  const std::vector<Token> more = some_tokens(40, 43);
   other.insert(other.end(), more.begin(), more.end());
   session.accept(more);
   for (const int back : {7, 8}) {
