@@ -8,9 +8,15 @@
 ///   window:W    milliseconds of single tokens in the steady state of W keys, 4 of them sinks
 ///   stream:N    milliseconds to read N tokens through 4 sinks + 1,020 keys
 ///   limits      what the machine allows the same threads at this moment
+///   jitter:N    N steps of `endless` in turns with N of about the same length that only count in
+///               registers, and N that only read as many bytes: how even steps can be here at all.
+///               A line for each of the three with median, p99, p99.9 and longest (for a p99.9 that
+///               means something N is 10,000 or more)
 /// Beside the times stand what a row has to do at least: bytes to read for a token, or the products
 /// of weights and of attention.
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
@@ -21,12 +27,16 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "support/machine_limits.hpp"
 
 #include "sluice/backend/cpu/kernel_table.hpp"
+#include "sluice/backend/cpu/simd.hpp"
+#include "sluice/core/memory.hpp"
 #include "sluice/core/random.hpp"
+#include "sluice/core/threads.hpp"
 #include "sluice/model/load_gguf.hpp"
 #include "sluice/stream/session.hpp"
 
@@ -38,7 +48,8 @@ constexpr const char* kHelp =
     "usage: speed_bench MODEL.gguf THREADS [int8] TASK...\n"
     "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are "
     "that\n"
-    "tasks: decode:N prefill:N ttft:N endless:N (N tokens) window:W stream:N limits; JSON lines\n";
+    "tasks: decode:N prefill:N ttft:N endless:N (N tokens) window:W stream:N limits jitter:N; JSON "
+    "lines\n";
 
 using Model = std::shared_ptr<const Decoder>;
 
@@ -74,8 +85,10 @@ struct Setting {
 };
 
 Session<f16> make_session(const Model& model, CachePolicy policy, std::int64_t capacity,
-                          const Setting& setting, std::int64_t window = 1024) {
+                          const Setting& setting, std::int64_t window = 1024,
+                          std::shared_ptr<ThreadTeam> team = nullptr) {
   SessionOptions options;
+  options.team = std::move(team);
   options.activations = setting.activations;
   options.cache.policy = policy;
   options.cache.num_sink_tokens = 4;
@@ -161,6 +174,113 @@ Work work_of(const Model& model, std::int64_t tokens, std::int64_t keys, bool ca
   return work;
 }
 
+/// Steps of the same team that do nothing of a model: each member takes its share of one fork-join.
+class EmptySteps {
+ public:
+  /// `bytes` to read a step, by all members together. Allocates them.
+  EmptySteps(ThreadTeam& team, double bytes)
+      : team_(team),
+        memory_(static_cast<std::size_t>(bytes) / sizeof(float)),
+        sums_(static_cast<std::size_t>(team.size()) * 16) {}
+
+  void read() {
+    constexpr std::int64_t kStreams = 4;
+    constexpr std::int64_t kBehind = 2048;  // floats that the prefetches reach
+    const std::int64_t share = static_cast<std::int64_t>(memory_.size()) / team_.size() / 16 * 16;
+    team_.run([&](int member, int) {
+      sum(member) +=
+          bench::detail::read_streams(memory_.data() + member * share, share - kBehind, kStreams);
+    });
+  }
+
+  /// So many rounds of multiplications in registers on each member.
+  void count(std::int64_t rounds) {
+    constexpr int kChains = 12;
+    team_.run([&](int member, int) {
+      simd::VecF sums[kChains] = {};
+      const simd::VecF x = simd::broadcast(0.5F);
+      for (std::int64_t i = 0; i < rounds; ++i) {
+#pragma GCC unroll 12
+        for (int k = 0; k < kChains; ++k) sums[k] = simd::in_register(simd::fma(x, x, sums[k]));
+      }
+      for (const simd::VecF& chain : sums) sum(member) += simd::reduce_add(chain) * 1e-30F;
+    });
+  }
+
+ private:
+  float& sum(int member) {
+    return sums_[static_cast<std::size_t>(member) * 16];
+  }
+
+  ThreadTeam& team_;
+  Buffer<float> memory_;
+  std::vector<float> sums_;
+};
+
+template <class Step>
+double timed_ms(Step&& step) {
+  const std::int64_t begin = monotonic_ns();
+  step();
+  return ms_since(begin);
+}
+
+/// The value that a share of `sorted` is not above.
+double quantile(const std::vector<double>& sorted, double share) {
+  const auto last = static_cast<double>(sorted.size() - 1);
+  return sorted[static_cast<std::size_t>(std::ceil(share * last))];
+}
+
+void print_jitter(const Model& model, std::int64_t steps, const Setting& setting) {
+  constexpr std::int64_t kTogether = 200;  // steps of one kind before it is another's turn
+  constexpr std::int64_t kWindow = 1024;
+  const auto team = std::make_shared<ThreadTeam>(setting.threads);
+  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, setting, kWindow, team);
+  session.accept(random_tokens(model, kWindow + 76));
+  session.step();
+  EmptySteps empty(*team, work_of(model, 1, kWindow, false).bytes);
+
+  const auto decode_step = [&] {
+    session.step();
+  };
+  const auto median_of = [](auto&& step) {
+    std::vector<double> ms;
+    for (int i = 0; i < 50; ++i) ms.push_back(timed_ms(step));
+    std::sort(ms.begin(), ms.end());
+    return quantile(ms, 0.5);
+  };
+  constexpr std::int64_t kProbe = 100'000;
+  const double wanted = median_of(decode_step);
+  const auto rounds = static_cast<std::int64_t>(static_cast<double>(kProbe) * wanted /
+                                                median_of([&] { empty.count(kProbe); }));
+  const auto count_step = [&] {
+    empty.count(rounds);
+  };
+  const auto read_step = [&] {
+    empty.read();
+  };
+
+  std::array<std::vector<double>, 3> ms;
+  for (std::vector<double>& kind : ms) kind.reserve(static_cast<std::size_t>(steps));
+  for (std::int64_t done = 0; done < steps; done += kTogether) {
+    const std::int64_t count = std::min(kTogether, steps - done);
+    for (std::int64_t i = 0; i < count; ++i) ms[0].push_back(timed_ms(decode_step));
+    for (std::int64_t i = 0; i < count; ++i) ms[1].push_back(timed_ms(count_step));
+    for (std::int64_t i = 0; i < count; ++i) ms[2].push_back(timed_ms(read_step));
+  }
+  const std::array<const char*, 3> names{"decode", "registers", "reads"};
+  for (std::size_t kind = 0; kind < ms.size(); ++kind) {
+    std::vector<double>& sorted = ms[kind];
+    std::sort(sorted.begin(), sorted.end());
+    const double median = quantile(sorted, 0.5);
+    std::cout << "{\"task\": \"jitter:" << steps << "\", \"steps\": \"" << names[kind]
+              << "\", \"threads\": " << setting.threads << ", \"median_ms\": " << median
+              << ", \"p99_ms\": " << quantile(sorted, 0.99)
+              << ", \"p99_9_ms\": " << quantile(sorted, 0.999) << ", \"max_ms\": " << sorted.back()
+              << ", \"p99_9_over_median\": " << quantile(sorted, 0.999) / median << "}"
+              << std::endl;
+  }
+}
+
 void print_limits(const Setting& setting) {
   ThreadTeam team(setting.threads);
   const bench::MachineLimits limits = bench::measure_machine(team);
@@ -176,7 +296,7 @@ void print_limits(const Setting& setting) {
 int main(int argc, char** argv) try {
   const std::vector<std::string> arguments(argv + 1, argv + argc);
   if (!arguments.empty() && arguments[0] == "--benchmark_list_tests") {
-    std::cout << "decode\nprefill\nttft\nendless\nwindow\nstream\nlimits\n";
+    std::cout << "decode\nprefill\nttft\nendless\nwindow\nstream\nlimits\njitter\n";
     return 0;
   }
   if (arguments.size() < 3) {
@@ -196,6 +316,10 @@ int main(int argc, char** argv) try {
         colon == std::string::npos ? 0 : std::atoll(task.c_str() + colon + 1);
     if (name == "limits") {
       print_limits(setting);
+      continue;
+    }
+    if (name == "jitter" && count >= 1) {
+      print_jitter(model, count, setting);
       continue;
     }
     std::vector<double> ms;

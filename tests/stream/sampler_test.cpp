@@ -252,6 +252,30 @@ TEST(Sampler, GreedyTakesTheLargestAndTiesGoToTheLowest) {
   EXPECT_EQ(sampler.candidates()[0].probability, 1.0);
 }
 
+TEST(Sampler, GreedyAgreesWithASearchFromTheFirstLogit) {
+  Random random(8);
+  for (int round = 0; round < 300; ++round) {
+    const auto size = static_cast<std::int64_t>(1 + random.below(300));
+    Sampler sampler({}, size);
+    // Few different values: ties are the rule; some are no numbers, some rounds have no other.
+    std::vector<float> logits(static_cast<std::size_t>(size));
+    for (float& logit : logits) {
+      const auto kind = round % 10 == 0 ? 6 + random.below(2) : random.below(9);
+      logit = kind == 6 ? kNaN : kind == 7 ? -kInf : static_cast<float>(kind) - 3.0F;
+    }
+    std::size_t expected = 0;
+    bool found = false;
+    for (std::size_t i = 0; i < logits.size(); ++i)
+      if (logits[i] > -kInf && (!found || logits[i] > logits[expected])) {
+        expected = i;
+        found = true;
+      }
+    ASSERT_EQ(sampler.sample(logits), static_cast<Token>(expected)) << "round " << round;
+    ASSERT_EQ(sampler.nothing_to_sample(), !found);
+    ASSERT_EQ(sampler.candidates().size(), 1U);
+  }
+}
+
 TEST(Sampler, GreedyIgnoresFiltersAndSeed) {
   Random random(5);
   Sampler plain({}, 500);

@@ -96,10 +96,11 @@ class Sampler {
 
   /// The next token. logits: [vocab_size]. Takes one random number, or none when greedy: how many
   /// tokens survive does not shift the sequence. Does not call accept(). Greedy: ties go to the
-  /// lowest token. Costs a few passes over the logits, with top_k a heap of that many, and one
-  /// exp() for each token that top_k leaves.
+  /// lowest token. Costs one pass over the logits if greedy and without a penalty, else a few, with
+  /// top_k a heap of that many, and one exp() for each token that top_k leaves.
   Token sample(std::span<const float> logits) noexcept {
     SLUICE_ASSERT(logits.size() == scratch_.size());
+    if (options_.temperature == 0.0 && options_.repetition_penalty == 1.0) return take_best(logits);
     count_ = gather(logits);
     nothing_to_sample_ = count_ == 0;
     const double draw = options_.temperature > 0.0 ? random_.uniform() : 0.0;
@@ -259,6 +260,26 @@ class Sampler {
 
   Candidate* begin() noexcept { return scratch_.data(); }
   Candidate* end() noexcept { return scratch_.data() + count_; }
+
+  /// Greedy without a penalty: one pass over the logits, and another as far as the result.
+  Token take_best(std::span<const float> logits) noexcept {
+    // Maxima of every kLanes-th logit, which compilers form in registers; a NaN is above none.
+    constexpr std::size_t kLanes = 64;
+    std::array<float, kLanes> best;
+    best.fill(-std::numeric_limits<float>::infinity());
+    std::size_t i = 0;
+    for (; i + kLanes <= logits.size(); i += kLanes)
+      for (std::size_t lane = 0; lane < kLanes; ++lane)
+        best[lane] = logits[i + lane] > best[lane] ? logits[i + lane] : best[lane];
+    for (; i < logits.size(); ++i) best[0] = logits[i] > best[0] ? logits[i] : best[0];
+    const float largest = *std::max_element(best.begin(), best.end());
+    nothing_to_sample_ = !(largest > -std::numeric_limits<float>::infinity());
+    const auto found =
+        nothing_to_sample_ ? logits.begin() : std::find(logits.begin(), logits.end(), largest);
+    scratch_[0] = {static_cast<Token>(found - logits.begin()), 1.0};
+    count_ = 1;
+    return scratch_[0].token;
+  }
 
   /// Fills the scratch with the tokens above minus infinity and their penalised logits, by token.
   std::size_t gather(std::span<const float> logits) noexcept {

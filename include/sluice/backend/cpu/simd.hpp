@@ -90,7 +90,9 @@ inline constexpr bool kFusedMultiplyAdd = true;
 inline constexpr bool kFusedMultiplyAdd = false;
 #endif
 
-/// The extensions of x86-64 that the compiler may use here: bit i stands for the i-th of the list.
+/// The extensions of x86-64 that the compiler may use here of its own accord: bit i stands for the
+/// i-th of the list. Those whose instructions are only ever written by hand (AES, AMX, SHA) are not
+/// in it. What reads it is cmake/kernel_dispatch.cpp.in, in the same order.
 inline constexpr std::uint64_t kExtensions = 0
 #if defined(__SSSE3__)
                                              | std::uint64_t{1} << 0
@@ -175,6 +177,45 @@ inline constexpr std::uint64_t kExtensions = 0
 #endif
 #if defined(__VPCLMULQDQ__)
                                              | std::uint64_t{1} << 27
+#endif
+#if defined(__AVX512FP16__)
+                                             | std::uint64_t{1} << 28
+#endif
+#if defined(__SSE3__)
+                                             | std::uint64_t{1} << 29
+#endif
+#if defined(__SSE4A__)
+                                             | std::uint64_t{1} << 30
+#endif
+#if defined(__FMA4__)
+                                             | std::uint64_t{1} << 31
+#endif
+#if defined(__XOP__)
+                                             | std::uint64_t{1} << 32
+#endif
+#if defined(__TBM__)
+                                             | std::uint64_t{1} << 33
+#endif
+#if defined(__AVXIFMA__)
+                                             | std::uint64_t{1} << 34
+#endif
+#if defined(__AVXVNNIINT8__)
+                                             | std::uint64_t{1} << 35
+#endif
+#if defined(__AVXNECONVERT__)
+                                             | std::uint64_t{1} << 36
+#endif
+#if defined(__CMPCCXADD__)
+                                             | std::uint64_t{1} << 37
+#endif
+#if defined(__AVXVNNIINT16__)
+                                             | std::uint64_t{1} << 38
+#endif
+#if defined(__APX_F__)
+                                             | std::uint64_t{1} << 39
+#endif
+#if defined(__AVX10_2__)  // and whatever comes with it: more than the list knows
+                                             | std::uint64_t{1} << 63
 #endif
     ;
 
