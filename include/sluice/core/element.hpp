@@ -56,18 +56,21 @@ struct f16 {
   }
 
  private:
+  // Without branches, so that compilers convert whole registers.
   static constexpr std::uint16_t round(std::uint32_t x) {
+    constexpr std::uint32_t kSmallestNormal = 0x38800000U;
     const std::uint32_t sign = (x >> 16) & 0x8000U;
     const std::uint32_t magnitude = x & 0x7fffffffU;
-    if (magnitude > 0x7f800000U) return static_cast<std::uint16_t>(sign | 0x7e00U);
-    if (magnitude >= 0x477ff000U) return static_cast<std::uint16_t>(sign | 0x7c00U);
-    if (magnitude < 0x38800000U) {  // subnormal result: let the float adder do the rounding
-      const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
-      return static_cast<std::uint16_t>(sign |
-                                        (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U));
-    }
+    // A subnormal result: the float adder does the rounding.
+    const std::uint32_t small = magnitude < kSmallestNormal ? magnitude : 0U;
+    const std::uint32_t subnormal =
+        std::bit_cast<std::uint32_t>(std::bit_cast<float>(small) + 0.5F) - 0x3f000000U;
     const std::uint32_t rebased = magnitude - 0x38000000U;
-    return static_cast<std::uint16_t>(sign | ((rebased + 0xfffU + ((rebased >> 13) & 1U)) >> 13));
+    const std::uint32_t normal = (rebased + 0xfffU + ((rebased >> 13) & 1U)) >> 13;
+    std::uint32_t result = magnitude < kSmallestNormal ? subnormal : normal;
+    result = magnitude >= 0x477ff000U ? 0x7c00U : result;
+    result = magnitude > 0x7f800000U ? 0x7e00U : result;
+    return static_cast<std::uint16_t>(sign | result);
   }
 };
 

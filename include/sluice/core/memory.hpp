@@ -11,6 +11,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "sluice/core/backend.hpp"
 
 namespace sluice {
@@ -19,7 +23,9 @@ namespace sluice {
 inline constexpr std::size_t kAlignment = 64;
 
 /// `size` elements of a trivial type, zero-initialised, aligned to kAlignment. Movable, not
-/// copyable: copies of caches and weights are always explicit.
+/// copyable: copies of caches and weights are always explicit. Those of 4 MiB and more ask the
+/// system for large pages (Linux: transparent huge pages), in which a pass over a cache meets fewer
+/// misses of address translation; without them nothing else is different.
 template <class T, Backend Tag = cpu>
 class Buffer {
   static_assert(std::is_trivially_copyable_v<T>);
@@ -27,7 +33,8 @@ class Buffer {
  public:
   Buffer() = default;
   /// \throws std::bad_alloc if there is no such memory.
-  explicit Buffer(std::size_t size) : size_(size), data_(allocate(size)) {
+  explicit Buffer(std::size_t size)
+      : size_(size), data_(allocate(size), Free{alignment_of(size * sizeof(T))}) {
     std::uninitialized_value_construct_n(data_.get(), size);
   }
   Buffer(Buffer&& other) noexcept
@@ -53,13 +60,24 @@ class Buffer {
     // Sizes may come from files: a product that wraps must not succeed with a few bytes.
     if (size > std::numeric_limits<std::size_t>::max() / sizeof(T))
       throw std::bad_array_new_length();
-    return static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{kAlignment}));
+    const std::size_t bytes = size * sizeof(T);
+    T* const data = static_cast<T*>(::operator new(bytes, alignment_of(bytes)));
+#if defined(__linux__)
+    // A hint. What is behind the last whole page stays with what the allocator has there.
+    if (bytes >= kLargeBytes) ::madvise(data, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
+#endif
+    return data;
+  }
+
+  static constexpr std::size_t kLargePage = std::size_t{2} << 20;
+  static constexpr std::size_t kLargeBytes = 2 * kLargePage;
+  static constexpr std::align_val_t alignment_of(std::size_t bytes) {
+    return std::align_val_t{bytes >= kLargeBytes ? kLargePage : kAlignment};
   }
 
   struct Free {
-    void operator()(T* pointer) const noexcept {
-      ::operator delete(pointer, std::align_val_t{kAlignment});
-    }
+    std::align_val_t alignment{kAlignment};
+    void operator()(T* pointer) const noexcept { ::operator delete(pointer, alignment); }
   };
   std::size_t size_ = 0;
   std::unique_ptr<T, Free> data_;

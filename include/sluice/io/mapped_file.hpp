@@ -49,6 +49,11 @@ class MappedFile {
     if (size == 0) return;
     void* const address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.number, 0);
     if (address == MAP_FAILED) fail("cannot map the file");
+#if defined(MADV_HUGEPAGE)
+    // A hint: file systems that keep files in large pages (ext4, XFS) read and map them as such,
+    // and a pass over the weights meets fewer misses of address translation.
+    ::madvise(address, size, MADV_HUGEPAGE);
+#endif
     bytes_ = {static_cast<const std::byte*>(address), size};
   }
 

@@ -249,6 +249,7 @@ class AttentionWorkspace<cpu> {
                                        "at least 1", std::to_string(team_size)});
     for (int i = 0; i < team_size; ++i)
       scratch_.emplace_back(static_cast<std::size_t>(extents_.scratch));
+    loaded_queries_.resize(static_cast<std::size_t>(team_size));
   }
 
   const AttentionShape& shape() const { return shape_; }
@@ -276,6 +277,12 @@ class AttentionWorkspace<cpu> {
     bool masked;
   };
 
+  /// The query rows that a member's scratch holds in a decode call.
+  struct alignas(64) LoadedQuery {
+    std::int64_t kv_head = -1;
+    int table = -1;
+  };
+
   static const AttentionShape& checked(const Rotary* rotary, const AttentionShape& shape) {
     const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
       throw Error(ErrorCode::kShape, {"attention shape does not fit", "AttentionWorkspace", field,
@@ -301,10 +308,11 @@ class AttentionWorkspace<cpu> {
   std::int64_t group_;  // query heads of a KV head
   detail::AttentionExtents extents_;
   std::int64_t max_splits_;
-  std::vector<RotaryTable> tables_;     // one per distinct reader rule of a call
-  std::vector<Buffer<float>> scratch_;  // one per team member
-  Buffer<float> partial_out_;           // [splits, num_qo_heads, value_dim]
-  Buffer<SoftmaxState> partial_state_;  // [splits, num_qo_heads]
+  std::vector<RotaryTable> tables_;          // one per distinct reader rule of a call
+  std::vector<Buffer<float>> scratch_;       // one per team member
+  std::vector<LoadedQuery> loaded_queries_;  // likewise
+  Buffer<float> partial_out_;                // [splits, num_qo_heads, value_dim]
+  Buffer<SoftmaxState> partial_state_;       // [splits, num_qo_heads]
   Buffer<Split> splits_;
   std::vector<std::atomic<std::int64_t>> splits_left_;  // of each KV head, in a decode call
   Buffer<detail::AnySegment> segments_;                 // those of a call

@@ -45,7 +45,10 @@ struct KeyKernels {
   /// [group, dim], rotated and scaled; scratch: key_scratch().
   void (*scores)(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                  std::int64_t count, std::int64_t group, std::int64_t dim, const Rotary* rotary,
-                 const float* query, float* scores, float* scratch);
+                 const float* query, float* scores, float* scratch, const NextRows& next);
+  /// The keys, for whoever fetches them; none where an element's rows do not lie apart.
+  NextRows (*rows)(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                   std::int64_t count, std::int64_t dim);
   /// Keys as rows of floats, `stride` apart, raw ones rotated.
   void (*load)(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
                std::int64_t count, std::int64_t dim, const Rotary* rotary, std::int64_t stride,
@@ -59,7 +62,9 @@ struct ValueKernels {
   /// weights may be changed; scratch: value_scratch().
   void (*sums)(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                std::int64_t count, std::int64_t group, std::int64_t dim, float* weights, float* out,
-               float* scratch);
+               float* scratch, const NextRows& next);
+  NextRows (*rows)(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                   std::int64_t count, std::int64_t dim);
   /// Values as rows of floats, `stride` apart; channels from dim on are 0.
   void (*load)(const AnySegment& segment, std::int64_t kv_head, std::int64_t first,
                std::int64_t count, std::int64_t dim, std::int64_t stride, float* values);
@@ -120,7 +125,7 @@ inline void load_group_scales(const GroupScale* scales, std::int64_t stride, std
 /// Scores of keys in groups of channels: scale * <q, n> + zero * sum(q), over the groups.
 inline void group_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                          std::int64_t count, std::int64_t heads, std::int64_t dim,
-                         const float* query, float* scores, float* scratch) {
+                         const float* query, float* scores, float* scratch, const NextRows& next) {
   constexpr std::int64_t kGroup = KvRow<int4x2>::kGroup;
   float* const more = scratch;                           // [heads, kMostSplitKeys]
   float* const factors = more + heads * kMostSplitKeys;  // [2, kMostSplitKeys]
@@ -136,7 +141,8 @@ inline void group_scores(const AnySegment& segment, std::int64_t kv_head, std::i
     const float* const part = ordered + d * heads;
     float* const to = d == 0 ? scores : more;
     decode_scores(heads, part, width, segment.key<int4x2>(kv_head, begin) + d / 2,
-                  segment.key_token_stride, count, to, kMostSplitKeys);
+                  segment.key_token_stride, count, to, kMostSplitKeys, PlainRows{},
+                  d == 0 ? next : NextRows{});
     load_group_scales(segment.key_scale<int4x2>(kv_head, begin) + d / kGroup,
                       segment.key_scale_token_stride, count, factors);
     for (std::int64_t g = 0; g < heads; ++g) {
@@ -159,7 +165,7 @@ inline void group_scores(const AnySegment& segment, std::int64_t kv_head, std::i
 template <class Value, class LoadFactors>
 void group_sums(const Value* values, std::int64_t stride, std::int64_t count, std::int64_t heads,
                 std::int64_t dim, std::int64_t group, const float* weights, float* out,
-                float* scratch, LoadFactors&& load_factors) {
+                float* scratch, const NextRows& next, LoadFactors&& load_factors) {
   float* const more = scratch;                           // [heads, kMostSplitKeys]
   float* const factors = more + heads * kMostSplitKeys;  // [2, kMostSplitKeys]
   float* const rows = factors + 2 * kMostSplitKeys;      // [heads, channels of a group]
@@ -170,7 +176,7 @@ void group_sums(const Value* values, std::int64_t stride, std::int64_t count, st
       for (std::int64_t j = 0; j < count; ++j)
         more[g * kMostSplitKeys + j] = weights[g * kMostSplitKeys + j] * factors[j];
     decode_sums(heads, more, kMostSplitKeys, values + KvRow<Value>::stored(d), stride, count, rows,
-                width);
+                width, PlainRows{}, d == 0 ? next : NextRows{});
     for (std::int64_t g = 0; g < heads; ++g) {
       const float* const weight = weights + g * kMostSplitKeys;
       simd::VecF lanes = simd::zero();
@@ -365,7 +371,7 @@ void load_field_values(const AnySegment& segment, std::int64_t kv_head, std::int
 template <int kBits, class Value>
 void field_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                 std::int64_t count, std::int64_t heads, std::int64_t dim, const float* weights,
-                float* out, float* scratch) {
+                float* out, float* scratch, const NextRows& next) {
   const std::int64_t group = field_group<kBits>(segment, dim);
   if (group % simd::kWidth != 0) {
     std::fill_n(out, heads * dim, 0.0F);
@@ -381,7 +387,7 @@ void field_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t be
                             kv_head * segment.value_scale_head_stride +
                             begin * segment.value_scale_token_stride;
   group_sums(segment.value<Value>(kv_head, begin), segment.value_token_stride, count, heads, dim,
-             group, weights, out, scratch, [&](std::int64_t c, float* factors) {
+             group, weights, out, scratch, next, [&](std::int64_t c, float* factors) {
                for (std::int64_t j = 0; j < count; ++j) {
                  const f16* const pair = scales + j * segment.value_scale_token_stride + 2 * c;
                  factors[j] = simd::to_float(pair[0]);
@@ -456,11 +462,11 @@ void load_values(const AnySegment& segment, std::int64_t kv_head, std::int64_t f
 template <class Key>
 void split_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                   std::int64_t count, std::int64_t group, std::int64_t dim, const Rotary* rotary,
-                  const float* query, float* scores, float* scratch) {
+                  const float* query, float* scores, float* scratch, const NextRows& next) {
   if constexpr (GroupedElement<Key>) {
     if (segment.key_scales == nullptr)
       split_scores<typename FieldTail<Key>::Tail>(segment, kv_head, begin, count, group, dim,
-                                                  rotary, query, scores, scratch);
+                                                  rotary, query, scores, scratch, next);
     else
       field_scores<kFieldBits<Key>, Key>(segment, kv_head, begin, count, group, dim, query, scores,
                                          scratch);
@@ -468,19 +474,21 @@ void split_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t 
   } else if (segment.key_rotation != nullptr) {
     for (std::int64_t j = 0; j < count; j += 4) {
       const std::int64_t some = std::min<std::int64_t>(4, count - j);
+      for (std::int64_t i = 0; i < some; ++i) next.fetch(j + i);
       load_keys<Key>(segment, kv_head, begin + j, some, dim, rotary, dim, scratch);
       decode_scores(group, query, dim, scratch, dim, some, scores + j, kMostSplitKeys);
     }
   } else if constexpr (std::is_same_v<Key, int4x2>) {
-    group_scores(segment, kv_head, begin, count, group, dim, query, scores, scratch);
+    group_scores(segment, kv_head, begin, count, group, dim, query, scores, scratch, next);
   } else if constexpr (BlockElement<Key>) {
     decode_scores(group, query, dim, segment.key<Key>(kv_head, begin), segment.key_token_stride,
                   count, scores, kMostSplitKeys,
                   load_block_scales(segment.key_scale<Key>(kv_head, begin),
-                                    segment.key_scale_token_stride, count, dim, scratch));
+                                    segment.key_scale_token_stride, count, dim, scratch),
+                  next);
   } else {
     decode_scores(group, query, dim, segment.key<Key>(kv_head, begin), segment.key_token_stride,
-                  count, scores, kMostSplitKeys);
+                  count, scores, kMostSplitKeys, PlainRows{}, next);
     if constexpr (QuantisedElement<Key>)
       multiply_rows(group, scores, segment.key_scale<Key>(kv_head, begin),
                     segment.key_scale_token_stride, count, scratch, scores);
@@ -490,17 +498,18 @@ void split_scores(const AnySegment& segment, std::int64_t kv_head, std::int64_t 
 template <class Value>
 void split_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
                 std::int64_t count, std::int64_t group, std::int64_t dim, float* weights,
-                float* out, float* scratch) {
+                float* out, float* scratch, const NextRows& next) {
   if constexpr (GroupedElement<Value>) {
     if (segment.value_scales == nullptr)
       split_sums<typename FieldTail<Value>::Tail>(segment, kv_head, begin, count, group, dim,
-                                                  weights, out, scratch);
+                                                  weights, out, scratch, next);
     else
       field_sums<kFieldBits<Value>, Value>(segment, kv_head, begin, count, group, dim, weights, out,
-                                           scratch);
+                                           scratch, next);
   } else if constexpr (std::is_same_v<Value, int4x2>) {
     group_sums(segment.value<int4x2>(kv_head, begin), segment.value_token_stride, count, group, dim,
-               KvRow<int4x2>::kGroup, weights, out, scratch, [&](std::int64_t c, float* factors) {
+               KvRow<int4x2>::kGroup, weights, out, scratch, next,
+               [&](std::int64_t c, float* factors) {
                  load_group_scales(segment.value_scale<int4x2>(kv_head, begin) + c,
                                    segment.value_scale_token_stride, count, factors);
                });
@@ -508,13 +517,42 @@ void split_sums(const AnySegment& segment, std::int64_t kv_head, std::int64_t be
     decode_sums(group, weights, kMostSplitKeys, segment.value<Value>(kv_head, begin),
                 segment.value_token_stride, count, out, dim,
                 load_block_scales(segment.value_scale<Value>(kv_head, begin),
-                                  segment.value_scale_token_stride, count, dim, scratch));
+                                  segment.value_scale_token_stride, count, dim, scratch),
+                next);
   } else {
     if constexpr (QuantisedElement<Value>)
       multiply_rows(group, weights, segment.value_scale<Value>(kv_head, begin),
                     segment.value_scale_token_stride, count, scratch, weights);
     decode_sums(group, weights, kMostSplitKeys, segment.value<Value>(kv_head, begin),
-                segment.value_token_stride, count, out, dim);
+                segment.value_token_stride, count, out, dim, PlainRows{}, next);
+  }
+}
+
+// A run of stored rows as bytes.
+template <class Element>
+NextRows rows_from(const Element* first, std::int64_t stride, std::int64_t count,
+                   std::int64_t dim) {
+  constexpr auto kBytes = static_cast<std::int64_t>(sizeof(Element));
+  return {first, stride * kBytes, KvRow<Element>::stored(dim) * kBytes, count};
+}
+template <class Key>
+NextRows key_rows(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                  std::int64_t count, std::int64_t dim) {
+  if constexpr (GroupedElement<Key>) {
+    if (segment.key_scales != nullptr) return {};
+    return key_rows<typename FieldTail<Key>::Tail>(segment, kv_head, begin, count, dim);
+  } else {
+    return rows_from(segment.key<Key>(kv_head, begin), segment.key_token_stride, count, dim);
+  }
+}
+template <class Value>
+NextRows value_rows(const AnySegment& segment, std::int64_t kv_head, std::int64_t begin,
+                    std::int64_t count, std::int64_t dim) {
+  if constexpr (GroupedElement<Value>) {
+    if (segment.value_scales != nullptr) return {};
+    return value_rows<typename FieldTail<Value>::Tail>(segment, kv_head, begin, count, dim);
+  } else {
+    return rows_from(segment.value<Value>(kv_head, begin), segment.value_token_stride, count, dim);
   }
 }
 
@@ -525,12 +563,14 @@ inline constexpr int kDecodeUnit = std::is_same_v<T, int4x2> ? 2 : 1;
 
 template <class Key>
 const KeyKernels& key_kernels() {
-  static constexpr KeyKernels kKernels{kDecodeUnit<Key>, split_scores<Key>, load_keys<Key>};
+  static constexpr KeyKernels kKernels{kDecodeUnit<Key>, split_scores<Key>, key_rows<Key>,
+                                       load_keys<Key>};
   return kKernels;
 }
 template <class Value>
 const ValueKernels& value_kernels() {
-  static constexpr ValueKernels kKernels{kDecodeUnit<Value>, split_sums<Value>, load_values<Value>};
+  static constexpr ValueKernels kKernels{kDecodeUnit<Value>, split_sums<Value>, value_rows<Value>,
+                                         load_values<Value>};
   return kKernels;
 }
 
@@ -754,10 +794,12 @@ class CpuAttention {
     }
     for (std::int64_t j = 0; j < heads; ++j)
       workspace_.splits_left_[static_cast<std::size_t>(j)].store(splits, std::memory_order_relaxed);
+    for (auto& loaded : workspace_.loaded_queries_) loaded = {};
     team.for_each(splits * heads, [&](std::int64_t item, int member) {
       const std::int64_t kv_head = item / splits;
-      decode_split(item % splits, kv_head,
-                   workspace_.scratch_[static_cast<std::size_t>(member)].data());
+      // A member's items follow one another.
+      const std::int64_t next = item + 1 < splits * heads ? item + 1 : item;
+      decode_split(item % splits, kv_head, next % splits, next / splits, member);
       // The last one has seen what the others wrote.
       if (workspace_.splits_left_[static_cast<std::size_t>(kv_head)].fetch_sub(
               1, std::memory_order_acq_rel) == 1)
@@ -765,8 +807,10 @@ class CpuAttention {
     });
   }
 
-  /// All query heads of one KV head against one split.
-  void decode_split(std::int64_t split_index, std::int64_t kv_head, float* scratch) {
+  /// All query heads of one KV head against one split. The keys of the next one are fetched.
+  void decode_split(std::int64_t split_index, std::int64_t kv_head, std::int64_t next_split,
+                    std::int64_t next_head, int member) {
+    float* const scratch = workspace_.scratch_[static_cast<std::size_t>(member)].data();
     const std::int64_t dim = workspace_.shape_.head_dim;
     const std::int64_t value_dim = workspace_.shape_.value_dim;
     const std::int64_t group = workspace_.group_;
@@ -777,10 +821,16 @@ class CpuAttention {
     float* const query = scratch;               // [group, dim]
     float* const scores = query + group * dim;  // [group, kMostSplitKeys]
     float* const more = scores + group * kMostSplitKeys;
-    for (std::int64_t g = 0; g < group; ++g)
-      load_query(static_cast<std::size_t>(split.segment), 0, head + g, query + g * dim);
+    // Kept from item to item.
+    auto& loaded = workspace_.loaded_queries_[static_cast<std::size_t>(member)];
+    const int table = table_of_[static_cast<std::size_t>(split.segment)];
+    if (loaded.kv_head != kv_head || loaded.table != table) {
+      for (std::int64_t g = 0; g < group; ++g)
+        load_query(static_cast<std::size_t>(split.segment), 0, head + g, query + g * dim);
+      loaded = {kv_head, table};
+    }
     keys_.scores(segment, kv_head, split.begin, count, group, dim, workspace_.rotary(), query,
-                 scores, more);
+                 scores, more, values_.rows(segment, kv_head, split.begin, count, value_dim));
     KeyRun runs[kMostKeyRuns];
     std::span<const KeyRun> hidden;
     if (split.masked) hidden = hidden_runs(segment, 0, split.begin, split.end, runs);
@@ -799,7 +849,10 @@ class CpuAttention {
       workspace_.partial_state_[static_cast<std::size_t>(first_row + g)] = state;
     }
     float* const out = workspace_.partial_out_.data() + first_row * value_dim;
-    values_.sums(segment, kv_head, split.begin, count, group, value_dim, scores, out, more);
+    const auto& next = workspace_.splits_[static_cast<std::size_t>(next_split)];
+    values_.sums(segment, kv_head, split.begin, count, group, value_dim, scores, out, more,
+                 keys_.rows(segments_[static_cast<std::size_t>(next.segment)], next_head,
+                            next.begin, next.end - next.begin, dim));
   }
 
   /// Merges the splits of a KV head's query heads, of all rows.
