@@ -14,6 +14,8 @@
 
 #if defined(__AVX__) || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "sluice/core/config.hpp"
@@ -406,6 +408,11 @@ struct VecI {
 #elif SLUICE_SIMD_AVX && defined(__FMA__)
   return {detail::bits_as<detail::NativeF>(_mm256_fmadd_ps(
       detail::bits_as<__m256>(a.v), detail::bits_as<__m256>(b.v), detail::bits_as<__m256>(c.v)))};
+#elif SLUICE_HAS_VECTOR_EXTENSIONS && defined(__aarch64__)
+  // Written out: a compiler that does not optimise would round twice.
+  return {detail::bits_as<detail::NativeF>(vfmaq_f32(detail::bits_as<float32x4_t>(c.v),
+                                                     detail::bits_as<float32x4_t>(a.v),
+                                                     detail::bits_as<float32x4_t>(b.v)))};
 #else
   return {a.v * b.v + c.v};  // the compiler contracts this where it can
 #endif
