@@ -62,7 +62,7 @@ class Buffer {
       throw std::bad_array_new_length();
     const std::size_t bytes = size * sizeof(T);
     T* const data = static_cast<T*>(::operator new(bytes, alignment_of(bytes)));
-#if defined(__linux__)
+#if defined(MADV_HUGEPAGE)
     // A hint. What is behind the last whole page stays with what the allocator has there.
     if (bytes >= kLargeBytes) ::madvise(data, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);
 #endif
