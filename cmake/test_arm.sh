@@ -36,7 +36,7 @@ cross_configure() {
   shift 2
   CMAKE_GENERATOR="${CMAKE_GENERATOR:-Ninja}" cmake -S "$arm_source" -B "$arm_build" \
     -D CMAKE_SYSTEM_NAME=Linux -D CMAKE_SYSTEM_PROCESSOR=aarch64 \
-    -D CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -D CMAKE_C_COMPILER=aarch64-linux-gnu-gcc \
+    -D CMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
     -D CMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64 -D CMAKE_EXE_LINKER_FLAGS=-static \
     -D CMAKE_BUILD_TYPE=Release "$@"
 }
@@ -45,7 +45,7 @@ jobs=$(build_jobs)
 google_test=$sluice_root/build-arm/google_test
 
 cross_configure /usr/src/googletest build-arm/google_test_build -D BUILD_GMOCK=OFF \
-  -D CMAKE_INSTALL_PREFIX="$google_test"
+  -D CMAKE_C_COMPILER=aarch64-linux-gnu-gcc -D CMAKE_INSTALL_PREFIX="$google_test"
 cmake --build build-arm/google_test_build --parallel "$jobs" --target install
 
 cross_configure . build-arm/sluice -D GTest_ROOT="$google_test" -D SLUICE_NATIVE=OFF \
