@@ -237,6 +237,12 @@ class StreamTextTest(unittest.TestCase):
                                              "--format", "json", *arguments))
                 self.assertEqual(len(tokens(result)), 40)
 
+    def test_blocks_need_heads_that_they_divide(self):
+        for kv_type in ("q8_0", "q4_0"):  # the tiny model's heads have 16 channels
+            with self.subTest(kv_type):
+                self.assertFails(run("-p", "x", "--kv-type", kv_type), 1, "head_dim",
+                                 "a multiple of 32")
+
     def test_a_full_cache_says_so(self):
         result = run("-p", "x", "-n", "100", *GREEDY, "--policy", "full", "--capacity", "20")
         self.assertEqual(result.returncode, 1)
