@@ -366,6 +366,13 @@ TEST(Shards, RandomStreams) {
       const std::int64_t most = std::min(cache.room_in_block(), 90 - cache.total());
       EXPECT_EQ(cache.status(cache.room_in_block() + 1), CacheStatus::kFull);
       driver.feed(between(random, 1, most));
+      for (std::int64_t h = 0; h < 3; ++h) {
+        const std::int64_t block = (cache.total() - 1) / pattern.block_size;
+        std::int64_t seen = 0;
+        for (std::int64_t key = 0; key < cache.total(); ++key)
+          seen += pattern.sees(h, block, key / pattern.block_size) ? 1 : 0;
+        EXPECT_EQ(cache.size_of(0, h), seen);
+      }
       if (random.below(4) == 0)
         driver.rollback();
       else

@@ -161,8 +161,8 @@ class ShardKvCache {
   /// Entries that the newest token sees in a head of any layer.
   std::int64_t size_of(std::int64_t, std::int64_t head) const {
     if (total_ == 0 || pattern_.is_dense(head)) return total_;
-    const std::int64_t local = std::max<std::int64_t>(
-        0, (total_ - 1) / pattern_.block_size - pattern_.local_blocks + 1);
+    const std::int64_t local =
+        std::max<std::int64_t>(0, (total_ - 1) / pattern_.block_size - pattern_.local_blocks + 1);
     return (pattern_.kept_before(head, local) - local) * pattern_.block_size + total_;
   }
   std::int64_t room_in_block() const { return pattern_.block_size - total_ % pattern_.block_size; }
