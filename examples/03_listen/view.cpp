@@ -189,6 +189,9 @@ void print_stats(const Options& options, const ListenModel& model, const Outcome
   const auto number = [](double value, const char* pattern) {
     return std::isfinite(value) ? format(pattern, value) : std::string("-");
   };
+  const auto latency = [](const sluice::LatencySummary& summary) {
+    return summary.count > 0 ? support::latency_text(summary) : std::string("-");
+  };
   row("model", options.model + format(", %.2f million parameters",
                                       static_cast<double>(model.parameters()) * 1e-6));
   row("audio", format("%.2f s, %lld utterances, %lld words", r.audio_ms / 1000,
@@ -197,18 +200,18 @@ void print_stats(const Options& options, const ListenModel& model, const Outcome
                      " ms, first word after " + number(r.start_offset_ms, "%.0f") +
                      " ms of its utterance (without computing)");
   if (options.speed > 0 || options.input == "-") {
-    row("first word", support::latency_text(r.first_word) + " from its end, by CTC's label");
-    row("words", support::latency_text(r.word) + " from their ends");
-    row("last word", support::latency_text(r.speech_end_to_text) + " from the end of speech");
+    row("first word", latency(r.first_word) + " from its end, by CTC's label");
+    row("words", latency(r.word) + " from their ends");
+    row("last word", latency(r.speech_end_to_text) + " from the end of speech");
     row("overlap", number(100 * r.work_before_end, "%.1f") + " % of the work, " +
                        number(100 * r.target_work_before_end, "%.1f") +
                        " % of the writing, before the audio had ended; last word " +
                        number(r.end_to_last_word_ms, "%.1f") + " ms after it");
   }
   if (options.speed > 0 || options.input == "-")
-    row("frames", support::latency_text(r.row) + format(" from their samples, %lld of %lld late",
-                                                        static_cast<long long>(r.late_rows),
-                                                        static_cast<long long>(r.source_rows)));
+    row("frames", latency(r.row) + format(" from their samples, %lld of %lld late",
+                                          static_cast<long long>(r.late_rows),
+                                          static_cast<long long>(r.source_rows)));
   if (options.deadline_ms > 0)
     row("deadline",
         format("%.4g ms: ", options.deadline_ms) + support::deadline_text(r.deadlines) +

@@ -267,6 +267,14 @@ class Listen(unittest.TestCase):
             self.assertEqual([e["kind"] for e in events("-", stdin=pcm(samples))], ["end"])
         self.assertEqual(run(wav("none.wav", [])).stdout, b"")
 
+    def test_silence_has_no_words_and_is_no_utterance(self):
+        # (A random model hears words in silence; the one that is shipped does not.)
+        done = subprocess.run([PROGRAM, "--json", "--stats", str(wav("silence.wav", [0] * RATE))],
+                              capture_output=True, timeout=120, check=True)
+        found = [json.loads(line) for line in done.stdout.splitlines()]
+        self.assertEqual([e["kind"] for e in found], ["end", "report"])
+        self.assertEqual((found[-1]["words"], found[-1]["utterances"]), (0, 0))
+
     def test_another_rate_is_resampled(self):
         # Not the same samples, so not the same words; the same length.
         found = events(wav("rate.wav", self.samples, rate=8000))

@@ -503,7 +503,9 @@ class NaiveListener {
       if (!ended && !pause && !silence) continue;
       if (!silence) {
         if (!word.empty()) put_word();
-        heard.push_back({true, utterance, written, {}, static_cast<std::int64_t>(now_at), -1});
+        // Silence at the input's end is no utterance either.
+        if (pause || written > 0)
+          heard.push_back({true, utterance, written, {}, static_cast<std::int64_t>(now_at), -1});
       }
       return pause || silence ? seen : 0;
     }

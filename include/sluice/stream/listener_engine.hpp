@@ -567,7 +567,8 @@ class ListenerEngine {
   void end_text() {
     const std::int64_t now = now_ns();
     if (word_pieces_ > 0) put_word(now);
-    if (seen_ > 0) {
+    // Silence that the input ends with is no utterance.
+    if (seen_ > 0 && (written_words_ > 0 || !at_end_)) {
       put({.kind = ListenEvent::Kind::kEndpoint, .word = written_words_, .time_ns = now});
       metrics_.on_utterance(sounding_ns_,
                             delays_.span().first(static_cast<std::size_t>(std::min(
