@@ -424,6 +424,7 @@ class NaiveListener {
     std::vector<std::size_t> clock;    // samples at the end of each row
     Token label = blank;
     Token last = 1;
+    bool sounded = false;
     std::int64_t blanks = 0;
     std::size_t awaited = 0;
     std::int64_t written = 0;
@@ -446,6 +447,7 @@ class NaiveListener {
       if (now != label && now != blank && m_.ends_word[static_cast<std::size_t>(now)])
         counted.push_back(j);
       label = now;
+      sounded = sounded || now != blank;
       const auto passed = [](std::int64_t count, std::int64_t limit) {
         return limit > 0 && count >= limit;
       };
@@ -462,6 +464,7 @@ class NaiveListener {
         if (finished && !ended && !pause) break;
         if (finished && silence) break;  // nothing was said
         if (finished && !pause) now_at = end;
+        if (finished && !sounded) break;  // no row had a label
         for (;;) {
           if (!finished) {
             const auto due = static_cast<std::size_t>(written + rule.wait_words);

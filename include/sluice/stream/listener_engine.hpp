@@ -462,7 +462,10 @@ class ListenerEngine {
     row_open_ = true;
     due_ns_ = row.arrival_ns + deadline_ns_;
     ends_utterance_ = row.last;
-    if (row.sounds) sounding_ns_ = row.arrival_ns;
+    if (row.sounds) {
+      sounding_ns_ = row.arrival_ns;
+      sounded_ = true;
+    }
     if (row.piece >= 0) {
       add_partial(row.piece, counted_words_);
       if (row.words != counted_words_) {
@@ -506,9 +509,10 @@ class ListenerEngine {
     return seen_ >= counted_[static_cast<std::size_t>(due % kCounted)].rows + delay_rows_;
   }
 
+  /// Every row is seen. Where none had a label nothing was said, whatever the decoder would write.
   void finish() {
     finishing_ = true;
-    writing_ = seen_ > 0 && !full_;
+    writing_ = sounded_ && !full_;
     if (!writing_) end_text();
   }
 
@@ -595,7 +599,7 @@ class ListenerEngine {
     seen_ = counted_words_ = awaited_words_ = written_words_ = word_pieces_ = 0;
     num_partial_ = first_partial_ = 0;
     sounding_ns_ = word_cost_ns_ = 0;
-    writing_ = finishing_ = full_ = false;
+    writing_ = finishing_ = full_ = sounded_ = false;
     last_ = model_->config().begin_token;
     utterances_done_.store(utterances_done_.load(std::memory_order_relaxed) + 1,
                            std::memory_order_release);
@@ -716,6 +720,7 @@ class ListenerEngine {
   bool row_open_ = false;        // the newest row's work goes on
   bool ends_utterance_ = false;  // the newest row
   bool finishing_ = false;       // every row of the utterance is seen
+  bool sounded_ = false;         // a row of the utterance had a label
   bool full_ = false;            // no room for more text
   bool at_end_ = false;
   bool ended_ = false;
