@@ -8,13 +8,14 @@ usage: sh cmake/test.sh [--quick]
 Builds sluice and runs every test, on a fresh Debian 12 too: missing packages are installed with
 apt (through sudo if need be), and the default model is fetched into the user's cache.
 
-  1. release    everything: tests, consumers, benchmarks, examples; -O3 -march=native
+  1. release    everything but the fuzzers: tests, consumers, benchmarks, examples; -O3
+                -march=native, what has no part in the speed with less
   2. portable   the kernels' tests without -march=native, and under each instruction set of a
                 program that holds several
   3. sanitizers the tests and fuzzers under AddressSanitizer and UndefinedBehaviorSanitizer
   4. threads    the tests that share data between threads under ThreadSanitizer
 
-  --quick   only step 1
+  --quick   only step 1, with the fuzzers
   --help    this text
 
 SLUICE_MODEL=FILE      use this model file instead of fetching one

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include <sluice/sluice.hpp>
+// The whole library in two units is linked by the test two_units.
+#include <sluice/core/version.hpp>
 
 const sluice::Version* version_of_other_unit() { return &sluice::kVersion; }
