@@ -84,8 +84,9 @@ struct ListenerOptions {
   /// After so many rows in a row with something put off, it is written however late it will be.
   std::int64_t max_put_off = 8;
   /// What becomes of audio whose row's deadline has passed before the row is read: kBlock, it is
-  /// read late; kDropOldest, it is dropped unheard, up to the first row that is still in time. The
-  /// others are refused: samples that wait need no joining.
+  /// read late; kDropOldest, it is dropped unheard, up to the first row that is still in time;
+  /// that one may be late yet, where writing is what takes too long. The others are refused:
+  /// samples that wait need no joining.
   LatePolicy late = LatePolicy::kBlock;
   /// Where the stream reads the time. The clock must outlive the stream.
   ClockView clock = {};
