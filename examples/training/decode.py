@@ -51,6 +51,10 @@ class Utterance:
         self.done = False
         self.most = most_pieces(frames)
 
+    def silent(self, labels: list[int], blank: int) -> bool:
+        """Whether no frame has a label: nothing was said, whatever the decoder would write."""
+        return all(label == blank for label in labels[: self.frames])
+
     def due(self) -> int | None:
         """The number of frames at which the next word is written before the input's end, as far as is known; None: not yet known or never."""
         policy, word = self.policy, len(self.words)
@@ -169,6 +173,8 @@ def decode_group(model, source, frames: list[int], policy: Policy, oracle, ends_
     labels = labels.tolist()
     tables = [reach_table(labels[i][: frames[i]], ends_word, model.blank) for i in range(batch)]
     all_ = [Utterance(frames[i], policy, oracle[i] if oracle else None, tables[i]) for i in range(batch)]
+    for i, u in enumerate(all_):
+        u.done = u.silent(labels[i], model.blank)
     slot = torch.arange(rows.room, device=device)[None]
     target = torch.arange(rows.room, device=device)[None] - longest
     moments: list[tuple[int, bool]] = [(0, False)] * batch
@@ -196,6 +202,8 @@ def decode_reencode(model, source, frames: list[int], policy: Policy, oracle, en
     labels = labels.tolist()
     tables = [reach_table(labels[i][: frames[i]], ends_word, model.blank) for i in range(batch)]
     all_ = [Utterance(frames[i], policy, oracle[i] if oracle else None, tables[i]) for i in range(batch)]
+    for i, u in enumerate(all_):
+        u.done = u.silent(labels[i], model.blank)
     slot = torch.arange(longest, device=device)[None]
     moments: list[tuple[int, bool]] = [(0, False)] * batch
     while not all(u.done for u in all_):
@@ -233,6 +241,7 @@ def decode_interleaved(model, mel: torch.Tensor, frames: list[int], policy: Poli
     all_ = [Utterance(frames[i], policy, oracle[i] if oracle else None, [0]) for i in range(batch)]
     heard, used = [0] * batch, [0] * batch  # frames fed, slots in use
     before = [model.blank] * batch
+    sounded = [False] * batch
     frame_of_slot = torch.full((batch, rows.room), 10**6, device=device)  # text slots never leave the window
     slot = torch.arange(rows.room, device=device)[None]
     while not all(u.done for u in all_):
@@ -263,6 +272,8 @@ def decode_interleaved(model, mel: torch.Tensor, frames: list[int], policy: Poli
             else:
                 heard[i] += 1
                 used[i] += 1
+                sounded[i] = sounded[i] or labels[i] != model.blank
+                u.done = heard[i] == u.frames and not sounded[i] and not u.tokens
                 if labels[i] != model.blank and labels[i] != before[i] and ends_word[labels[i]]:
                     u.reached.append(heard[i])
                 before[i] = labels[i]
