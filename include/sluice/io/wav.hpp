@@ -217,11 +217,12 @@ inline PcmReader read_wav(ByteSource source) {
     source.fail_at(0, "not a WAV file", "RIFF header", "RIFF and WAVE", "other bytes");
 
   AudioFormat format;
-  std::optional<SampleEncoding> encoding;
+  SampleEncoding encoding = SampleEncoding::kU8;
+  std::int64_t frame_bytes = 0;  // 0 until a format chunk was read
   for (;;) {
     const std::uint64_t begin = source.offset();
     std::array<std::byte, 8> header;
-    take(header, encoding ? "chunk header before data" : "chunk header before fmt");
+    take(header, frame_bytes != 0 ? "chunk header before data" : "chunk header before fmt");
     const std::uint32_t size = detail::little_endian_32(header.data() + 4);
     if (word_is(header.data(), "fmt ")) {
       std::array<std::byte, 40> fmt{};
@@ -245,18 +246,24 @@ inline PcmReader read_wav(ByteSource source) {
                          std::to_string(size));
         tag = detail::little_endian_16(fmt.data() + 24);
       }
-      encoding.reset();  // of an earlier format chunk
-      if (tag == 1 && bits == 8) encoding = SampleEncoding::kU8;
-      if (tag == 1 && bits == 16) encoding = SampleEncoding::kS16;
-      if (tag == 1 && bits == 24) encoding = SampleEncoding::kS24;
-      if (tag == 1 && bits == 32) encoding = SampleEncoding::kS32;
-      if (tag == 3 && bits == 32) encoding = SampleEncoding::kF32;
-      if (tag == 3 && bits == 64) encoding = SampleEncoding::kF64;
-      if (!encoding)
+      if (tag == 1 && bits == 8) {
+        encoding = SampleEncoding::kU8;
+      } else if (tag == 1 && bits == 16) {
+        encoding = SampleEncoding::kS16;
+      } else if (tag == 1 && bits == 24) {
+        encoding = SampleEncoding::kS24;
+      } else if (tag == 1 && bits == 32) {
+        encoding = SampleEncoding::kS32;
+      } else if (tag == 3 && bits == 32) {
+        encoding = SampleEncoding::kF32;
+      } else if (tag == 3 && bits == 64) {
+        encoding = SampleEncoding::kF64;
+      } else {
         source.fail_at(begin + 8, "WAV encoding is not implemented", "format tag and bits",
                        "1 with 8, 16, 24, 32 or 3 with 32, 64",
                        std::to_string(tag) + " with " + std::to_string(bits),
                        ErrorCode::kUnsupported);
+      }
       if (channels < 1 || channels > 64)
         source.fail_at(begin + 10, "channels out of range", "channels", "1 to 64",
                        std::to_string(channels));
@@ -264,23 +271,22 @@ inline PcmReader read_wav(ByteSource source) {
         source.fail_at(begin + 12, "sample rate out of range", "sample rate", "1 to 1000000 Hz",
                        std::to_string(rate));
       format = {rate, channels};
-      const std::int64_t expected = bytes_of(*encoding) * format.channels;
-      if (static_cast<std::int64_t>(block) != expected)
+      frame_bytes = bytes_of(encoding) * format.channels;
+      if (static_cast<std::int64_t>(block) != frame_bytes)
         source.fail_at(begin + 20, "frame size does not fit the format", "block align",
-                       std::to_string(expected), std::to_string(block));
+                       std::to_string(frame_bytes), std::to_string(block));
     } else if (word_is(header.data(), "data")) {
-      if (!encoding)
+      if (frame_bytes == 0)
         source.fail_at(begin, "samples before the format", "data", "a fmt chunk before it", "none");
       std::optional<std::uint64_t> promised;
       constexpr std::uint32_t kUnknownFrom = 0x7FFFF000;
       if (size < kUnknownFrom) {
         promised = size;
-        const std::int64_t frame = bytes_of(*encoding) * format.channels;
-        if (size % frame != 0)
+        if (size % frame_bytes != 0)
           source.fail_at(begin + 4, "samples do not divide into frames", "data length",
-                         "a multiple of " + std::to_string(frame), std::to_string(size));
+                         "a multiple of " + std::to_string(frame_bytes), std::to_string(size));
       }
-      return PcmReader(std::move(source), format, *encoding, promised);
+      return PcmReader(std::move(source), format, encoding, promised);
     } else {
       const std::uint64_t length = std::uint64_t{size} + size % 2;
       if (source.skip(length) != length)
