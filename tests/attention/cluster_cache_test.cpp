@@ -229,6 +229,41 @@ TEST(ClusterSelection, KeepsPlaces) {
   });
 }
 
+/// A full cache takes any number of tokens before a commit. They are in no cluster and are always
+/// read: where they are more than the budget, everything is.
+TEST(ClusterSelection, ReadsEverythingWhereTooMuchIsNotCommitted) {
+  constexpr std::int64_t kBudget = 6;
+  const std::array<const Rotary*, 1> rotaries{nullptr};
+  Cache cache({1, 2, 12, 8}, 4, static_cast<float>(1 / std::sqrt(12.0)),
+              {.num_bits = 16, .threshold = 4, .budget = kBudget, .recent = 2, .dense_layers = 0},
+              rotaries, 60, 3);
+  CacheDriver<Cache> driver(cache, kExtents, 1, nullptr, 6);
+  std::vector<std::array<std::set<std::int64_t>, 2>> picked(3);
+  driver.feed(3);
+  driver.commit();
+  const auto feed_one = [&] {
+    driver.feed(1);
+    auto& heads = picked.emplace_back();
+    for (std::int64_t h = 0; h < 2 && cache.picks(); ++h) {
+      EXPECT_LE(std::ssize(cache.picked(h)), kBudget);
+      heads[at(h)] = {cache.picked(h).begin(), cache.picked(h).end()};
+    }
+  };
+  for (std::int64_t waiting = 1; waiting <= 40; ++waiting) {
+    feed_one();
+    EXPECT_EQ(cache.picks(), cache.total() > kBudget && waiting <= kBudget) << waiting;
+  }
+  driver.commit();
+  feed_one();
+  EXPECT_TRUE(cache.picks());
+  driver.expect([&](std::int64_t, std::int64_t head, std::int64_t query,
+                    std::int64_t key) -> std::optional<double> {
+    const auto& of_head = picked[at(query)][at(head)];
+    if (!of_head.empty() && !of_head.contains(key)) return std::nullopt;
+    return 0.0;
+  });
+}
+
 /// Clusters after keys went back are those of a cache that never saw them, bit for bit; so are
 /// those of copies and of what was saved.
 TEST(ClusterSelection, ForgetsWhatWentBack) {

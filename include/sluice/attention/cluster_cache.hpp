@@ -43,13 +43,13 @@ struct ClusterSelection {
 /// its query heads need. Keys are rotated once, at their places in the text, and clustered so
 /// (KeyClusters), each KV head of a layer by itself, as they are committed.
 ///
-/// A step of one token reads everything in the first dense_layers layers, or while there are at
-/// most `budget` tokens. Otherwise each query head orders the clusters by e^(sm_scale <q,
-/// representative>) and wants those in front until their scores times their counts exceed `share`
-/// of the sum (pick_clusters). The KV head takes what its query heads want rank by rank, of equal
-/// rank the lower head's first, until the budget is full; a cluster of which not all fits gives its
-/// newest tokens. Deviation: V-Rex fetches the union, however large. Chunks of several tokens read
-/// everything.
+/// A step of one token reads everything in the first dense_layers layers, while there are at most
+/// `budget` tokens, or while more than that are not committed. Otherwise each query head orders the
+/// clusters by e^(sm_scale <q, representative>) and wants those in front until their scores times
+/// their counts exceed `share` of the sum (pick_clusters). The KV head takes what its query heads
+/// want rank by rank, of equal rank the lower head's first, until the budget is full; a cluster of
+/// which not all fits gives its newest tokens. Deviation: V-Rex fetches the union, however large.
+/// Chunks of several tokens read everything.
 ///
 /// The chosen rows are copied side by side, as TokenSelectKvCache does and with its limits: models
 /// whose layers have trained windows, or whose scores depend on distances otherwise than by
@@ -80,7 +80,7 @@ class ClusterSelectKvCache : public detail::SelectiveCache<Key, Value> {
       : Base("ClusterSelectKvCache", shape, num_qo_heads, rotaries, capacity, max_chunk, origin),
         selection_(checked(selection)),
         sm_scale_(sm_scale),
-        most_(std::max(selection.budget, max_chunk)) {
+        most_(std::min(selection.budget, capacity)) {
     for (std::int64_t i = 0; i < shape.num_layers * shape.num_kv_heads; ++i) {
       const bool dense = i / shape.num_kv_heads < selection.dense_layers;
       clusters_.emplace_back(shape.head_dim, dense ? 1 : selection.max_clusters,
@@ -183,7 +183,8 @@ class ClusterSelectKvCache : public detail::SelectiveCache<Key, Value> {
   /// heads' rows, not rotated.
   void select(std::int64_t layer, const AttentionQuery& query) {
     picks_ = query.rows.tokens == 1 && layer >= selection_.dense_layers &&
-             this->total() > selection_.budget;
+             this->total() > selection_.budget &&
+             this->total() - this->committed() <= selection_.budget;
     if (!picks_) return;
     ++selections_;
     const float* rows = this->placed_query(layer, query);
