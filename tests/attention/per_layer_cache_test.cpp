@@ -193,6 +193,8 @@ TEST(LazyLayers, PromptsInChunks) {
                            .capacity = 70,
                            .max_prompt = 40,
                            .max_chunk = 6};
+    // More than a prompt has: all of it.
+    if (seed == 8) config.num_queries = std::int64_t{1} << 40;
     const std::int64_t prompt = between(random, 20, 40);
     // What token t of a layer is, whatever chunk it comes in.
     std::array<std::int64_t, 5> next{};
@@ -224,6 +226,8 @@ TEST(LazyLayers, PromptsInChunks) {
     }
     EXPECT_TRUE(cache.prompt_open());
     EXPECT_EQ(cache.status(41 - prompt), CacheStatus::kFull);
+    EXPECT_THROW(cache.set_lazy(0), Error);
+    EXPECT_EQ(cache.num_lazy(), 0);
     cache.end_prompt();
     cache.end_prompt();  // nothing more
     EXPECT_FALSE(cache.prompt_open());
@@ -238,11 +242,20 @@ TEST(LazyLayers, PromptsInChunks) {
       is_lazy[static_cast<std::size_t>(l)] = cache.is_lazy(l);
     }
     for (int step = 0; step < 12; ++step) {
+      const std::size_t kept = cache.bytes_kept();
       driver.feed(between(random, 1, 3));
-      if (random.below(3) == 0)
+      if (random.below(3) == 0) {
         driver.rollback();
-      else
+        EXPECT_EQ(cache.bytes_kept(), kept);
+      } else {
         driver.commit();
+      }
+      const std::int64_t in_lazy =
+          std::min(cache.total(), config.num_sink_tokens + config.recent_size);
+      EXPECT_EQ(cache.bytes_kept(),
+                static_cast<std::size_t>(
+                    (cache.num_lazy() * in_lazy + (5 - cache.num_lazy()) * cache.total()) * 2 *
+                    (16 + 8) * 4));
     }
     EXPECT_GT(cache.total(), prompt);
     driver.expect([&](std::int64_t layer, std::int64_t, std::int64_t query,

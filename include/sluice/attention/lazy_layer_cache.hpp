@@ -166,11 +166,12 @@ class LazyLayerKvCache {
     if (config.prompt_in_chunks) {
       large_blocks_ = full_layers;
       num_blocks_ = shape.num_layers;
-      ring_ = config.num_queries + config.max_chunk;
+      const std::int64_t queries = std::min(config.num_queries, config.max_prompt);
+      ring_ = queries + config.max_chunk;
       seen_queries_ = Buffer<float>(size(shape.num_layers * ring_ * num_qo_heads * shape.head_dim));
       seen_lse_ = Buffer<float>(size(shape.num_layers * ring_ * num_qo_heads));
-      last_queries_ = Buffer<float>(size(config.num_queries * num_qo_heads * shape.head_dim));
-      last_lse_ = Buffer<float>(size(config.num_queries * num_qo_heads));
+      last_queries_ = Buffer<float>(size(queries * num_qo_heads * shape.head_dim));
+      last_lse_ = Buffer<float>(size(queries * num_qo_heads));
     } else {
       // One block serves the layer at work, unless no layer is to be lazy.
       large_blocks_ = num_blocks_ = std::min(full_layers + 1, shape.num_layers);
@@ -233,6 +234,7 @@ class LazyLayerKvCache {
   void commit() {
     full_.commit();
     lazy_.commit();
+    count_kept();
   }
   void rollback() {
     if (prompt_open() && !config_.prompt_in_chunks) {
@@ -241,6 +243,7 @@ class LazyLayerKvCache {
     }
     full_.rollback();
     lazy_.rollback();
+    count_kept();
   }
   void reset() {
     full_.reset();
@@ -261,10 +264,7 @@ class LazyLayerKvCache {
   /// \throws Error(kOrder) with uncommitted tokens, or none at all; nothing changes.
   void end_prompt() {
     if (!prompt_open()) return;
-    if (total() != committed() || total() == 0)
-      throw Error(ErrorCode::kOrder,
-                  {"uncommitted tokens, or none at all", "LazyLayerKvCache::end_prompt",
-                   "appended tokens", "0", std::to_string(total() - committed())});
+    require_committed("LazyLayerKvCache::end_prompt");
     const std::int64_t rows = std::min(config_.num_queries, total());
     const std::int64_t first = total() - rows;
     const std::int64_t row_size = num_qo_heads_ * shape_.head_dim;
@@ -295,13 +295,14 @@ class LazyLayerKvCache {
       if (blocks_[size(layer)] >= large_blocks_) grow(layer);
   }
 
-  /// Makes a full layer lazy. \throws Error(kOrder) with uncommitted tokens; nothing changes.
+  /// Makes a full layer lazy. \throws Error(kOrder) with uncommitted tokens, or before the prompt
+  /// has ended, which needs every layer full; nothing changes.
   void set_lazy(std::int64_t layer) {
     SLUICE_ASSERT(layer >= 0 && layer < shape_.num_layers);
-    if (total() != committed() || total() == 0)
-      throw Error(ErrorCode::kOrder,
-                  {"uncommitted tokens, or none at all", "LazyLayerKvCache::set_lazy",
-                   "appended tokens", "0", std::to_string(total() - committed())});
+    require_committed("LazyLayerKvCache::set_lazy");
+    if (prompt_open())
+      throw Error(ErrorCode::kOrder, {"the prompt has not ended", "LazyLayerKvCache::set_lazy",
+                                      "prompt", "ended", "open"});
     if (!is_lazy(layer)) cut(layer);
   }
 
@@ -460,6 +461,13 @@ class LazyLayerKvCache {
     need(c.recent_size >= 1 && c.recent_size <= kMost, ErrorCode::kConfig, "recent_size",
          "at least 1", c.recent_size);
     return c;
+  }
+
+  void require_committed(const char* where) const {
+    if (total() != committed() || total() == 0)
+      throw Error(ErrorCode::kOrder,
+                  {"uncommitted tokens, or none at all", where, "appended tokens", "0",
+                   std::to_string(total() - committed())});
   }
 
   /// Where a layer's rows of a token that was seen are remembered.
