@@ -157,7 +157,6 @@ class ShardKvCache {
     return most;
   }
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
-  /// Tokens that fit the current block.
   /// Entries that the newest token sees in a head of any layer.
   std::int64_t size_of(std::int64_t, std::int64_t head) const {
     if (total_ == 0 || pattern_.is_dense(head)) return total_;
@@ -165,6 +164,7 @@ class ShardKvCache {
         std::max<std::int64_t>(0, (total_ - 1) / pattern_.block_size - pattern_.local_blocks + 1);
     return (pattern_.kept_before(head, local) - local) * pattern_.block_size + total_;
   }
+  /// Tokens that fit the current block.
   std::int64_t room_in_block() const { return pattern_.block_size - total_ % pattern_.block_size; }
 
   CacheStatus status(std::int64_t tokens) const {
