@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/core/memory.hpp"
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <new>
@@ -71,6 +73,27 @@ TEST(Buffer, MovesStorageAndLeavesNothingBehind) {
   static_assert(!std::is_copy_constructible_v<Buffer<int>>);
   static_assert(!std::is_copy_assignable_v<Buffer<int>>);
   static_assert(std::is_nothrow_move_constructible_v<Buffer<int>>);
+}
+
+/// Large ones, which ask for large pages, change places with small ones: each is freed as it was
+/// allocated.
+TEST(Buffer, LargeOnesAreLikeSmallOnes) {
+  constexpr std::size_t kSize = (std::size_t{5} << 20) + 3;
+  Buffer<std::uint8_t> large(kSize);
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(large.data()) % kAlignment, 0U);
+  EXPECT_TRUE(std::ranges::all_of(large.span(), [](std::uint8_t x) { return x == 0; }));
+  large[kSize - 1] = 7;
+  Buffer<std::uint8_t> small(3);
+  small[2] = 5;
+  std::swap(large, small);
+  ASSERT_EQ(small.size(), kSize);
+  EXPECT_EQ(small[kSize - 1], 7);
+  ASSERT_EQ(large.size(), 3U);
+  EXPECT_EQ(large[2], 5);
+  small = Buffer<std::uint8_t>(4);
+  large = Buffer<std::uint8_t>(kSize);
+  EXPECT_EQ(small.size(), 4U);
+  EXPECT_EQ(large[kSize - 1], 0);
 }
 
 TEST(Buffer, SizesThatCannotBeAreRefused) {
