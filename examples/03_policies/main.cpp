@@ -131,6 +131,12 @@ void print_row(const Options& options, const std::string& name, const Measured& 
                                m.step_ms));
 }
 
+/// Says why a policy has no row; returns the exit status. The others go on.
+int say_why(const std::string& what, const sluice::Error& error) {
+  std::cerr << "policies: " << what << ": " << error.what() << '\n';
+  return error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
+}
+
 /// A row for each policy as soon as it is done, and one for what was read of the policy that an
 /// interrupt meets. A policy that cannot be made (the budget is too small for it) says so and
 /// leaves the others be. Returns the exit status.
@@ -159,8 +165,7 @@ int compare(const Options& options, const sluice::LoadedModel& model, std::span<
       });
     } catch (const sluice::Error& error) {
       course.clear();
-      std::cerr << "policies: " << name << ": " << error.what() << '\n';
-      status = error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
+      status = say_why(name, error);
       continue;
     }
     course.clear();
@@ -175,9 +180,9 @@ int compare(const Options& options, const sluice::LoadedModel& model, std::span<
 }
 
 /// A number is said at each of several depths of the text and asked for at its end: how many of its
-/// five digits come back.
-void recall(const Options& options, const sluice::LoadedModel& model, std::span<const Token> tokens,
-            sluice::ThreadTeam& team) {
+/// five digits come back. Returns the exit status.
+int recall(const Options& options, const sluice::LoadedModel& model, std::span<const Token> tokens,
+           sluice::ThreadTeam& team) {
   const sluice::Tokenizer& tokenizer = *model.tokenizer;
   if (!options.json) {
     std::string head = "\n| digits recalled of 5, said at |";
@@ -190,17 +195,13 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
     }
     support::write_stdout(head + "\n" + rule + "\n");
   }
+  int status = 0;
   for (std::size_t n = 0; n < options.names.size(); ++n) {
     const std::string& name = options.names[n];
     std::string line = "| " + name + " |";
     Course course(name + ", pass keys", n + 1, options.names.size());
-    for (std::int64_t i = 0; i < options.passkeys; ++i) {
-      if (support::caught_signal() != 0) {
-        course.clear();
-        if (!options.json && i > 0) support::write_stdout(line + "\n");
-        say_what_is_left(std::span(options.names).subspan(n));
-        return;
-      }
+    std::int64_t asked_for = 0;
+    for (std::int64_t i = 0; i < options.passkeys && support::caught_signal() == 0; ++i) {
       const std::string key = std::to_string(10007 + (i * 7919 + 31337) % 89989);
       const std::vector<Token> said = tokenizer.encode(
           "\n\nThe pass key is " + key + ". Remember it. " + key + " is the pass key.\n\n");
@@ -218,26 +219,33 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
       constexpr std::int64_t kAnswer = 8;
       Setting setting = options.setting;
       setting.tokens = static_cast<std::int64_t>(text.size()) + kAnswer;
-      const std::string answer = with_cache(name, setting, [&](auto& cache) {
-        Stream stream(*model.decoder, cache, team, options.chosen());
-        std::vector<double> ignored;
-        const auto whole =
-            static_cast<std::size_t>(std::min(singles(name, setting), setting.tokens));
-        constexpr std::size_t kPiece = 64;
-        for (std::size_t done = 0; done < text.size();) {
-          if (!course.show(static_cast<std::size_t>(i) * text.size() + done,
-                           static_cast<std::size_t>(options.passkeys) * text.size()))
-            return std::string();
-          const bool single = done >= whole;
-          const std::size_t end = single ? text.size() : std::min(text.size(), whole);
-          const std::size_t piece = std::min(kPiece, end - done);
-          stream.read(std::span(text).subspan(done, piece), ignored,
-                      single ? 1 : cache.max_chunk());
-          done += piece;
-        }
-        return tokenizer.decode(stream.write(kAnswer));
-      });
-      if (support::caught_signal() != 0) continue;
+      std::string answer;
+      try {
+        answer = with_cache(name, setting, [&](auto& cache) {
+          Stream stream(*model.decoder, cache, team, options.chosen());
+          std::vector<double> ignored;
+          const auto whole =
+              static_cast<std::size_t>(std::min(singles(name, setting), setting.tokens));
+          for (std::size_t done = 0; done < text.size();) {
+            if (!course.show(static_cast<std::size_t>(i) * text.size() + done,
+                             static_cast<std::size_t>(options.passkeys) * text.size()))
+              return std::string();
+            const bool single = done >= whole;
+            const std::size_t end = single ? text.size() : std::min(text.size(), whole);
+            const std::size_t piece = std::min(stream.piece(), end - done);
+            stream.read(std::span(text).subspan(done, piece), ignored,
+                        single ? 1 : cache.max_chunk());
+            done += piece;
+          }
+          return tokenizer.decode(stream.write(kAnswer));
+        });
+      } catch (const sluice::Error& error) {
+        course.clear();
+        status = say_why(name + ", pass keys", error);
+        break;
+      }
+      if (support::caught_signal() != 0) break;
+      ++asked_for;
       // The first run of digits in the answer, from its front.
       const std::size_t first = answer.find_first_of("0123456789");
       std::int64_t right = 0;
@@ -259,8 +267,13 @@ void recall(const Options& options, const sluice::LoadedModel& model, std::span<
             "\n");
     }
     course.clear();
-    if (!options.json) support::write_stdout(line + "\n");
+    if (!options.json && asked_for > 0) support::write_stdout(line + "\n");
+    if (support::caught_signal() != 0 && asked_for < options.passkeys) {
+      say_what_is_left(std::span(options.names).subspan(n));
+      return status;
+    }
   }
+  return status;
 }
 
 int run(Options& options) {
@@ -288,8 +301,9 @@ int run(Options& options) {
         calibrate(*model.decoder, std::span(tokens).first(count), team, options.chosen());
   }
   const int status = compare(options, model, tokens, team);
-  if (support::caught_signal() == 0 && options.passkeys > 0) recall(options, model, tokens, team);
-  return status;
+  if (support::caught_signal() != 0 || options.passkeys == 0) return status;
+  const int of_recall = recall(options, model, tokens, team);
+  return status != 0 ? status : of_recall;
 }
 
 }  // namespace
@@ -324,7 +338,8 @@ int main(int argc, char** argv) {
          "-c,--chunk", options.setting.chunk,
          "tokens read at once: exact for full, window, sink-window, per-head, lazy and shards; "
          "scored policies "
-         "select at the ends of chunks; quest, tidal-decode and clusters act in single tokens, so "
+         "select, and kivi codes, at the ends of chunks; quest, tidal-decode and clusters act in "
+         "single tokens, so "
          "what is beyond the budget is read one by one")
       ->capture_default_str()
       ->check(support::whole_number(1, 4096));

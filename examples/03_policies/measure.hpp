@@ -69,6 +69,13 @@ class Stream {
     }
   }
 
+  /// Tokens to read between two looks at what the user wants: whole chunks.
+  std::size_t piece() const {
+    constexpr std::int64_t kTokens = 64;
+    const std::int64_t chunk = cache_.max_chunk();
+    return static_cast<std::size_t>(chunk * std::max<std::int64_t>(1, kTokens / chunk));
+  }
+
   /// Writes the most likely tokens.
   std::vector<sluice::Token> write(std::int64_t count) {
     std::vector<sluice::Token> tokens;
@@ -148,7 +155,6 @@ template <class Cache, class Progress>
 Measured measure(Stream<Cache>& stream, const Cache& cache, std::span<const sluice::Token> tokens,
                  std::int64_t budget, std::int64_t singles, Progress&& progress) {
   constexpr std::size_t kSteps = 33;
-  constexpr std::size_t kPiece = 64;
   const std::size_t chunked = tokens.size() - std::min(tokens.size() - 1, kSteps);
   std::vector<double> nll;
   const std::int64_t begin = sluice::monotonic_ns();
@@ -156,7 +162,7 @@ Measured measure(Stream<Cache>& stream, const Cache& cache, std::span<const slui
     const auto whole = static_cast<std::size_t>(std::max<std::int64_t>(0, singles));
     const bool single = done >= whole;
     const std::size_t end = single ? chunked : std::min(chunked, whole);
-    stream.read(tokens.subspan(done, std::min(kPiece, end - done)), nll,
+    stream.read(tokens.subspan(done, std::min(stream.piece(), end - done)), nll,
                 single ? 1 : cache.max_chunk());
   }
   const double seconds = static_cast<double>(sluice::monotonic_ns() - begin) * 1e-9;

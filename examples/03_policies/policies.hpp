@@ -34,7 +34,7 @@ namespace policies {
 /// What cutting a text into chunks means to a policy.
 enum class Chunks {
   kExact,      ///< nothing: any chunks give what single tokens give, to rounding
-  kSelecting,  ///< entries are selected at the ends of chunks, when `growth` is used up
+  kSelecting,  ///< entries are selected, when `growth` is used up, or coded, at the ends of chunks
   kSingle,     ///< it acts in single tokens alone: what is beyond the budget is read one by one
 };
 
@@ -67,7 +67,7 @@ inline constexpr std::array<Policy, 16> kPolicies{{
      Chunks::kExact},
     {"shards", "the newest half, and every n-th older block, another in each head (S2-Attention)",
      Chunks::kExact},
-    {"kivi", "everything, in 4 bits (KIVI)", Chunks::kExact},
+    {"kivi", "everything, in 4 bits but for the newest (KIVI)", Chunks::kSelecting},
 }};
 
 inline Chunks chunks_of(std::string_view policy) {

@@ -93,6 +93,13 @@ class Policies(unittest.TestCase):
         [row] = [json.loads(line) for line in done.stdout.decode().splitlines()]
         self.assertEqual(row["policy"], "full")
 
+    def test_pass_keys_go_on_too(self):
+        done = run("--json", "-n", 100, "-b", 16, "-c", 64, "-p", "window,full", "--passkey", 2)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("window, pass keys: config", done.stderr.decode())
+        rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+        self.assertEqual([row["policy"] for row in rows], ["full"] * 3)
+
     def test_head_maps(self):
         path = FOLDER / "map.json"
         path.write_text('{"sluice_head_map": 1, "layers": [{"full": true}]}')
