@@ -698,6 +698,36 @@ TEST(Kivi, ScoresOverCodesKeepTheirBound) {
   expect_score_bound<4>(128, 3);
 }
 
+/// What no code replaces yet is attended to as a plain cache of the same rows is, bit for bit.
+template <class Tail>
+void expect_plain_rows() {
+  const Extents extents{.kv_heads = 2, .group = 2, .dim = 64, .value_dim = 64};
+  const KvShape shape{1, 2, 64, 64};
+  const RetentionConfig full = RetentionConfig::full(80, 6);
+  const std::array<const Rotary*, 1> rotaries{nullptr};
+  KiviKvCache<4, Tail> kivi(shape, {.group = 32, .residual = 96, .retention = full}, rotaries);
+  KvCache<Tail> plain(shape, std::array{full},
+                      std::array{LayerCacheConfig{.retention = 0, .rotary = nullptr}});
+  CacheDriver<KiviKvCache<4, Tail>> rows(kivi, extents, 1, nullptr, 3);
+  CacheDriver<KvCache<Tail>> expected(plain, extents, 1, nullptr, 3);
+  for (int step = 0; kivi.total() + 6 <= 80; ++step) {
+    const std::int64_t tokens = step % 2 == 0 ? 1 : 6;
+    rows.feed(tokens);
+    rows.commit();
+    expected.feed(tokens);
+    expected.commit();
+  }
+  ASSERT_GT(kivi.total(), 70);
+  for (std::size_t t = 0; t < rows.rows(0).size(); ++t)
+    ASSERT_EQ(rows.rows(0)[t].out, expected.rows(0)[t].out) << "token " << t;
+}
+
+TEST(Kivi, NewRowsAreThoseOfAPlainCache) {
+  expect_plain_rows<float>();
+  expect_plain_rows<f16>();
+  expect_plain_rows<bf16>();
+}
+
 /// A state goes on bit for bit where it was taken: copies, checkpoints, snapshots.
 TEST(Kivi, GoesBackAndIsRestored) {
   const Extents extents{.kv_heads = 1, .group = 1, .dim = 16, .value_dim = 16};
