@@ -621,10 +621,13 @@ void Decoder::run(const DecoderInput& input, Cache& cache, const GroupReaderOf<C
                          w.late_lse_.data());
         }
       }
-      if constexpr (detail::kHasRows<Cache>)
+      if constexpr (detail::kHasRows<Cache>) {
         if (probed)
           attention_mass(of_class, seen, variant.sm_scale, &rotary(l), c.num_kv_heads,
                          w.lse_.span(), reader.probe.group, reader.probe.newest, w.mass_.span());
+      } else {
+        SLUICE_ASSERT(!probed);
+      }
       if constexpr (requires { cache.observes(l); })
         if (observed)
           cache.observe(ObservedAttention<typename Cache::KeyType, typename Cache::ValueType>{
