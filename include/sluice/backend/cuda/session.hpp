@@ -155,6 +155,7 @@ class CudaModel {
     };
     require(c.activation == Activation::kSilu, "activation", "SiLU", "another");
     require(c.embedding_scale == 1, "embedding_scale", "1", std::to_string(c.embedding_scale));
+    require(!c.norm_adds_one, "norm_adds_one", "norms' weights as they are", "less 1");
     require(c.rotaries.size() == 1, "rotaries", "one for all layers",
             std::to_string(c.rotaries.size()));
     require(c.head_dim <= largest_head_dim(), "head_dim",
@@ -325,6 +326,7 @@ class CudaSession {
   }
   void reset() {
     device_.set_total(0);
+    high_water_ = 0;
     sampler_.reset();
     metrics_.on_turn_end();
     pending_.reset();
@@ -434,6 +436,7 @@ class CudaSession {
       const std::span<const Token> chunk = tokens.subspan(done, count);
       if (scored && has_state_) visit(done, device_.likelihood(chunk[0]));
       device_.read(chunk);
+      high_water_ = std::max(high_water_, device_.total());
       has_state_ = true;
       if (scored && count > 1) {
         const std::span<float> nll = nll_.span().first(count - 1);
@@ -450,20 +453,20 @@ class CudaSession {
   }
 
   /// How many of the first `limit` tokens update() can keep: all, unless one that the next token
-  /// sees has been written over.
+  /// sees has been written over, be it by a text that was taken back since (Retention's rule).
   std::int64_t kept_of(std::int64_t limit) const {
-    const std::int64_t fed = device_.total();
-    limit = std::min(limit, fed);
+    limit = std::min(limit, device_.total());
     if (limit <= 0) return 0;
-    if (fed <= retention_.capacity) return limit;
-    const std::int64_t spare =
-        retention_.capacity - retention_.num_sink_tokens - retention_.window_size;
-    return fed - limit <= spare ? limit : 0;
+    if (retention_.window_size >= kUnlimitedWindow) return limit;
+    const std::int64_t oldest = high_water_ - (retention_.capacity - retention_.num_sink_tokens);
+    if (oldest <= retention_.num_sink_tokens) return limit;
+    return limit - (retention_.window_size - 1) >= oldest ? limit : 0;
   }
 
   void feed_pending() {
     if (!pending_) return;
     device_.step(*pending_);
+    high_water_ = std::max(high_water_, device_.total());
     pending_.reset();
   }
   /// The stream has one token more.
@@ -484,6 +487,7 @@ class CudaSession {
   Buffer<Token> history_;  // [SessionOptions::history], the stream's first tokens
   Buffer<float> nll_;      // [chunk]
   std::int64_t position_ = 0;
+  std::int64_t high_water_ = 0;   // the most tokens that the cache has had since it was empty
   std::optional<Token> pending_;  // written, not yet fed
   bool has_state_ = false;        // something was fed
   bool wrote_since_input_ = false;
