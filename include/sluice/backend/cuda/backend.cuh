@@ -19,6 +19,8 @@ namespace sluice {
 inline void check_cuda(cudaError_t status, const char* call,
                        std::source_location at = std::source_location::current()) {
   if (status == cudaSuccess) return;
+  // The runtime keeps the error, and the check of the next launch would report it once more.
+  static_cast<void>(cudaGetLastError());
   throw Error(ErrorCode::kDevice, {std::string(cudaGetErrorString(status)),
                                    std::string(at.file_name()) + ":" + std::to_string(at.line()),
                                    call, "cudaSuccess", cudaGetErrorName(status)});

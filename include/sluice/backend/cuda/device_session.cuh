@@ -108,6 +108,7 @@ class CapturedGraph {
     } catch (...) {
       static_cast<void>(cudaStreamEndCapture(stream, &graph));
       if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+      static_cast<void>(cudaGetLastError());  // that the capture failed has been said
       throw;
     }
     check_cuda(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
@@ -142,6 +143,7 @@ void CudaDeviceModel<Element>::require_device() {
   };
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
+  static_cast<void>(cudaGetLastError());  // as check_cuda() does
   if (status != cudaSuccess) fail(cudaGetErrorString(status));
   if (count == 0) fail("none");
   int device = 0;
