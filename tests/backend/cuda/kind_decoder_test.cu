@@ -184,6 +184,7 @@ void expect_near(const std::vector<float>& found, const Row& expected, const std
   double worst = 0;
   for (std::size_t i = 0; i < expected.size(); ++i) {
     largest = std::max(largest, std::abs(expected[i]));
+    ASSERT_TRUE(std::isfinite(found[i]));  // a maximum would pass NaN over
     worst = std::max(worst, std::abs(static_cast<double>(found[i]) - expected[i]));
   }
   // bf16 keys, values, queries, weights of attention and inputs of products: 2^-9 each, some ten

@@ -251,8 +251,9 @@ void run(const CudaVisionShape& shape, std::int64_t rows, std::int64_t cols) {
       for (std::size_t t = 0; t < expected.size(); ++t)
         for (std::size_t i = 0; i < expected[t].size(); ++i) {
           largest = std::max(largest, std::abs(expected[t][i]));
-          worst = std::max(worst, std::abs(static_cast<double>(found[t * expected[t].size() + i]) -
-                                           expected[t][i]));
+          const double value = static_cast<double>(found[t * expected[t].size() + i]);
+          ASSERT_TRUE(std::isfinite(value));  // a maximum would pass NaN over
+          worst = std::max(worst, std::abs(value - expected[t][i]));
         }
       // bf16 pixels, queries, keys, values, weights of attention and inputs of products: 2^-9 each,
       // some fifteen roundings in a row.
