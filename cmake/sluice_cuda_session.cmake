@@ -21,4 +21,11 @@ add_library(sluice_cuda_session STATIC EXCLUDE_FROM_ALL ${cuda_session_sources})
 add_library(sluice::cuda_session ALIAS sluice_cuda_session)
 # Otherwise CMake 3.25 turns extensions off, with a -std=c++17 behind our -std=c++20.
 set_target_properties(sluice_cuda_session PROPERTIES CUDA_EXTENSIONS ON)
-target_link_libraries(sluice_cuda_session PRIVATE sluice::cuda PUBLIC CUDA::cublasLt)
+# The runtime is named, because a program of a project without CUDA is linked as C++.
+if(CMAKE_CUDA_RUNTIME_LIBRARY STREQUAL "Shared")
+  set(cuda_session_runtime CUDA::cudart)
+else()
+  set(cuda_session_runtime CUDA::cudart_static)
+endif()
+target_link_libraries(
+  sluice_cuda_session PRIVATE sluice::cuda PUBLIC CUDA::cublasLt ${cuda_session_runtime})
