@@ -391,13 +391,7 @@ class CudaWatcher final : public Watcher {
 
 template <>
 std::unique_ptr<Watcher> make_watcher<cuda>(const Models& models, const WatcherConfig& config) {
-  int devices = 0;
-  const cudaError_t status = cudaGetDeviceCount(&devices);
-  if (status != cudaSuccess || devices == 0)
-    throw Error(
-        ErrorCode::kDevice,
-        {"no GPU to watch with", "watch_cuda", "CUDA device", "at least one, with its driver",
-         status == cudaSuccess ? "none" : std::string(cudaGetErrorString(status))});
+  sluice::require_cuda_device("watch_cuda");
   switch (models.decoder().head_dim) {
     case 64: return std::make_unique<CudaWatcher<64>>(models, config);
     case 128: return std::make_unique<CudaWatcher<128>>(models, config);

@@ -28,6 +28,46 @@ inline void check_cuda(cudaError_t status, const char* call,
 
 namespace detail {
 
+/// Does nothing: asked about, it tells for which GPUs the program was compiled.
+template <int kUnused>
+__global__ void probe_kernel() {}
+
+}  // namespace detail
+
+/// \throws Error(kDevice) saying what was found, unless the current device is a GPU that this
+/// backend runs on and that the program was compiled for. `where`: who asks.
+template <int kUnused = 0>
+void require_cuda_device(const char* where) {
+  const auto fail = [&](const std::string& found) {
+    static_cast<void>(cudaGetLastError());  // as in check_cuda()
+    throw Error(ErrorCode::kDevice,
+                {"no GPU that the CUDA backend can use", where, "device",
+                 "an NVIDIA GPU of compute capability 8.0 or later, and its driver", found});
+  };
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) fail(cudaGetErrorString(status));
+  if (count == 0) fail("none");
+  int device = 0;
+  int major = 0;
+  int minor = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  const std::string capability =
+      "compute capability " + std::to_string(major) + "." + std::to_string(minor);
+  if (major < 8) fail(capability);
+  cudaFuncAttributes attributes{};
+  const cudaError_t compiled = cudaFuncGetAttributes(&attributes, detail::probe_kernel<kUnused>);
+  if (compiled == cudaErrorNoKernelImageForDevice || compiled == cudaErrorInvalidDeviceFunction)
+    fail(capability + ", which CMAKE_CUDA_ARCHITECTURES left out");
+  check_cuda(compiled, "cudaFuncGetAttributes");
+}
+
+namespace detail {
+
 /// Holds a kernel that was launched early back until the kernel before it is complete and its
 /// writes are visible. Without early launch, or before sm_90, there is nothing to wait for.
 __device__ inline void wait_for_previous_kernel() {

@@ -136,25 +136,7 @@ struct CudaDeviceModel<Element>::Content {
 
 template <class Element>
 void CudaDeviceModel<Element>::require_device() {
-  const auto fail = [](const std::string& found) {
-    throw Error(ErrorCode::kDevice,
-                {"no GPU that the CUDA backend can use", "CudaDeviceModel", "device",
-                 "an NVIDIA GPU of compute capability 8.0 or later, and its driver", found});
-  };
-  int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  static_cast<void>(cudaGetLastError());  // as check_cuda() does
-  if (status != cudaSuccess) fail(cudaGetErrorString(status));
-  if (count == 0) fail("none");
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
-             "cudaDeviceGetAttribute");
-  if (major < 8) fail("compute capability " + std::to_string(major) + "." + std::to_string(minor));
+  require_cuda_device("CudaDeviceModel");
 }
 
 template <class Element>

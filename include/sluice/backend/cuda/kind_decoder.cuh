@@ -469,7 +469,7 @@ class CudaKindDecoder {
         .vocab_size = static_cast<int>(s.vocab_size),
         .hidden_size = static_cast<int>(s.hidden_size)};
     detail::launch_kernel("choose_token_kernel", detail::choose_token_kernel<Element>, dim3(1),
-                          detail::kRowThreads, stream_, true, p);
+                          detail::kRowThreads, stream_, vector_.overlap(), p);
   }
 
   void run_step() {

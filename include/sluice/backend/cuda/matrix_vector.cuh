@@ -340,6 +340,8 @@ class MatrixVectorPlan {
 
   /// Blocks of every launch: candidates that kChoose leaves.
   int blocks() const { return blocks_; }
+  /// Whether launches start early: asked for, and the GPU can.
+  bool overlap() const { return overlap_; }
 
   /// May be captured. `alone`: not two of its blocks on a multiprocessor, for a launch whose blocks
   /// find the multiprocessors busy and would crowd on the first that is free.
