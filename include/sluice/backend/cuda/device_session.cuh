@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <utility>
@@ -85,6 +86,13 @@ class OwnStream {
  private:
   cudaStream_t stream_ = nullptr;
 };
+
+/// Held while a session is made: nobody may wait for the device, as a decoder's constructor does,
+/// while a stream of another session is captured.
+inline std::mutex& capture_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
 
 /// What was launched while a stream was captured.
 class CapturedGraph {
@@ -208,6 +216,7 @@ struct CudaDeviceSession<Element>::State {
         targets(static_cast<std::size_t>(config.likelihood_rows)),
         nll_on_device(static_cast<std::size_t>(config.likelihood_rows)),
         rows(static_cast<std::size_t>(config.max_chunk > 1 ? config.likelihood_rows * vocab : 0)) {
+    const std::lock_guard<std::mutex> lock(detail::capture_mutex());
     const CudaRotation& rotation = model.rotation();
     CudaDecoderOptions options;
     options.step = {.num_sink_tokens = config.num_sink_tokens,
