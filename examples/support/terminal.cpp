@@ -144,21 +144,23 @@ void Progress::clear() {
 
 int run_program(std::string_view name, const std::function<int()>& run) {
   catch_signals();
+  int status = 0;
   try {
-    const int status = run();
-    return caught_signal() != 0 ? 128 + caught_signal() : status;
+    status = run();
   } catch (const StdoutClosed&) {
     return 0;
   } catch (const sluice::Error& error) {
     std::cerr << name << ": " << error.what() << '\n';
-    return error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
+    status = error.code() == sluice::ErrorCode::kConfig ? 2 : 1;
   } catch (const std::bad_alloc&) {
     std::cerr << name << ": out of memory\n";
-    return 1;
+    status = 1;
   } catch (const std::exception& error) {
     std::cerr << name << ": " << error.what() << '\n';
-    return 1;
+    status = 1;
   }
+  // An error behind a signal may be its doing: Ctrl-C ends the programs that were started, too.
+  return caught_signal() != 0 ? 128 + caught_signal() : status;
 }
 
 }  // namespace support
