@@ -61,7 +61,7 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
       some steps one by one
 
   {"kind": "curve", "weights": "Q8_0", "threads": 2, "task": "window", "tokens": 1024, "ms": 5.4,
-   "ms_least": 5.2, "read_gb_per_s": 31, "limit": 54}
+   "ms_least": 5.2, "read_gb_per_s": 31, "limit": 54, "activations": "int8"}
       lines of speed_curves.py; task: window (a step, by the window), stream (reading so many tokens)
       or decode
 
@@ -128,8 +128,9 @@ GPU = {
 # Read over: nothing is drawn of them.
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
           "streaminnc_misaligned", "frame_encoder", "rounding", "listen_overlap",
-          "listen_overlap_mean", "listen_minute", "listen_endless", "machine", "matrix_vector", "decoder_prefill", "decoder_endless",
-          "segment_attention", "duplex_cuda", "watch", "watch_part")
+          "listen_overlap_mean", "listen_minute", "listen_endless", "machine", "matrix_vector",
+          "decoder_prefill", "decoder_endless", "segment_attention", "duplex_cuda", "watch",
+          "watch_part")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
@@ -159,6 +160,8 @@ def check_record(record, where):
     if not isinstance(record, dict):
         raise PlotError(f"{where}: expected an object, found {type(record).__name__}")
     kind = kind_of(record)
+    if not isinstance(kind, str):
+        raise PlotError(f"{where}: neither 'kind' nor 'bench' names the record: found {kind!r}")
     if kind in TABLES:
         return
     required = GPU if "kind" not in record and kind in GPU else REQUIRED
@@ -168,9 +171,7 @@ def check_record(record, where):
         value = record.get(field)
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             raise PlotError(f"{where}: {kind}: field '{field}': found {value!r}")
-    if required is GPU:
-        return
-    if kind == "perplexity" and len(record["tokens"]) != len(record["ppl"]):
+    if required is not GPU and kind == "perplexity" and len(record["tokens"]) != len(record["ppl"]):
         raise PlotError(f"{where}: {len(record['tokens'])} tokens for {len(record['ppl'])} ppl")
     bins = record.get("bins", [])
     for part in bins:
@@ -179,6 +180,7 @@ def check_record(record, where):
         if missing:
             raise PlotError(f"{where}: endless: a bin without {', '.join(missing)}")
     # What a log scale can show; an average over no tokens or an overflow is a fault of the run.
+    # (Which of PyTorch's ways failed is told by a null.)
     drawn = {"perplexity": record.get("ppl"), "ttft": [record.get("ms")],
              "recompute_ratio": [record.get("recompute_ms"), record.get("sink_window_ms")],
              "overlap": [record.get("r"), record.get("speedup_over_sequential_x1")],
@@ -189,7 +191,11 @@ def check_record(record, where):
              "versus": [record.get("ratio"), record.get("ratio_min"), record.get("ratio_max")],
              "curve": [record.get("tokens"), record.get("ms")],
              "streaminnc": [record.get("speedup"), record.get("work_ratio")],
-             "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]]}[kind]
+             "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]],
+             "decode_attention": [record.get("us")],
+             "torch": [1 if record.get("us") is None else record["us"]],
+             "decoder_step": [record.get(field) for field in ("entries", "sessions", "ms")],
+             "prefill_attention": [record.get("window"), record.get("tflop_per_s")]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
     if bad or not drawn:
         raise PlotError(f"{where}: {kind}: expected positive numbers, found {bad[:1] or 'none'}")
@@ -566,11 +572,15 @@ def draw_curves(records, folder):
     colours = [ACCENT, SECOND, THIRD, FOURTH, *OTHER_COLOURS]
     for axis, task, scale in ((window, "window", 1.0), (reading, "stream", 1e-3)):
         chosen = [record for record in records if record["task"] == task]
-        for colour, key in zip(colours, sorted({(r["weights"], r["threads"]) for r in chosen})):
-            points = sorted((record["tokens"], record["ms"] * scale) for record in chosen
-                            if (record["weights"], record["threads"]) == key)
+        runs = collections.defaultdict(list)
+        for record in chosen:
+            key = (record["weights"], record.get("activations", "int8"), record["threads"])
+            runs[key].append((record["tokens"], record["ms"] * scale))
+        for colour, (key, points) in zip(colours, sorted(runs.items())):
+            points.sort()
+            exact = ", f32 activations" if key[1] == "f32" else ""
             axis.plot(*zip(*points), "o-", color=colour, linewidth=1.6, markersize=4,
-                      label=f"{key[0]}, {key[1]} threads")
+                      label=f"{key[0]}{exact}, {key[2]} threads")
             (first, low), (last, high) = points[0], points[-1]
             axis.plot([first, last], [low, high], ":", color=colour, linewidth=1.0)
         axis.set_xlim(left=0)

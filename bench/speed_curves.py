@@ -13,7 +13,8 @@ measured between the rows: a row's fraction is of the larger of those before and
   bytes / ms against the rate at which the same threads read memory, for single tokens
   products / ms against the rate of multiply-adds of the instruction that the weights' type uses
 
-Nothing is asserted here. Writes OUTPUT/speed_curves_<weights>_t<threads>.jsonl, which plot.py draws.
+Nothing is asserted here. Writes OUTPUT/speed_curves_<weights>_t<threads>.jsonl (with f32
+activations: ..._f32.jsonl), which plot.py draws.
 """
 
 import argparse
@@ -30,11 +31,11 @@ def rows(program, model, threads, activations, tasks):
     return [json.loads(line) for line in output.splitlines()]
 
 
-def peak_name(model, activations):
+def peak_name(weights, activations):
     """Which of the measured peaks the products of a file's weights could reach."""
     if activations != "int8":
         return "f32_gflop_per_s"
-    return "bf16_gflop_per_s" if "bf16" in model.lower() else "int8_gop_per_s"
+    return "bf16_gflop_per_s" if "bf16" in weights.lower() else "int8_gop_per_s"
 
 
 def main():
@@ -62,12 +63,13 @@ def main():
                  interleaved)
     name = pathlib.Path(arguments.model).stem
     weights = re.sub(r"^.*\.|-only$", "", name)
-    peak = peak_name(arguments.model, arguments.activations)
+    peak = peak_name(name, arguments.activations)
     print(f"| {name}, {arguments.threads} threads | ms: median, least | read, of the limit "
           "| products, of the peak |\n|---|---|---|---|")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with open(arguments.output / f"speed_curves_{weights}_t{arguments.threads}.jsonl", "w",
-              encoding="utf-8") as file:
+    ending = "_f32.jsonl" if arguments.activations == "f32" else ".jsonl"
+    path = arguments.output / f"speed_curves_{weights}_t{arguments.threads}{ending}"
+    with open(path, "w", encoding="utf-8") as file:
         for i in range(1, len(found), 2):
             row, around = found[i], (found[i - 1], found[i + 1])
             task, number = row["task"].split(":")
