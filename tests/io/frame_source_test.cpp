@@ -397,7 +397,7 @@ TEST(ChildProcess, EndsWhileItComplains) {
 
 // A program that leaves another behind, which keeps the pipes open: its own end is what counts.
 TEST(ChildProcess, IsNotWaitedForLongerThanItLives) {
-  detail::ChildProcess process({"sh", "-c", "exec >&-; sleep 5 & echo gone >&2; exit 3"});
+  detail::ChildProcess process({"sh", "-c", "exec >&-; sleep 30 & echo gone >&2; exit 3"});
   ByteSource source = process.output("sh");
   std::vector<std::byte> bytes(2);
   EXPECT_EQ(source.read(bytes), 0U);
