@@ -37,6 +37,9 @@ class ClockView {
     view.clock_ = &clock;
     return view;
   }
+  /// Not of one that ends with the statement.
+  template <class T>
+  static ClockView of(const T&&) = delete;
 
   std::int64_t now_ns() const noexcept { return read_ == nullptr ? monotonic_ns() : read_(clock_); }
 

@@ -81,14 +81,16 @@ struct ListenerOptions {
   /// ends, which is always written whole: no word is lost, but it has then seen more of the sound,
   /// and so may be another.
   Shedding shedding = Shedding::kNone;
-  /// After so many rows in a row with something put off, it is written however late it will be.
+  /// After so many rows with something put off and none at which what was due had the time, a piece
+  /// or word is written however late it will be. An utterance's end does not begin the count anew.
   std::int64_t max_put_off = 8;
   /// What becomes of audio whose row's deadline has passed before the row is read: kBlock, it is
   /// read late; kDropOldest, it is dropped unheard, up to the first row that is still in time;
   /// that one may be late yet, where writing is what takes too long. The others are refused:
   /// samples that wait need no joining.
   LatePolicy late = LatePolicy::kBlock;
-  /// Where the stream reads the time. The clock must outlive the stream.
+  /// Where the stream reads the time. The clock must outlive the stream. Its times are above 0: 0
+  /// stands for a time that is not known.
   ClockView clock = {};
 
   /// Words are written so many milliseconds after their labels, or up to half a row more.
@@ -120,9 +122,10 @@ struct ListenEvent {
   /// kWord: the end of the row whose CTC label ended the word, an estimate of where its sound ends
   /// (somewhat early); -1: CTC did not count it.
   std::int64_t spoken_samples = -1;
-  /// When the last sample before spoken_samples was accepted, monotonic_ns(); 0: not known.
+  /// When the last sample before spoken_samples was accepted, by ListenerOptions::clock; 0: not
+  /// known.
   std::int64_t spoken_ns = 0;
-  std::int64_t time_ns = 0;  ///< when it was written, monotonic_ns()
+  std::int64_t time_ns = 0;  ///< when it was written, by ListenerOptions::clock
 
   std::span<const Token> tokens() const {
     return {pieces.data(), static_cast<std::size_t>(num_pieces)};
