@@ -431,14 +431,15 @@ class ListenerEngine {
 
   /// Where the next row's deadline has passed, as many samples as a row brings leave the queue
   /// unheard, again and again: what follows is heard as if it had come instead, and a row that was
-  /// begun goes on with it. False: nothing was late.
+  /// begun goes on with it. What came in so many pieces that the queue does not know when is heard.
+  /// False: nothing was late.
   bool drop_late() {
     const std::int64_t now = now_ns();
     std::int64_t rows = 0;
     std::int64_t samples = 0;
     for (std::int64_t waiting = queue_.waiting();
          waiting >= row_end_ - samples_taken() &&
-         queue_.arrival_before(row_end_) + deadline_ns_ < now;
+         queue_.arrival_before(row_end_) + deadline_ns_ < now && queue_.arrival_known();
          ++rows) {
       const std::int64_t count = std::min(waiting, model_->samples_per_row());
       queue_.pop(static_cast<std::size_t>(count));

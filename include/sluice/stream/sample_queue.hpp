@@ -80,9 +80,14 @@ class SampleQueue {
       if (arrival.end >= sample) break;
       ++oldest;
     }
+    arrival_known_ = oldest < stamps;
     retired_.store(oldest, std::memory_order_release);
     return last_arrival_ns_;
   }
+  /// Consumer: whether that was the time of the piece which arrival_before() was asked about, or of
+  /// one that stands for it. False where so many pieces wait that the newest have no stamp: it was
+  /// that of an older piece then.
+  bool arrival_known() const noexcept { return arrival_known_; }
 
  private:
   static constexpr std::int64_t kArrivals = 4096;
@@ -110,6 +115,7 @@ class SampleQueue {
   alignas(64) std::atomic<std::int64_t> popped_{0};
   std::atomic<std::int64_t> retired_{0};
   std::int64_t last_arrival_ns_ = 0;  // the consumer's
+  bool arrival_known_ = false;        // the consumer's
 };
 
 }  // namespace sluice
