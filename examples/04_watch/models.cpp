@@ -274,11 +274,12 @@ void Models::require_plain_decoder() const {
   require(!config.norm_adds_one, "norms", "weights as they are");
   for (const sluice::DecoderLayerConfig& layer : config.layers)
     require(layer.window_size >= sluice::kUnlimitedWindow, "window_size", "none");
-  for (const sluice::DecoderLayerWeights& layer : loaded_->weights().layers) {
-    const std::size_t biases = (layer.query_bias.empty() ? 0U : 1U) +
-                               (layer.key_bias.empty() ? 0U : 1U) +
-                               (layer.value_bias.empty() ? 0U : 1U);
-    require(biases == 0 || biases == 3, "query_bias", "with those of keys and values, or none");
+  const std::vector<sluice::DecoderLayerWeights>& layers = loaded_->weights().layers;
+  const bool biased = !layers.front().query_bias.empty();
+  for (const sluice::DecoderLayerWeights& layer : layers) {
+    for (const std::vector<float>* bias : {&layer.query_bias, &layer.key_bias, &layer.value_bias})
+      require(bias->empty() != biased, "biases",
+              "of queries, keys and values in all layers, or none");
     require(layer.output_bias.empty(), "output_bias", "none");
     require(layer.query_norm.empty() && layer.key_norm.empty(), "query_norm", "none");
     require(layer.post_attention_norm.empty() && layer.post_feed_forward_norm.empty(),
