@@ -429,10 +429,10 @@ class ListenerEngine {
   /// Samples that have left the queue.
   std::int64_t samples_taken() const { return front_end_.samples() + dropped_samples_; }
 
-  /// Where the next row's deadline has passed, as many samples as a row brings leave the queue
-  /// unheard, again and again: what follows is heard as if it had come instead, and a row that was
-  /// begun goes on with it. What came in so many pieces that the queue does not know when is heard.
-  /// False: nothing was late.
+  /// Where the next row's deadline has passed, as many samples as a row brings, or all that wait if
+  /// they are fewer, leave the queue unheard, again and again: what follows is heard as if it had
+  /// come instead, and a row that was begun goes on with it. What came in so many pieces that the
+  /// queue does not know when is heard. False: nothing was late.
   bool drop_late() {
     const std::int64_t now = now_ns();
     std::int64_t rows = 0;
