@@ -171,9 +171,13 @@ std::unique_ptr<sluice::CudaVisionWeights<bf16>> encoder_weights(const Models& m
       bias(layer.output_bias, at + "attn.proj", width);
       made->set_gate_up(l, rounded(tensors->get(at + "mlp.gate_proj.weight", {wide, width})),
                         rounded(tensors->get(at + "mlp.up_proj.weight", {wide, width})));
-      const std::vector<float> gate = tensors->optional(at + "mlp.gate_proj.bias", {wide});
-      const std::vector<float> up = tensors->optional(at + "mlp.up_proj.bias", {wide});
-      if (!gate.empty() && !up.empty()) made->set_gate_up_bias(l, gate, up);
+      std::vector<float> gate = tensors->optional(at + "mlp.gate_proj.bias", {wide});
+      std::vector<float> up = tensors->optional(at + "mlp.up_proj.bias", {wide});
+      if (!gate.empty() || !up.empty()) {
+        gate.resize(static_cast<std::size_t>(wide));  // of one that has none: zeros
+        up.resize(static_cast<std::size_t>(wide));
+        made->set_gate_up_bias(l, gate, up);
+      }
       made->set_down(l, rounded(tensors->get(at + "mlp.down_proj.weight", {width, wide})));
       bias(layer.down_bias, at + "mlp.down_proj", width);
     }
