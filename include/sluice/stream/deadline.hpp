@@ -75,7 +75,7 @@ class DeadlineRecord {
   DeadlineReport report() const {
     DeadlineReport report;
     report.frames = frames_.get();
-    report.misses = misses_.get();
+    report.misses = std::min(misses_.get(), report.frames);  // one may be counted in between
     report.skipped = skipped_.get();
     if (report.frames > 0)
       report.miss_rate = static_cast<double>(report.misses) / static_cast<double>(report.frames);
