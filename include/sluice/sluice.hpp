@@ -41,8 +41,8 @@
 #include "sluice/cache/score_policy.hpp"
 #include "sluice/cache/segment.hpp"
 #include "sluice/cache/segment_rule.hpp"
-#include "sluice/cache/span_finder.hpp"
 #include "sluice/cache/shard_cache.hpp"
+#include "sluice/cache/span_finder.hpp"
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/attention_mass.hpp"
