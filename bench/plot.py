@@ -127,7 +127,7 @@ GPU = {
 }
 # Read over: nothing is drawn of them.
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
-          "streaminnc_misaligned", "frame_encoder", "rounding", "listen_overlap",
+          "streaminnc_misaligned", "frame_encoder", "rounding", "jitter", "listen_overlap",
           "listen_overlap_mean", "listen_minute", "listen_endless", "machine", "matrix_vector",
           "decoder_prefill", "decoder_endless", "segment_attention", "duplex_cuda", "watch",
           "watch_part")
@@ -295,7 +295,11 @@ def cache_size(record):
 
 
 def draw_perplexity(records, folder):
-    """One panel per cache size; the full cache, having none, is drawn in each."""
+    """One panel per cache size; the full cache, having none, is drawn in each. A record of one point
+    (recompute.jsonl) is no curve."""
+    records = [record for record in records if len(record["tokens"]) > 1]
+    if not records:
+        return
     full = [record for record in records if record["policy"] == "full"]
     rest = [record for record in records if record["policy"] != "full"]
     sizes = sorted({cache_size(record) for record in rest}) or [0]
