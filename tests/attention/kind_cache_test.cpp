@@ -175,23 +175,9 @@ class Stream {
   std::vector<Row> rows_;
 };
 
-KindRetentionConfig small(std::int64_t text_rounds, std::int64_t vision_rounds) {
-  return {.text_sinks = 3,
-          .text_window = 7,
-          .text_rounds = text_rounds,
-          .vision_rounds = vision_rounds,
-          .max_head = 2,
-          .max_tail = 2,
-          .max_turn = 5,
-          .max_reply = 4,
-          .max_vision = 24,
-          .max_spans = 6,
-          .max_chunk = 6};
-}
-
 TEST(KindKvCache, EqualsItsDefinition) {
   for (const auto& [text, vision] : {std::pair{3, 3}, {5, 2}, {2, 4}}) {
-    Stream stream(small(text, vision), static_cast<std::uint64_t>(10 * text + vision));
+    Stream stream(test::small_kinds(text, vision), static_cast<std::uint64_t>(10 * text + vision));
     Random& random = stream.random();
     stream.span(SpanRole::kHead, 2);
     stream.span(SpanRole::kPrevious, test::between(random, 0, 8));
@@ -217,7 +203,7 @@ TEST(KindKvCache, EqualsItsDefinition) {
 // A key that moves is rotated from what the model gave, and rounded once.
 TEST(KindKvCache, MovesRepliesWithoutRoundingTwice) {
   const Rotary rotary({.head_dim = 8, .rotary_dim = 8});
-  KindRetentionConfig config = small(1, 1);
+  KindRetentionConfig config = test::small_kinds(1, 1);
   config.text_sinks = 0;
   KindKvCache<bf16> cache({2, 1, 8, 4}, config, std::array<const Rotary*, 2>{&rotary, &rotary});
   Random random(5);

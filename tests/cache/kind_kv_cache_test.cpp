@@ -39,20 +39,6 @@ struct Act {
   std::uint64_t salt = 0;
 };
 
-KindRetentionConfig small(std::int64_t text_rounds, std::int64_t vision_rounds) {
-  return {.text_sinks = 3,
-          .text_window = 7,
-          .text_rounds = text_rounds,
-          .vision_rounds = vision_rounds,
-          .max_head = 2,
-          .max_tail = 2,
-          .max_turn = 5,
-          .max_reply = 4,
-          .max_vision = 24,
-          .max_spans = 6,
-          .max_chunk = 6};
-}
-
 /// A conversation whose spans lie in their rooms; with detours, tokens are fed and taken back.
 std::vector<Act> conversation(const KindRetentionConfig& config, int rounds, std::uint64_t seed,
                               bool detours) {
@@ -185,7 +171,7 @@ constexpr std::array<std::pair<int, int>, 3> kWindows{{{3, 3}, {5, 2}, {2, 4}}};
 
 TEST(KindKvCacheTransactions, WhatWasTakenBackLeavesNoTrace) {
   for (const auto& [text, vision] : kWindows) {
-    const KindRetentionConfig config = small(text, vision);
+    const KindRetentionConfig config = test::small_kinds(text, vision);
     const std::vector<Act> straight = conversation(config, 16, 5, false);
     const std::vector<Act> detours = conversation(config, 16, 5, true);
     ASSERT_GT(detours.size(), straight.size() + 50);
@@ -209,7 +195,7 @@ TEST(KindKvCacheTransactions, WhatWasTakenBackLeavesNoTrace) {
 // Against the definition: tokens of the open span come back and no others.
 TEST(KindKvCacheTransactions, TakesBackTheOpenSpanAlone) {
   for (const auto& [text, vision] : kWindows) {
-    const KindRetentionConfig config = small(text, vision);
+    const KindRetentionConfig config = test::small_kinds(text, vision);
     Stream<float> stream(config);
     test::NaiveKinds naive(config);
     Random random(static_cast<std::uint64_t>(text * 8 + vision));
@@ -261,7 +247,7 @@ TEST(KindKvCacheTransactions, TakesBackTheOpenSpanAlone) {
 
 TEST(KindKvCacheTransactions, ACheckpointIsReturnedToFromAnywhere) {
   for (const auto& [text, vision] : kWindows) {
-    const KindRetentionConfig config = small(text, vision);
+    const KindRetentionConfig config = test::small_kinds(text, vision);
     const std::vector<Act> acts = conversation(config, 16, 7, true);
     const std::vector<Act> other = conversation(config, 16, 8, true);
     Stream<f16> stream(config);
@@ -296,7 +282,7 @@ TEST(KindKvCacheTransactions, ACheckpointIsReturnedToFromAnywhere) {
 
 TEST(KindKvCacheTransactions, ACopyAndASavedCacheGoOnAlike) {
   for (const auto& [text, vision] : kWindows) {
-    const KindRetentionConfig config = small(text, vision);
+    const KindRetentionConfig config = test::small_kinds(text, vision);
     const std::vector<Act> acts = conversation(config, 14, 3, true);
     for (std::size_t from = 0; from < acts.size(); from += 29) {
       Stream<bf16> stream(config);
@@ -333,7 +319,7 @@ TEST(KindKvCacheTransactions, ACopyAndASavedCacheGoOnAlike) {
 }
 
 TEST(KindKvCacheTransactions, OpenChunksAreNotSaved) {
-  Stream<bf16> stream(small(3, 3));
+  Stream<bf16> stream(test::small_kinds(3, 3));
   stream.cache.begin_span(SpanRole::kHead);
   stream.cache.append(1);
   ByteWriter writer;
@@ -343,7 +329,7 @@ TEST(KindKvCacheTransactions, OpenChunksAreNotSaved) {
 }
 
 TEST(KindKvCacheTransactions, DamagedFilesAreRefused) {
-  const KindRetentionConfig config = small(3, 2);
+  const KindRetentionConfig config = test::small_kinds(3, 2);
   Stream<bf16> stream(config);
   for (const Act& act : conversation(config, 6, 2, false)) stream.apply(act);
   ByteWriter writer;
@@ -405,7 +391,7 @@ TEST(KindKvCacheTransactions, DamagedFilesAreRefused) {
 
 // Without a checksum: an error, or a cache whose books hold and that goes on.
 TEST(KindKvCacheTransactions, NoDamageBreaksTheBooks) {
-  const KindRetentionConfig config = small(4, 2);
+  const KindRetentionConfig config = test::small_kinds(4, 2);
   Stream<bf16> stream(config);
   for (const Act& act : conversation(config, 7, 21, false)) stream.apply(act);
   ByteWriter writer;
@@ -468,7 +454,7 @@ TEST(KindKvCacheTransactions, NoDamageBreaksTheBooks) {
 // Runs that stand apart are bounded by the configuration: a file cannot make more of them than a
 // list of segments holds.
 TEST(KindKvCacheTransactions, AFileCannotPullRunsApart) {
-  KindRetentionConfig config = small(70, 70);
+  KindRetentionConfig config = test::small_kinds(70, 70);
   config.max_vision = 8;
   KindRetention retention(config);
   for (int round = 0; round < 75; ++round) {

@@ -117,20 +117,6 @@ struct Pair {
   int most_segments = 0;
 };
 
-KindRetentionConfig small(std::int64_t text_rounds, std::int64_t vision_rounds) {
-  return {.text_sinks = 3,
-          .text_window = 7,
-          .text_rounds = text_rounds,
-          .vision_rounds = vision_rounds,
-          .max_head = 2,
-          .max_tail = 2,
-          .max_turn = 5,
-          .max_reply = 4,
-          .max_vision = 24,
-          .max_spans = 6,
-          .max_chunk = 6};
-}
-
 void run_stream(const KindRetentionConfig& config, std::uint64_t seed, int rounds, int* segments) {
   Random random(seed);
   Pair pair(config);
@@ -167,7 +153,7 @@ TEST(KindRetention, KeepsWhatTheDefinitionKeepsWhereItStands) {
   for (std::uint64_t seed = 1; seed <= 12; ++seed)
     for (const auto& [text, vision] : {std::pair{3, 3}, {5, 2}, {2, 5}, {1, 1}, {4, 1}}) {
       SCOPED_TRACE(testing::Message() << "seed " << seed << ", rounds " << text << ", " << vision);
-      run_stream(small(text, vision), seed, 40, &segments);
+      run_stream(test::small_kinds(text, vision), seed, 40, &segments);
       if (HasFatalFailure()) return;
       // Rounds that are whole add at most a wrap for each kind, however many there are.
       if (text == vision) {
@@ -226,7 +212,7 @@ TEST(KindRetention, StandsAtTheReleasedPositions) {
                              {0,   1,   2,   3,   3,  3.5, 3.5,  4,    4,  4.5, 4.5, 5.5, 6.5,
                               7.5, 8.5, 9.5, 9.5, 10, 10,  10.5, 10.5, 11, 11,  12,  13},
                              {}}}) {
-    KindRetentionConfig config = small(4, 4);
+    KindRetentionConfig config = test::small_kinds(4, 4);
     config.max_chunk = config.max_turn = 8;
     Pair pair(config);
     Random random(1);
@@ -262,7 +248,7 @@ TEST(KindRetention, StandsAtTheReleasedPositions) {
 
 TEST(KindRetention, RefusesWhatDoesNotFit) {
   const auto refused = [](auto change) {
-    KindRetentionConfig config = small(2, 2);
+    KindRetentionConfig config = test::small_kinds(2, 2);
     change(config);
     return error_of([&] { KindRetention retention(config); });
   };
@@ -281,7 +267,7 @@ TEST(KindRetention, RefusesWhatDoesNotFit) {
 
 // Nothing of one conversation is left in the next.
 TEST(KindRetention, AConversationAfterAResetIsAFreshOne) {
-  KindRetention used(small(2, 2));
+  KindRetention used(test::small_kinds(2, 2));
   const auto feed = [](KindRetention& retention, SpanRole role, std::int64_t tokens) {
     retention.begin_span(role);
     for (std::int64_t t = 0; t < tokens; ++t) {
@@ -293,7 +279,7 @@ TEST(KindRetention, AConversationAfterAResetIsAFreshOne) {
   feed(used, SpanRole::kHead, 1);
   feed(used, SpanRole::kPrevious, 5);
   used.reset();
-  KindRetention fresh(small(2, 2));
+  KindRetention fresh(test::small_kinds(2, 2));
   for (KindRetention* retention : {&used, &fresh}) {
     feed(*retention, SpanRole::kHead, 2);
     feed(*retention, SpanRole::kTail, 1);
@@ -317,7 +303,7 @@ TEST(KindRetention, AConversationAfterAResetIsAFreshOne) {
 }
 
 TEST(KindRetention, HoldsEachKindToItsRoom) {
-  KindRetention retention(small(2, 2));
+  KindRetention retention(test::small_kinds(2, 2));
   EXPECT_EQ(retention.status(1), CacheStatus::kFull);                      // no span is open
   EXPECT_TRUE(error_of([&] { retention.begin_span(SpanRole::kReply); }));  // no round
   retention.begin_span(SpanRole::kTail);

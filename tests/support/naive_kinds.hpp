@@ -14,6 +14,21 @@
 
 namespace sluice::test {
 
+/// Rooms so small that every one of them fills, wraps and refuses within a short conversation.
+inline KindRetentionConfig small_kinds(std::int64_t text_rounds, std::int64_t vision_rounds) {
+  return {.text_sinks = 3,
+          .text_window = 7,
+          .text_rounds = text_rounds,
+          .vision_rounds = vision_rounds,
+          .max_head = 2,
+          .max_tail = 2,
+          .max_turn = 5,
+          .max_reply = 4,
+          .max_vision = 24,
+          .max_spans = 6,
+          .max_chunk = 6};
+}
+
 class NaiveKinds {
  public:
   struct Token {
