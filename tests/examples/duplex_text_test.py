@@ -49,6 +49,8 @@ def run(*arguments, model=True, stdin=TEXT.encode(), env=None):
 
 
 def start(*arguments, **more):
+    """A test that reads lines and then calls communicate() wants bufsize=0: communicate() reads the
+    pipe itself, without what a buffered readline() has already taken from it."""
     return subprocess.Popen(command(*arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, **more)
 
@@ -358,7 +360,7 @@ class DuplexTextTest(unittest.TestCase):
         for more in ((), ("--sequential",), ("--layout", "overlapped")):
             with self.subTest(more):
                 process = start("--json", "--unit", "line", "-k", "1", "-n", "2000",
-                                "--ignore-eos", *more)
+                                "--ignore-eos", *more, bufsize=0)
                 seen = []
                 for i in range(3):
                     process.stdin.write(f"Line number {i}.\n".encode())
@@ -560,7 +562,7 @@ class DuplexTextTest(unittest.TestCase):
     def test_a_signal_while_waiting_for_input(self):
         for more in ((), ("--sequential",), ("--policy", "hold-n")):
             with self.subTest(more):
-                process = start("--json", *more)
+                process = start("--json", *more, bufsize=0)
                 process.stdin.write(b"one two ")
                 process.stdin.flush()
                 for _ in range(2):
