@@ -207,14 +207,18 @@ int run(const Options& options) {
   const std::unique_ptr<sluice::PictureReader> reader =
       [&]() -> std::unique_ptr<sluice::PictureReader> {
     if (options.input.empty()) return std::make_unique<Scene>(size, options.fps);
+    const auto stops = [] {
+      return support::caught_signal() != 0;
+    };  // also while no frame comes
     if (options.input == "-") {
       sluice::ByteSource frames = sluice::ByteSource::standard_input();
-      frames.stop_when([] { return support::caught_signal() != 0; });
+      frames.stop_when(stops);
       return std::make_unique<sluice::RawVideoReader>(std::move(frames), size, options.fps);
     }
     return std::make_unique<sluice::FfmpegVideo>(
         options.input,
-        sluice::FfmpegVideoConfig{.rate = options.fps, .width = size.width, .height = size.height});
+        sluice::FfmpegVideoConfig{
+            .rate = options.fps, .width = size.width, .height = size.height, .stop_when = stops});
   }();
   sluice::PictureFrames source(*reader);
   sluice::MonotonicClock clock;

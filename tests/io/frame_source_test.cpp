@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/io/frame_source.hpp"
 
+#include <signal.h>
+#include <sys/types.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -357,6 +361,25 @@ TEST(Ffmpeg, APictureThatIsRefusedEndsIt) {
   expect_error(ErrorCode::kFormat, {"picture"}, [&] { video.read(picture); });
 }
 
+// A program that gives no picture, or half of one, and does not end by itself.
+TEST(Ffmpeg, CanBeStoppedWhileNothingComes) {
+  const TempFolder folder;
+  for (const char* first : {":", "printf 'P6\\n16 16\\n255\\nhalf'"}) {
+    const std::string program =
+        folder.write("silent", std::string("#!/bin/sh\n") + first + "\nexec sleep 60\n");
+    std::filesystem::permissions(program, std::filesystem::perms::owner_all);
+    static int asked = 0;
+    asked = 0;
+    FfmpegVideo video("x.mp4", {.program = program, .stop_when = [] {
+                                  return ++asked > 2;
+                                }});
+    Picture picture;
+    EXPECT_FALSE(video.read(picture)) << first;
+    EXPECT_GT(asked, 2);
+    EXPECT_LT(asked, 20);
+  }
+}
+
 // More than any pipe holds, on both outputs by turns: neither side waits for the other, and the
 // message has the end of it.
 TEST(ChildProcess, ComplaintsWithoutEndAreReadAndTheirEndKept) {
@@ -404,6 +427,38 @@ TEST(ChildProcess, IsNotWaitedForLongerThanItLives) {
   const auto begin = std::chrono::steady_clock::now();
   expect_error(ErrorCode::kIo, {"status 3", "gone"}, [&] { process.finish(); });
   EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
+}
+
+// The shell ignores the request to end, and nobody reads its output.
+TEST(ChildProcess, OneThatWillNotEndIsMadeTo) {
+  const auto begin = std::chrono::steady_clock::now();
+  pid_t child = 0;
+  {
+    detail::ChildProcess process(
+        {"sh", "-c", "trap '' TERM INT HUP PIPE; echo $$; while :; do sleep 0.1; done"});
+    ByteSource source = process.output("sh");
+    char digit = 0;
+    while (source.read(std::as_writable_bytes(std::span(&digit, 1))) == 1 && digit != '\n')
+      child = 10 * child + (digit - '0');
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin,
+            detail::ChildProcess::kGrace + std::chrono::seconds(5));
+  ASSERT_GT(child, 0);
+  EXPECT_EQ(::kill(child, 0), -1);  // it is gone
+  EXPECT_EQ(errno, ESRCH);
+}
+
+// Its output has ended, it has not.
+TEST(ChildProcess, OneThatGoesOnWithoutOutputIsAnError) {
+  detail::ChildProcess process({"sh", "-c", "exec >&-; echo 'still busy' >&2; exec sleep 60"});
+  ByteSource source = process.output("sh");
+  std::byte letter{};
+  EXPECT_EQ(source.read(std::span(&letter, 1)), 0U);
+  const auto begin = std::chrono::steady_clock::now();
+  expect_error(ErrorCode::kIo, {"does not end with its output", "sh", "goes on", "still busy"},
+               [&] { process.finish(std::chrono::milliseconds(200)); });
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
+  process.finish();  // there is none any more
 }
 
 TEST(PipeTail, KeepsTheEndInBoundedMemory) {

@@ -410,6 +410,9 @@ struct FfmpegVideoConfig {
   double rate = 2;          ///< frames a second: ffmpeg repeats or leaves out frames
   std::int64_t width = 0;   ///< pixels; 0: the video's, or what keeps its shape
   std::int64_t height = 0;  ///< the same
+  /// Asked ten times a second while pictures are waited for: true ends them, whatever ffmpeg does
+  /// (a pipe that nobody writes, a camera that is gone). Null: never.
+  bool (*stop_when)() = nullptr;
 };
 
 /// Any video that ffmpeg reads: files, devices, network streams. ffmpeg runs beside this program
@@ -421,9 +424,11 @@ class FfmpegVideo final : public PictureReader {
   FfmpegVideo(std::string input, const FfmpegVideoConfig& config)
       : name_(input),
         process_(arguments(std::move(input), config)),
-        reader_(process_.output(name_), config.rate) {}
+        stops_(config.stop_when),
+        reader_(output(), config.rate) {}
 
-  /// \throws Error(kIo) with ffmpeg's status and last words if it fails.
+  /// False also where stop_when answered true. \throws Error(kIo) with ffmpeg's status and last
+  /// words if it fails.
   bool read(Picture& picture) override {
     std::optional<Error> cut;
     try {
@@ -432,9 +437,10 @@ class FfmpegVideo final : public PictureReader {
       // Refused while more comes: whoever waited for ffmpeg's end now would wait for ever, since
       // nobody reads what it goes on writing.
       std::byte more{};
-      if (process_.output(name_).read_some(std::span(&more, 1)) > 0) throw;
+      if (output().read_some(std::span(&more, 1)) > 0) throw;
       cut = error;
     }
+    if (stops_ != nullptr && stops_()) return false;
     process_.finish();  // its own words, if it has any, say more than where the pictures end
     if (cut) throw *cut;
     return false;
@@ -442,6 +448,12 @@ class FfmpegVideo final : public PictureReader {
   const std::string& name() const override { return name_; }
 
  private:
+  ByteSource output() const {
+    ByteSource source = process_.output(name_);
+    source.stop_when(stops_);
+    return source;
+  }
+
   static std::vector<std::string> arguments(std::string input, const FfmpegVideoConfig& config) {
     const auto require = [](bool sound, const char* field, const char* expected, double found) {
       if (!sound)
@@ -473,6 +485,7 @@ class FfmpegVideo final : public PictureReader {
 
   std::string name_;
   detail::ChildProcess process_;
+  bool (*stops_)();
   NetpbmReader reader_;
 };
 

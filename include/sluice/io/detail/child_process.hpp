@@ -13,8 +13,10 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -76,10 +78,16 @@ class PipeTail final : public ByteSource::Beside {
 
 /// Runs a program without a shell: arguments are passed as they are, nothing in them is
 /// interpreted. Its standard input is empty. Its error output is read whenever its output is, and
-/// the end of it kept for the message if it fails. Movable; the destructor ends the program and
-/// waits for it.
+/// the end of it kept for the message if it fails. Movable; the destructor ends the program, at the
+/// latest kGrace after it was asked to end.
 class ChildProcess {
  public:
+  /// How long a program may take to end once it was asked to (SIGTERM), before it is made to
+  /// (SIGKILL).
+  static constexpr std::chrono::milliseconds kGrace{1000};
+  /// How long it may go on once its output has ended.
+  static constexpr std::chrono::milliseconds kPatience{5000};
+
   /// \throws Error(kIo) if the program cannot be started, naming it and the system's reason.
   explicit ChildProcess(std::vector<std::string> arguments) : arguments_(std::move(arguments)) {
     int ends[2];
@@ -142,8 +150,7 @@ class ChildProcess {
     close_output();
     if (process_ < 0) return;
     errors_->close();  // or last words might wait for a reader
-    ::kill(process_, SIGTERM);
-    wait();
+    end();
   }
 
   /// Its output, which belongs to this object and may be read once. `name` is what errors call it.
@@ -154,33 +161,55 @@ class ChildProcess {
   }
   const std::string& program() const noexcept { return arguments_[0]; }
 
-  /// After the end of the output: waits for the program.
-  /// \throws Error(kIo) with its status and the end of its error output if it failed. Once.
-  void finish() {
+  /// After the end of the output: waits for the program, at most so long; then it is ended.
+  /// \throws Error(kIo) with its status, or that it goes on, and the end of its error output if it
+  /// failed. Once.
+  void finish(std::chrono::milliseconds patience = kPatience) {
     if (process_ < 0) return;
-    const int status = wait();
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return;
-    std::string found = WIFEXITED(status) ? "status " + std::to_string(WEXITSTATUS(status))
-                                          : "signal " + std::to_string(WTERMSIG(status));
+    const std::optional<int> status = ended_within(patience);
+    if (status && WIFEXITED(*status) && WEXITSTATUS(*status) == 0) return;
+    std::string found = "one that goes on";
+    if (!status)
+      end();
+    else if (WIFEXITED(*status))
+      found = "status " + std::to_string(WEXITSTATUS(*status));
+    else
+      found = "signal " + std::to_string(WTERMSIG(*status));
     const std::string text = error_text();
     if (!text.empty()) found += ": " + text;
-    throw Error(ErrorCode::kIo, {"the program failed", arguments_[0], "", "status 0", found});
+    throw Error(ErrorCode::kIo,
+                {status ? "the program failed" : "the program does not end with its output",
+                 arguments_[0], "", "status 0", found});
   }
 
  private:
-  int wait() {
-    // A program of its own may hold its error output open for longer than it lives.
-    constexpr int kPatience = 50;  // milliseconds
-    int status = 0;
-    for (;;) {
-      const bool talks = errors_->descriptor() >= 0;
-      const pid_t ended = ::waitpid(process_, &status, talks ? WNOHANG : 0);
-      if (ended == process_ || (ended < 0 && errno != EINTR)) break;
-      if (talks) errors_->wait(kPatience);
+  /// Its status, if it ends in that time. Reads its error output meanwhile.
+  std::optional<int> ended_within(std::chrono::milliseconds most) {
+    const auto until = std::chrono::steady_clock::now() + most;
+    // A program of its own may hold its error output open for longer than it lives, so that the end
+    // of neither tells. Doubled each time: an end at once is seen at once.
+    constexpr int kLongest = 50;
+    for (int milliseconds = 1;; milliseconds = std::min(2 * milliseconds, kLongest)) {
+      int status = 0;
+      const pid_t ended = ::waitpid(process_, &status, WNOHANG);
+      if (ended == process_ || (ended < 0 && errno != EINTR)) {
+        errors_->read();
+        process_ = -1;
+        return status;
+      }
+      if (std::chrono::steady_clock::now() >= until) return std::nullopt;
+      errors_->wait(milliseconds);
     }
-    errors_->read();
+  }
+
+  /// Asks it to end, then makes it. One that the system holds even then (in a read from a device
+  /// that is gone) is left to it.
+  void end() {
+    ::kill(process_, SIGTERM);
+    if (ended_within(kGrace)) return;
+    ::kill(process_, SIGKILL);
+    ended_within(kGrace);
     process_ = -1;
-    return status;
   }
 
   std::string error_text() const {
