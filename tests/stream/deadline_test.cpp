@@ -180,6 +180,23 @@ TEST(WorkShedder, SkippingFramesKeepsTheOthersInTime) {
   EXPECT_LE(run.deadlines.misses, run.counts.forced + 2);
 }
 
+// Three frames of an utterance are put off, then it ends: three of the next one may be.
+TEST(WorkShedder, SkipsOfWhatHasEndedAreForgotten) {
+  WorkShedder shedder({.policy = Shedding::kSkipFrame, .max_skips = 4});
+  const auto skips = [&](int frames) {
+    int skipped = 0;
+    for (int i = 0; i < frames; ++i) skipped += shedder.decide(-1).skip ? 1 : 0;
+    return skipped;
+  };
+  EXPECT_EQ(skips(3), 3);
+  shedder.forget_skips();
+  EXPECT_EQ(skips(4), 4);
+  EXPECT_EQ(shedder.counts().forced, 0);
+  EXPECT_EQ(skips(1), 0);
+  EXPECT_EQ(shedder.counts().forced, 1);
+  EXPECT_EQ(shedder.counts().skipped, 7);
+}
+
 TEST(WorkShedder, AHopelessStreamDoesTheLeast) {
   // 200 ms for nothing at all: every step is late, and every one is of the smallest amount once
   // all were tried.

@@ -69,6 +69,7 @@ class NaivePace final : public HearingPace {
 
   void row(std::int64_t end, bool last) override {
     spend();
+    if (last_) in_a_row_ = 0;  // another utterance
     const std::int64_t arrival = arrival_ns(end, samples_);
     now_ = std::max(now_, seen_ns(end, samples_, costs_)) + costs_.row_ns;
     due_ = arrival + std::llround(options_.deadline_ms * 1e6);

@@ -94,6 +94,7 @@ TEST(Listener, WritesWhatTheDefinitionWritesForAnyPieces) {
          {HearingRule{}, HearingRule{.wait_words = 3, .delay = 0},
           HearingRule{.wait_words = 2, .delay = 5, .endpoint_rows = 6, .max_rows = 50},
           HearingRule{.wait_words = ListenerOptions::kWholeUtterance, .endpoint_rows = 8},
+          HearingRule{.max_rows = 15, .silence_rows = 40},
           HearingRule{.endpoint_rows = 0, .max_rows = 0, .silence_rows = 0}}) {
       NaiveListener naive(tiny);
       const std::vector<Heard> expected = naive.run(samples, rule);
@@ -151,6 +152,73 @@ TEST(Listener, IsTheSameForAnyNumberOfThreads) {
   options.concurrent = true;
   EXPECT_EQ(listen(model, options, samples, whole), one);
   EXPECT_GT(one.size(), 20U);
+}
+
+// Silence, sounds and silence, under limits that agree and limits that do not: each endpoint closes
+// words, each word is closed by one, and nothing that was shown for the time being is left.
+TEST(Listener, WhatHasNoWordIsNoUtterance) {
+  std::int64_t silent_models = 0;
+  std::int64_t endpoints = 0;
+  std::int64_t taken_back = 0;
+  for (const std::uint64_t seed : {1, 2, 3}) {
+    const TinyListen tiny(seed);
+    const auto model = load_tiny(tiny.file());
+    const std::vector<float> silence(16000);
+    std::vector<float> samples = silence;
+    const std::vector<float> sound = tiny.sound(16000, 30 + seed);
+    samples.insert(samples.end(), sound.begin(), sound.end());
+    samples.insert(samples.end(), silence.begin(), silence.end());
+    for (const HearingRule rule : {HearingRule{.max_rows = 7, .silence_rows = 40},
+                                   HearingRule{.max_rows = 1, .silence_rows = 0},
+                                   HearingRule{.wait_words = 3, .max_rows = 20, .silence_rows = 5},
+                                   HearingRule{.max_rows = 0, .silence_rows = 1}}) {
+      for (const std::vector<float>* audio :
+           {&silence, static_cast<const std::vector<float>*>(&samples)}) {
+        Listener listener(model, options_for(*model, rule));
+        std::int64_t words = 0;
+        std::int64_t utterances = 0;
+        std::int64_t events = 0;
+        bool shown = false;
+        for (std::size_t done = 0; done < audio->size(); done += 400) {
+          const auto take = [&](const ListenEvent& event) {
+            ++events;
+            EXPECT_EQ(event.utterance, utterances);
+            switch (event.kind) {
+              case ListenEvent::Kind::kPartial:
+                taken_back += shown && event.num_pieces == 0 && words == 0 ? 1 : 0;
+                shown = event.num_pieces > 0;
+                break;
+              case ListenEvent::Kind::kWord: ++words; break;
+              case ListenEvent::Kind::kEndpoint:
+                EXPECT_GT(event.word, 0);
+                EXPECT_EQ(event.word, words);
+                words = 0;
+                shown = false;
+                ++utterances;
+                break;
+              case ListenEvent::Kind::kEnd:
+                EXPECT_EQ(words, 0);
+                EXPECT_FALSE(shown);
+                break;
+            }
+          };
+          EXPECT_EQ(listener.accept(std::span(*audio).subspan(done, 400)), 400U);
+          listener.for_each(take);
+          if (done + 400 == audio->size()) {
+            listener.finish();
+            listener.for_each(take);
+          }
+        }
+        EXPECT_EQ(listener.report().utterances, utterances);
+        endpoints += utterances;
+        if (audio == &silence && events == 1) ++silent_models;
+      }
+    }
+  }
+  // The models and sounds are such that all of it happened.
+  EXPECT_GT(silent_models, 0);
+  EXPECT_GT(endpoints, 20);
+  EXPECT_GT(taken_back, 3);
 }
 
 TEST(Listener, PartialTextIsWhatCtcCountedBeyondTheWords) {

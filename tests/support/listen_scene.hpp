@@ -506,8 +506,8 @@ class NaiveListener {
       if (!ended && !pause && !silence) continue;
       if (!silence) {
         if (!word.empty()) put_word();
-        // Silence at the input's end is no utterance either.
-        if (pause || written > 0)
+        // What has no word is no utterance either.
+        if (written > 0)
           heard.push_back({true, utterance, written, {}, static_cast<std::int64_t>(now_at), -1});
       }
       return pause || silence ? seen : 0;

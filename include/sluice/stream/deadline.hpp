@@ -224,7 +224,7 @@ struct SheddingConfig {
   double weight = 0.125;      ///< see StepCost
   std::int64_t window = 128;  ///< see StepCost, per amount
   /// After so many frames skipped in a row the next is done whatever it costs: a cost is known only
-  /// by paying it.
+  /// by paying it. forget_skips() begins the row anew.
   std::int64_t max_skips = 8;
   /// Every so many shortened steps the next larger amount is tried, in case it has become cheaper;
   /// 0: never.
@@ -289,6 +289,10 @@ class WorkShedder {
     skips_in_row_ = 0;
     return chosen(0);
   }
+
+  /// What was skipped so far was of something that has ended (an utterance, a reply): what comes
+  /// next may be skipped max_skips times itself. Costs and counts stay.
+  void forget_skips() noexcept { skips_in_row_ = 0; }
 
   /// A step of the amount with that index took so long.
   void on_step(std::size_t index, std::int64_t cost_ns) noexcept {

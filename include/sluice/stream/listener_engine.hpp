@@ -50,10 +50,12 @@ struct ListenerOptions {
   std::int64_t delay_rows = -1;
   /// An utterance ends after a word and so much time without a label. 0: pauses end none.
   double endpoint_ms = 800;
-  /// An utterance ends after so much time at the latest. 0: it may go on for ever; the text of one
-  /// that outgrows max_tokens is cut short.
+  /// An utterance ends after so much time at the latest, silence before its first word included. 0:
+  /// it may go on for ever; the text of one that outgrows max_tokens is cut short.
   double max_utterance_ms = 20000;
-  /// Without any word for so long, the stream starts anew, without text. 0: never.
+  /// Without any word for so long, the stream starts anew, without text and without an endpoint.
+  /// 0: never. Silence that lasts as long as max_utterance_ms is treated alike, so a limit on
+  /// utterances that is shorter than this one makes no utterance of it.
   double silence_ms = 10000;
   /// Text of one utterance, at most, in pieces.
   std::int64_t max_tokens = 1024;
@@ -82,7 +84,8 @@ struct ListenerOptions {
   /// and so may be another.
   Shedding shedding = Shedding::kNone;
   /// After so many rows with something put off and none at which what was due had the time, a piece
-  /// or word is written however late it will be. An utterance's end does not begin the count anew.
+  /// or word is written however late it will be. Rows are counted within an utterance: its end is
+  /// always written, so the next one begins the count anew.
   std::int64_t max_put_off = 8;
   /// What becomes of audio whose row's deadline has passed before the row is read: kBlock, it is
   /// read late; kDropOldest, it is dropped unheard, up to the first row that is still in time;
@@ -106,7 +109,7 @@ struct ListenEvent {
   enum class Kind : std::uint8_t {
     kPartial,   ///< what the words beyond those written look like so far; replaces the last partial
     kWord,      ///< a word, for good
-    kEndpoint,  ///< the utterance has ended: `word` words were its text
+    kEndpoint,  ///< the utterance has ended: `word` words, at least one, were its text
     kEnd,       ///< the input has ended; nothing follows
   };
   static constexpr std::size_t kMostPieces = 64;
@@ -278,11 +281,7 @@ class ListenerEngine {
     switch (row.kind) {
       case Row::Kind::kRow: note(row); break;
       case Row::Kind::kFinish: finish(); break;
-      case Row::Kind::kForget:
-        ends_utterance_ = false;
-        end_row();
-        begin_utterance();
-        break;
+      case Row::Kind::kForget: end_text(); break;
       case Row::Kind::kEnd:
         at_end_ = true;
         samples_ = row.samples;
@@ -572,19 +571,22 @@ class ListenerEngine {
     }
   }
 
-  /// The utterance's text is complete.
+  /// The utterance's text is complete, or there was none.
   void end_text() {
     const std::int64_t now = now_ns();
     if (word_pieces_ > 0) put_word(now);
-    // Silence that the input ends with is no utterance.
-    if (seen_ > 0 && (written_words_ > 0 || !at_end_)) {
+    // What has no word is no utterance: silence, and sounds of which no text was made.
+    if (written_words_ > 0) {
       put({.kind = ListenEvent::Kind::kEndpoint, .word = written_words_, .time_ns = now});
       metrics_.on_utterance(sounding_ns_,
                             delays_.span().first(static_cast<std::size_t>(std::min(
                                 written_words_, static_cast<std::int64_t>(delays_.size())))),
                             milliseconds(samples_ - start_samples_));
+      ++utterance_;
+    } else if (num_partial_ > 0) {
+      num_partial_ = 0;
+      put_partial();  // no endpoint takes it away
     }
-    ++utterance_;
     ends_utterance_ = false;
     end_row();
     begin_utterance();
@@ -600,6 +602,7 @@ class ListenerEngine {
 
   void begin_utterance() {
     target_.reset();
+    shedder_.forget_skips();
     start_samples_ = samples_;
     seen_ = counted_words_ = awaited_words_ = written_words_ = word_pieces_ = 0;
     num_partial_ = first_partial_ = 0;
