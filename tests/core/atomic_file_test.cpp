@@ -112,6 +112,44 @@ TEST_F(AtomicFile, ErrorsNameThePathAndTheReason) {
   EXPECT_EQ(entries(), before) << "a temporary file stayed";
 }
 
+// A rename needs no right to write to what it replaces: a device would be gone for everybody.
+TEST_F(AtomicFile, OnlyFilesAreReplaced) {
+  const fs::path fifo = folder_ / "fifo";
+  ASSERT_EQ(::mkfifo(fifo.c_str(), 0600), 0);
+  const fs::path link = folder_ / "link";
+  fs::create_symlink("/dev/null", link);
+  const fs::path dangling = folder_ / "dangling";
+  fs::create_symlink(folder_ / "nothing", dangling);
+  const std::size_t before = entries();
+  for (const fs::path& path : {fifo, link, folder_}) {
+    for (const auto& call :
+         {std::function<void()>([&] { write_file_atomically(path, filled(1, 1)); }),
+          std::function<void()>([&] { require_writable(path); })}) {
+      const ErrorDetail detail = io_error(call);
+      EXPECT_EQ(detail.where, path.string());
+      EXPECT_EQ(detail.found, path == folder_ ? "a folder" : "a device or pipe");
+      EXPECT_NE(detail.expected.find("a regular file"), std::string::npos);
+    }
+  }
+  EXPECT_TRUE(fs::is_fifo(fifo));
+  EXPECT_TRUE(fs::is_symlink(link));
+  EXPECT_EQ(entries(), before);
+  write_file_atomically(dangling, filled(2, 3));
+  EXPECT_EQ(read_file(dangling), filled(2, 3));
+}
+
+TEST_F(AtomicFile, CanBeAskedForBeforehand) {
+  const fs::path path = folder_ / "state.bin";
+  require_writable(path);
+  EXPECT_EQ(entries(), 0U);
+  write_file_atomically(path, filled(5, 1));
+  require_writable(path);
+  EXPECT_EQ(read_file(path), filled(5, 1));
+  EXPECT_EQ(entries(), 1U);
+  const ErrorDetail detail = io_error([&] { require_writable(folder_ / "none" / "state.bin"); });
+  EXPECT_EQ(detail.found, "No such file or directory");
+}
+
 TEST_F(AtomicFile, AFailedWriteLeavesTheOldContentAndNothingElse) {
   const fs::path path = folder_ / "state.bin";
   write_file_atomically(path, filled(1000, 1));

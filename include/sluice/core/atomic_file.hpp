@@ -28,6 +28,17 @@ namespace detail {
                                std::generic_category().message(error)});
 }
 
+/// Throws where something other than a regular file has the name, itself or behind a link: a rename
+/// would put a file in the place of a device or a pipe, which whoever may write to it did not ask
+/// for.
+inline void require_replaceable(const std::filesystem::path& path) {
+  struct stat old_file {};
+  if (::stat(path.c_str(), &old_file) != 0 || S_ISREG(old_file.st_mode)) return;
+  throw Error(ErrorCode::kIo, {"cannot be replaced by a file", path.string(), "",
+                               "a regular file, or nothing of this name",
+                               S_ISDIR(old_file.st_mode) ? "a folder" : "a device or pipe"});
+}
+
 /// A file descriptor that closes itself. Movable by swap only; -1 is none.
 class FileDescriptor {
  public:
@@ -105,11 +116,12 @@ inline void write_all(int descriptor, std::span<const std::byte> bytes,
 /// beside it (`<path>.tmp.<process>.<number>`, which a kill may leave behind), synchronised,
 /// renamed over it, and the folder synchronised. A replaced file's access rights are kept; a
 /// symbolic link is replaced, not followed. Two writers at once: one of the two contents stays,
-/// whole. \throws Error(kIo) naming the path and the failed call; the old file is then untouched
-/// (if only the folder's synchronisation failed, the new file is in place but may not survive a
-/// power cut).
+/// whole. \throws Error(kIo) naming the path and the failed call, or that the path is that of a
+/// folder, device or pipe, or of a link to one; the old file is then untouched (if only the
+/// folder's synchronisation failed, the new file is in place but may not survive a power cut).
 inline void write_file_atomically(const std::filesystem::path& path,
                                   std::span<const std::byte> bytes) {
+  detail::require_replaceable(path);
   detail::TemporaryFile temporary(path);
   struct stat old_file {};
   if (::lstat(path.c_str(), &old_file) == 0 && S_ISREG(old_file.st_mode) &&
@@ -124,6 +136,14 @@ inline void write_file_atomically(const std::filesystem::path& path,
   if (opened.get() < 0) detail::throw_io(errno, "open", folder);
   // EINVAL: a file system that cannot synchronise folders; there is nothing more to ask of it.
   if (::fsync(opened.get()) != 0 && errno != EINVAL) detail::throw_io(errno, "fsync", folder);
+}
+
+/// Whether write_file_atomically() could write there now, for programs that write at their end what
+/// took hours: makes and removes the new file, and leaves the old one alone.
+/// \throws Error(kIo) as it does.
+inline void require_writable(const std::filesystem::path& path) {
+  detail::require_replaceable(path);
+  detail::TemporaryFile{path};
 }
 
 /// The whole content of the regular file at `path`. Allocates it.
