@@ -26,6 +26,8 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
              "max_us": 900, "rss_bytes": 31000000}], "meta": {...}}
       bins      consecutive parts of the stream (tenths): tokens [from, to), latency of a step in
                 microseconds, resident memory of the process at the bin's end in bytes
+      a picture for each: records of one model are told apart by policy, cache, meta.threads and
+      meta.commit, as far as they differ, or numbered
 
   {"kind": "recompute_ratio", "window": 256, "recompute_ms": 1500.0, "sink_window_ms": 14.0,
    "model": "...", "meta": {...}}
@@ -324,9 +326,48 @@ def draw_perplexity(records, folder):
     save(made, folder, "perplexity", records)
 
 
+def told_apart(records):
+    """(name of the picture, words for its title) of each endless record: the model's, and where
+    several are of one model, what they differ in: policy, cache, threads, commit, or at last a
+    number, in their order."""
+    words = [[] for _ in records]
+
+    def names():
+        found = []
+        for record, more in zip(records, words):
+            name = "_".join(["endless", str(record.get("model", "")), *more]).strip("_")
+            found.append(re.sub(r"[^A-Za-z0-9_.-]+", "_", name) if len(records) > 1 else "endless")
+        return found
+
+    def meta(record, field):
+        return f"{field} {record.get('meta', {}).get(field, 'unknown')}"
+
+    for describe in (lambda record: record.get("policy") or "no policy",
+                     lambda record: f"{record.get('sinks') or 0}+{record.get('window') or 0}",
+                     lambda record: meta(record, "threads"),
+                     lambda record: meta(record, "commit")):
+        alike = collections.defaultdict(list)
+        for index, name in enumerate(names()):
+            alike[name].append(index)
+        for same in alike.values():
+            if len({describe(records[index]) for index in same}) > 1:
+                for index in same:
+                    words[index].append(describe(records[index]))
+    taken = set()
+    for index, name in enumerate(names()):
+        number = 2
+        while name in taken:
+            words[index] = [word for word in words[index] if not word.startswith("run ")]
+            words[index].append(f"run {number}")
+            name = names()[index]
+            number += 1
+        taken.add(name)
+    return list(zip(names(), words))
+
+
 def draw_endless(records, folder):
-    """Left: latency per part of the stream. Right: resident memory. One row of bins per record."""
-    for number, record in enumerate(records):
+    """Left: latency per part of the stream. Right: resident memory. A picture per record."""
+    for record, (name, more) in zip(records, told_apart(records)):
         bins = record["bins"]
         middles = [(part["from"] + part["to"]) / 2 for part in bins]
         made, (left, right) = figure(2, width=4.8, height=3.6)
@@ -353,9 +394,9 @@ def draw_endless(records, folder):
         words = [record.get("model"), record.get("policy")]
         if record.get("window"):
             words.append(f"{record.get('sinks', 0)} + {record['window']}")
+        words += [word for word in more if word.replace("+", " + ") not in words]
         made.suptitle(", ".join(word for word in words if word), fontsize=10)
-        name = "endless" if len(records) == 1 else f"endless_{record.get('model', number)}"
-        save(made, folder, re.sub(r"[^A-Za-z0-9_.-]+", "_", name), [record])
+        save(made, folder, name, [record])
 
 
 def draw_recompute_ratio(records, folder):
