@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include "sluice/io/sound_file.hpp"
 
+#include <fcntl.h>
 #include <sndfile.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
@@ -116,6 +118,35 @@ TEST(SoundFile, WavThroughANamedPipe) {
   });
   EXPECT_EQ(read_all(open_audio(path)), samples);
   writer.join();
+}
+
+// libsndfile would open the pipe a second time, and wait for ever or miss its beginning.
+TEST(SoundFile, OnlyWavThroughANamedPipe) {
+  const TempFolder folder;
+  const std::string path = folder.path("pipe");
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  std::thread writer([&] { std::ofstream(path) << "fLaC and what follows"; });
+  expect_error(ErrorCode::kUnsupported, {"only WAV", path, "RIFF"}, [&] { open_audio(path); });
+  writer.join();
+}
+
+// Half a header, then nothing: a program that got a signal need not wait for more.
+TEST(SoundFile, CanBeStoppedWhileNothingComes) {
+  const TempFolder folder;
+  const std::string path = folder.path("pipe");
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  const int both = ::open(path.c_str(), O_RDWR | O_CLOEXEC);  // never ends, never blocks
+  ASSERT_GE(both, 0);
+  ASSERT_EQ(::write(both, "RIFF\0\0\0\0WAVEfmt ", 16), 16);
+  static int asked = 0;
+  asked = 0;
+  expect_error(ErrorCode::kFormat, {"truncated", path}, [&] {
+    open_audio(path, {.stop_when = [] {
+                 return ++asked > 3;
+               }});
+  });
+  EXPECT_GT(asked, 3);
+  ::close(both);
 }
 
 TEST(SoundFile, DamagedFilesAreTypedErrors) {

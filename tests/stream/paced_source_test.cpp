@@ -87,6 +87,31 @@ TEST(PacedSource, FastConsumersGetEveryFrameOnItsTime) {
   EXPECT_EQ(fast.times_ms, (Numbers{25, 50, 75, 100}));
 }
 
+// A frame that is due in an hour: whoever wants to stop need not wait for it.
+TEST(PacedSource, CanBeStoppedBetweenFrames) {
+  static int asked = 0;
+  asked = 0;
+  Counter source{.frames = 3, .period_ns = 3'600'000 * kMs};
+  VirtualClock clock(7'000 * kMs);
+  PacedSource paced(source, clock, {.stop_when = [] {
+                      return ++asked > 5;
+                    }});
+  Counter::Frame frame = paced.make_frame();
+  EXPECT_EQ(paced.next(frame), FrameStatus::kEnd);
+  EXPECT_EQ(clock.now_ns(), 7'500 * kMs);  // ten times a second
+  EXPECT_EQ(paced.next(frame), FrameStatus::kEnd);
+  EXPECT_EQ(paced.counts().taken, 0);
+  expect_accounted(paced.counts(), 1);
+  // One that never stops changes nothing but the number of waits.
+  Counter again{.frames = 4};
+  PacedSource whole(again, clock, {.speed = 0.25, .stop_when = [] {
+                                     return false;
+                                   }});
+  Numbers times_ms;
+  while (whole.next(frame) == FrameStatus::kFrame) times_ms.push_back(clock.now_ns() / kMs - 7'500);
+  EXPECT_EQ(times_ms, (Numbers{400, 800, 1200, 1600}));
+}
+
 // Frames every 100 ms, 250 ms of work for each, one may wait.
 TEST(PacedSource, Block) {
   const Outcome run = play({.late = LatePolicy::kBlock}, {.frames = 5}, 250);

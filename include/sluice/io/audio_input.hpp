@@ -33,6 +33,9 @@ struct AudioInputConfig {
   bool resample = true;
   ResamplerConfig resampler = {};
   NonFinite non_finite = NonFinite::kReject;
+  /// What open_wav(), open_pcm() and open_audio() tell the bytes that they read
+  /// (ByteSource::stop_when): where it answers true, a wait for bytes is their end.
+  bool (*stop_when)() = nullptr;
 };
 
 /// One channel at the configured rate. Reads in pieces; what a live source has is handed on at
@@ -182,15 +185,17 @@ class AudioInput {
 };
 
 /// A WAV file, or WAV on a pipe, as a model wants it. \throws Error as read_wav and AudioInput.
-inline AudioInput open_wav(const std::string& path, AudioInputConfig config = {}) {
-  return AudioInput(std::make_unique<PcmReader>(read_wav(path)), config);
-}
 inline AudioInput open_wav(ByteSource source, AudioInputConfig config = {}) {
+  if (config.stop_when != nullptr) source.stop_when(config.stop_when);
   return AudioInput(std::make_unique<PcmReader>(read_wav(std::move(source))), config);
+}
+inline AudioInput open_wav(const std::string& path, AudioInputConfig config = {}) {
+  return open_wav(ByteSource::open(path), config);
 }
 /// Raw samples: standard input, a pipe, a file. \throws Error as PcmReader and AudioInput.
 inline AudioInput open_pcm(ByteSource source, AudioFormat format, SampleEncoding encoding,
                            AudioInputConfig config = {}) {
+  if (config.stop_when != nullptr) source.stop_when(config.stop_when);
   return AudioInput(std::make_unique<PcmReader>(std::move(source), format, encoding), config);
 }
 

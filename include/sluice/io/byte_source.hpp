@@ -34,7 +34,7 @@ class ByteSource {
       throw Error(ErrorCode::kIo,
                   {"cannot open the file", path.c_str(), "path", "no zero byte", "one"});
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (descriptor < 0) fail("cannot open the file", path, errno);
+    if (descriptor < 0) fail("cannot open the file", path.empty() ? "''" : path, errno);
     return ByteSource(descriptor, true, std::move(path));
   }
   static ByteSource standard_input() { return ByteSource(STDIN_FILENO, false, "standard input"); }

@@ -10,8 +10,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "sluice/core/error.hpp"
@@ -74,16 +76,24 @@ class SoundFileReader final : public AudioReader {
 };
 
 /// Any audio file as a model wants it: WAV by our own reader, everything else through libsndfile;
-/// "-" is WAV on standard input. \throws Error as the readers and AudioInput.
+/// "-" is WAV on standard input. \throws Error as the readers and AudioInput; kUnsupported for
+/// anything but WAV where the path is no regular file: libsndfile would have to read the first
+/// bytes again, and a pipe has them once.
 inline AudioInput open_audio(const std::string& path, AudioInputConfig config = {}) {
   if (path == "-") return open_wav(ByteSource::standard_input(), config);
   ByteSource source = ByteSource::open(path);
+  source.stop_when(config.stop_when);
   std::array<std::byte, 12> front{};
   const std::size_t held = source.read(front);
   if (std::memcmp(front.data(), "RIFF", 4) == 0 && std::memcmp(front.data() + 8, "WAVE", 4) == 0) {
     source.put_back(std::span(front).first(held));  // a pipe has them once
     return open_wav(std::move(source), config);
   }
+  std::error_code none;
+  if (!std::filesystem::is_regular_file(path, none))
+    throw Error(ErrorCode::kUnsupported,
+                {"only WAV is read from what is no regular file", path, "magic number at byte 0",
+                 "RIFF and WAVE", held == 0 ? "the end" : "another"});
   return AudioInput(std::make_unique<SoundFileReader>(path), config);
 }
 

@@ -100,6 +100,10 @@ struct PacedSourceConfig {
   /// machine slept, a debugger held the program): the schedule moves so that this frame is due now,
   /// and nothing is dropped for it. The default: never, lateness is lateness.
   std::int64_t resync_after_ns = std::numeric_limits<std::int64_t>::max();
+  /// Asked by next() before it waits and ten times a second while it does: where it answers true
+  /// the frames end. For programs that end on a signal, whenever the next frame may be due. Null:
+  /// never.
+  bool (*stop_when)() = nullptr;
 };
 
 /// What became of the frames. read = taken + dropped_oldest + dropped_newest + coalesced + those
@@ -181,8 +185,13 @@ class PacedSource {
     for (;;) {
       const FrameStatus status = poll(frame);
       if (status != FrameStatus::kNone) return status;
+      std::int64_t until = due_ns(pending_);
+      if (config_.stop_when != nullptr) {
+        if (config_.stop_when()) return FrameStatus::kEnd;
+        until = std::min(until, last_ns_ + kStopNs);
+      }
       ++counts_.waits;
-      clock_.wait_until(due_ns(pending_));
+      clock_.wait_until(until);
     }
   }
 
@@ -197,6 +206,8 @@ class PacedSource {
   const PacedSourceCounts& counts() const noexcept { return counts_; }
 
  private:
+  static constexpr std::int64_t kStopNs = 100'000'000;
+
   static PacedSourceConfig checked(const PacedSourceConfig& config) {
     const auto require = [](bool sound, const char* field, const char* expected, double found) {
       if (!sound)
