@@ -15,6 +15,7 @@
 #include "runner.hpp"
 #include "support/terminal.hpp"
 
+#include "sluice/core/atomic_file.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/model/load_head_map.hpp"
@@ -78,6 +79,8 @@ sluice::LoadedModel load(const Options& options) {
 int run(Options options) {
   options.backend = BackendTraits::kName;
   BackendTraits::require_device();
+  for (const auto& written : {options.save, options.latency_log})
+    if (written) sluice::require_writable(*written);  // not only after hours of streaming
   const sluice::LoadedModel model = load(options);
   if (!options.heads.empty() && options.cache.policy == sluice::CachePolicy::kPerHead)
     options.cache.heads = load_heads(options, model.decoder->config());
@@ -109,13 +112,13 @@ int main(int argc, char** argv) {
   try {
     status = run(std::get<Options>(parsed));
   } catch (const support::StdoutClosed&) {
-    return 0;
+    status = 0;
   } catch (const Interrupted&) {
     return 128 + support::caught_signal();
   } catch (const std::bad_alloc&) {
-    return fail("out of memory", 1);
+    status = fail("out of memory", 1);
   } catch (const std::exception& error) {
-    return fail(error.what(), 1);
+    status = fail(error.what(), 1);  // behind a signal it may be its doing
   }
   return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
 }

@@ -87,7 +87,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   };
 
   option("-m,--model", o.model, "GGUF file, or folder with config.json and safetensors")
-      ->required();
+      ->required()
+      ->check(support::some_name());
   with_default("-t,--threads", o.threads, "threads of the model")->check(support::thread_count());
   flag("--mlock", o.lock_memory, "keep the weights in memory: they are never paged out");
   with_default(

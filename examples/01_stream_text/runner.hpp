@@ -242,7 +242,10 @@ class Runner {
     if (scores.scored == 0) {
       if (ending == Ending::kSignal) return ending;
       throw sluice::Error(sluice::ErrorCode::kText,
-                          {"nothing to score", "input", "", "at least two tokens",
+                          {"nothing to score", "input", "",
+                           options_.score_every > 1 ? "more tokens than --score-every " +
+                                                          std::to_string(options_.score_every)
+                                                    : std::string("at least two tokens"),
                            std::to_string(scores.position)});
     }
     points.finish();

@@ -79,11 +79,11 @@ int main(int argc, char** argv) {
   try {
     status = run(std::move(std::get<Options>(parsed)));
   } catch (const support::StdoutClosed&) {
-    return 0;
+    status = 0;
   } catch (const std::bad_alloc&) {
-    return fail("out of memory", 1);
+    status = fail("out of memory", 1);
   } catch (const std::exception& error) {
-    return fail(error.what(), 1);
+    status = fail(error.what(), 1);  // behind a signal it may be its doing
   }
   return support::caught_signal() != 0 ? 128 + support::caught_signal() : status;
 }

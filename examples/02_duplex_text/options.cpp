@@ -210,7 +210,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       option("-m,--model", model,
              "GGUF file, or folder with config.json and safetensors. Without it:\n"
              "$SLUICE_MODEL, else the SmolLM2 of the user's cache folder, else a tiny\n"
-             "model whose text is noise");
+             "model whose text is noise")
+          ->check(support::some_name());
   with_default("--source-threads", o.source_threads, "threads that read")
       ->check(support::thread_count());
   with_default("--target-threads", o.target_threads, "threads that write")

@@ -165,8 +165,9 @@ void Panes::draw(bool now) {
   if (::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_row == 0 || size.ws_col == 0)
     size = {24, 80, 0, 0};
   // Two rows at the bottom for what is typed and the line feed behind it.
-  const int rows = std::max(size.ws_row - (types_ ? 2 : 0), 4);
-  const int columns = std::max<int>(size.ws_col, 10);
+  // Bounded: a terminal may call itself any size, and every cell is drawn.
+  const int rows = std::clamp(size.ws_row - (types_ ? 2 : 0), 4, 500);
+  const int columns = std::clamp<int>(size.ws_col, 10, 1000);
   const bool side_by_side = columns >= kSideBySide;
   const int width = side_by_side ? (columns - 3) / 2 : columns;
   const int body = side_by_side ? rows - 1 : (rows - 2) / 2;

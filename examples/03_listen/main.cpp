@@ -32,13 +32,16 @@ namespace {
 
 using namespace listen;
 
+/// Also asked while nobody speaks.
+bool stops() {
+  return support::caught_signal() != 0;
+}
+
 sluice::AudioInput open_input(const Options& options, std::int64_t sample_rate) {
-  const sluice::AudioInputConfig config{.sample_rate = sample_rate};
-  if (options.input == "-") {
-    sluice::ByteSource source = sluice::ByteSource::standard_input();
-    source.stop_when([] { return support::caught_signal() != 0; });  // also while nobody speaks
-    return sluice::open_pcm(std::move(source), options.raw, options.encoding, config);
-  }
+  const sluice::AudioInputConfig config{.sample_rate = sample_rate, .stop_when = stops};
+  if (options.input == "-")
+    return sluice::open_pcm(sluice::ByteSource::standard_input(), options.raw, options.encoding,
+                            config);
 #ifdef SLUICE_LISTEN_SOUND_FILE
   return sluice::open_audio(options.input, config);
 #else
@@ -70,7 +73,7 @@ sluice::PacedSourceCounts feed(const Options& options, sluice::AudioInput& input
   const auto packet = std::max<std::int64_t>(
       1, std::llround(options.packet_ms * static_cast<double>(input.sample_rate()) / 1000));
   const auto goes_on = [&] {
-    return !listener.is_finished() && support::caught_signal() == 0;
+    return !listener.is_finished() && !stops();
   };
   const auto hand_over = [&](std::span<const float> samples) {
     for (std::size_t done = 0; done < samples.size() && !listener.is_finished();) {
@@ -91,7 +94,8 @@ sluice::PacedSourceCounts feed(const Options& options, sluice::AudioInput& input
   sluice::MonotonicClock clock;
   // A scheduler may take so long, and no listener notices.
   constexpr std::int64_t kLateNs = 10'000'000;
-  sluice::PacedSource paced(packets, clock, {.speed = options.speed, .late_after_ns = kLateNs});
+  sluice::PacedSource paced(packets, clock,
+                            {.speed = options.speed, .late_after_ns = kLateNs, .stop_when = stops});
   auto frame = paced.make_frame();
   while (goes_on() && paced.next(frame) == sluice::FrameStatus::kFrame) hand_over(frame.samples);
   return paced.counts();
@@ -136,7 +140,7 @@ int run(const Options& options) {
   }
   if (broken) std::rethrow_exception(broken);
   view->close();
-  if (silent) std::rethrow_exception(silent);
+  if (silent && !stops()) std::rethrow_exception(silent);  // else it was cut short by the signal
   if (options.stats) {
     const Outcome outcome{.report = listener.report(),
                           .cache_bytes = listener.engine().cache_bytes(),

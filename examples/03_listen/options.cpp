@@ -12,6 +12,7 @@
 #include <CLI/CLI.hpp>
 
 #include "support/command_line.hpp"
+#include "support/terminal.hpp"
 
 namespace listen {
 
@@ -107,14 +108,16 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   };
 
   with_default("file", o.input, "audio file (WAV, FLAC, ...), or - for raw samples on stdin");
-  with_default("--rate", o.raw.sample_rate, "samples a second, of raw audio")
-      ->check(whole_number(1000, 768000));
-  with_default("--channels", o.raw.channels, "channels of raw audio; their mean is heard")
-      ->check(whole_number(1, 64));
-  with_default("--encoding", encoding,
-               "samples of raw audio, little endian:\n"
-               "u8, s16, s24, s32, f32 or f64")
-      ->check(CLI::IsMember(&kEncodings));
+  const CLI::Option* const rate_option =
+      with_default("--rate", o.raw.sample_rate, "samples a second, of raw audio")
+          ->check(whole_number(1000, 768000));
+  const CLI::Option* const channels_option =
+      with_default("--channels", o.raw.channels, "channels of raw audio; their mean is heard")
+          ->check(whole_number(1, 64));
+  const CLI::Option* const encoding_option = with_default("--encoding", encoding,
+                                                          "samples of raw audio, little endian:\n"
+                                                          "u8, s16, s24, s32, f32 or f64")
+                                                 ->check(CLI::IsMember(&kEncodings));
   flag("--real-time", real_time, "play a file at the speed at which it was spoken");
   option("--speed", o.speed, "the same so many times as fast")
       ->check(number(0.01, 1000, "a factor from 0.01 to 1000"));
@@ -124,7 +127,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   group = "Listening";
   option("-m,--model", o.model,
          "GGUF file; without it $SLUICE_LISTEN_MODEL, else the one that\n"
-         "comes with this example");
+         "comes with this example")
+      ->check(support::some_name());
   with_default("-l,--latency", latency,
                "when a word is final: once so many words were heard from it on\n"
                "(1, 3, 5, ...), so many milliseconds after it was heard (240ms),\n"
@@ -132,7 +136,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   with_default("--endpoint-ms", o.endpoint_ms, "a pause that ends an utterance; 0: none does")
       ->check(number(0, 1e6, "milliseconds from 0 to 1e6"));
   with_default("--max-utterance-ms", o.max_utterance_ms,
-               "an utterance ends after so long at the latest; 0: never")
+               "an utterance ends after so long at the latest, silence before its\n"
+               "first word included; 0: never")
       ->check(number(0, 1e6, "milliseconds from 0 to 1e6"));
 
   group = "Deadlines (of audio that comes as it is spoken)";
@@ -160,11 +165,15 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
       ->check(support::activations_name());
 
   group = "Output";
-  flag("-t,--timestamps", o.timestamps,
-       "a line a word: when it was spoken, when it was final, the word");
-  flag("-j,--json", o.json, "an object a line: partial, word, endpoint, end");
+  CLI::Option* const timestamps_option =
+      flag("-t,--timestamps", o.timestamps,
+           "a line a word: when it was spoken, when it was final, the word");
+  CLI::Option* const json_option =
+      flag("-j,--json", o.json, "an object a line: partial, word, endpoint, end");
   flag("-s,--stats", o.stats, "figures at the end, on stderr (with --json an object more)");
-  flag("--plain", o.plain, "final words only, also on a terminal");
+  CLI::Option* const plain_option =
+      flag("--plain", o.plain, "final words only, also on a terminal");
+  json_option->excludes(timestamps_option)->excludes(plain_option);
 
   try {
     app.parse(argc, argv);
@@ -180,6 +189,11 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   }
   if (real_time && o.speed == 0) o.speed = 1;
   if (o.input == "-" && o.speed > 0) return fail("--real-time: stdin sets its own pace");
+  if (o.input == "-" && support::stdin_is_terminal())
+    return fail("file: expected one, or raw samples on stdin, found a terminal");
+  for (const CLI::Option* const of_raw : {rate_option, channels_option, encoding_option})
+    if (of_raw->count() > 0 && o.input != "-")
+      return fail(of_raw->get_name() + ": of raw samples on stdin; a file says its own");
   o.encoding = kEncodings.at(encoding);
   o.activations = support::activations_of(activations);
   o.late = support::late_policy_of(late);

@@ -326,6 +326,7 @@ int main(int argc, char** argv) {
              "Exit status: 0 done, 1 an error, 2 a wrong flag or value, 130 after Ctrl-C.");
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("-m,--model", options.model, "GGUF file, or folder with config.json and weights")
+      ->check(support::some_name())
       ->required();
   app.add_option("-f,--file", options.file, "text to read; - is stdin")->capture_default_str();
   app.add_option("-n,--tokens", options.tokens, "tokens of it, at most")

@@ -204,12 +204,13 @@ int run(const Options& options) {
       text("The camera shows what happens.", std::min<std::int64_t>(24, options.text_sinks)),
       text("\n\n", 2));
 
+  // Also asked while no frame comes, and while none is due.
+  const auto stops = [] {
+    return support::caught_signal() != 0;
+  };
   const std::unique_ptr<sluice::PictureReader> reader =
       [&]() -> std::unique_ptr<sluice::PictureReader> {
     if (options.input.empty()) return std::make_unique<Scene>(size, options.fps);
-    const auto stops = [] {
-      return support::caught_signal() != 0;
-    };  // also while no frame comes
     if (options.input == "-") {
       sluice::ByteSource frames = sluice::ByteSource::standard_input();
       frames.stop_when(stops);
@@ -225,7 +226,8 @@ int run(const Options& options) {
   sluice::PacedSource paced(source, clock,
                             {.speed = options.real_time ? 1.0 : 0.0,
                              .late = support::late_policy_of(options.late),
-                             .queue_length = options.queue});
+                             .queue_length = options.queue,
+                             .stop_when = stops});
   std::vector<std::int64_t> amounts{options.reply};
   while (amounts.back() > 0) amounts.push_back(amounts.back() / 2);
   sluice::WorkShedder shedder({.policy = support::shedding_of(options.shed), .amounts = amounts});
@@ -305,7 +307,8 @@ int main(int argc, char** argv) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   app.add_option("-i,--input", options.input,
                  "a video (ffmpeg decodes it), or - for raw RGB frames on stdin; default: a scene "
-                 "made up on the spot");
+                 "made up on the spot")
+      ->check(support::some_name());
   app.add_option("--fps", options.fps, "frames a second")
       ->capture_default_str()
       ->check(support::number(0.01, 1000, "a number from 0.01 to 1000"));
@@ -349,9 +352,11 @@ int main(int argc, char** argv) {
       ->capture_default_str()
       ->check(CLI::IsMember({"small", "qwen2.5-vl-7b"}));
   app.add_option("-m,--model", options.model,
-                 "decoder: GGUF file, or folder with config.json and weights");
+                 "decoder: GGUF file, or folder with config.json and weights")
+      ->check(support::some_name());
   app.add_option("--encoder", options.encoder,
-                 "vision encoder: safetensors with the names of Qwen2.5-VL's");
+                 "vision encoder: safetensors with the names of Qwen2.5-VL's")
+      ->check(support::some_name());
   app.add_option("--encoder-heads", options.encoder_heads, "its attention heads")
       ->capture_default_str()
       ->check(support::whole_number(1, 1024));
@@ -360,7 +365,8 @@ int main(int argc, char** argv) {
         ->capture_default_str()
         ->check(support::thread_count());
   app.add_option("--seed", options.seed, "of random weights and of what is said")
-      ->capture_default_str();
+      ->capture_default_str()
+      ->check(support::whole_number(0));
   app.add_flag("--json", options.json, "a JSON line for each frame, and one for the report");
   try {
     app.parse(argc, argv);

@@ -39,6 +39,13 @@ CLI::Validator number(double least, double most, const char* expected) {
           ""};
 }
 
+CLI::Validator some_name() {
+  return {[](std::string& text) -> std::string {
+            return text.empty() ? "expected a name, found ''" : std::string();
+          },
+          ""};
+}
+
 CLI::Validator activations_name() {
   return CLI::IsMember({"f32", "bf16", "int8"});
 }

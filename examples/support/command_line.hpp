@@ -24,6 +24,10 @@ CLI::Validator whole_number(std::int64_t least,
 /// `expected` describes the range in words.
 CLI::Validator number(double least, double most, const char* expected);
 
+/// A file or folder, or whatever else has a name: not an empty text, which is what a shell makes of
+/// a variable that was forgotten.
+CLI::Validator some_name();
+
 /// --threads and its like: 1 to 1024.
 inline CLI::Validator thread_count() {
   return whole_number(1, 1024);

@@ -15,6 +15,8 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -51,13 +53,23 @@ int caught_signal() {
 }
 
 void write_stdout(std::string_view text) {
+  // A write that waits for a reader is not interrupted by a signal that another thread gets, so
+  // that room is asked for first, and no more written than a pipe that has room takes.
+  constexpr int kWaitMs = 100;
+  int patience = 10;  // waits behind a signal
   while (!text.empty()) {
-    const ssize_t written = ::write(STDOUT_FILENO, text.data(), text.size());
+    pollfd room{STDOUT_FILENO, POLLOUT, 0};
+    if (::poll(&room, 1, kWaitMs) <= 0) {
+      if (caught_signal() != 0 && --patience == 0) throw StdoutClosed{};
+      continue;
+    }
+    const std::size_t part = std::min<std::size_t>(text.size(), PIPE_BUF);
+    const ssize_t written = ::write(STDOUT_FILENO, text.data(), part);
     if (written >= 0) {
       text.remove_prefix(static_cast<std::size_t>(written));
     } else if (errno == EPIPE) {
       throw StdoutClosed{};
-    } else if (errno != EINTR) {
+    } else if (errno != EINTR && errno != EAGAIN) {
       throw sluice::Error(sluice::ErrorCode::kIo, {"write failed", "stdout", "", "success",
                                                    std::generic_category().message(errno)});
     }
@@ -148,7 +160,7 @@ int run_program(std::string_view name, const std::function<int()>& run) {
   try {
     status = run();
   } catch (const StdoutClosed&) {
-    return 0;
+    status = 0;
   } catch (const sluice::Error& error) {
     std::cerr << name << ": " << error.what() << '\n';
     status = error.code() == sluice::ErrorCode::kConfig ? 2 : 1;

@@ -16,10 +16,11 @@ void catch_signals();
 /// The signal that was caught, or 0. Any thread.
 int caught_signal();
 
-/// The reader of stdout went away: not an error, but there is nobody left to write for.
+/// The reader of stdout went away, or reads nothing for a second behind a caught signal: not an
+/// error, but there is nobody left to write for.
 struct StdoutClosed {};
 
-/// Writes all of `text` to stdout at once.
+/// Writes all of `text` to stdout at once; waits where its reader is behind.
 /// \throws StdoutClosed; sluice::Error(kIo) for a full disk and the like.
 void write_stdout(std::string_view text);
 

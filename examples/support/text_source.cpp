@@ -7,6 +7,7 @@
 #include <utility>
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -94,7 +95,7 @@ TextSource TextSource::from_text(std::string text) {
 
 TextSource TextSource::from_file(const std::string& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) fail("open failed", path);
+  if (descriptor < 0) fail("open failed", path.empty() ? "''" : path);
   TextSource source(path, descriptor, true);
   struct stat status {};
   if (::fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode) && status.st_size > 0)
@@ -128,6 +129,10 @@ bool TextSource::read(std::string& out) {
   out.resize(old_size + kReadBytes);
   ssize_t count = -1;
   while (caught_signal() == 0) {
+    // A signal that comes before the read, or to another thread, interrupts none.
+    constexpr int kAskMs = 100;
+    pollfd waiting{descriptor_, POLLIN, 0};
+    if (::poll(&waiting, 1, kAskMs) <= 0) continue;
     count = ::read(descriptor_, out.data() + old_size, kReadBytes);
     if (count >= 0 || errno != EINTR) break;
   }

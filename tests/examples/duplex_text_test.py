@@ -149,7 +149,10 @@ class DuplexTextTest(unittest.TestCase):
                 (["--policy", "separator", "--separator", "no token has this"],
                  ["--separator", "no token has this"]),
                 (["--policy", "speak", "--silence", "several tokens"],
-                 ["--silence", "1 token"])):
+                 ["--silence", "1 token"]),
+                (["--policy", "attention", "--layer", "2"], ["layer", "-2 to 1", "found 2"]),
+                (["--policy", "attention", "--layer", "-3"], ["layer", "-2 to 1", "found -3"]),
+                (["--model", ""], ["--model", "''"])):
             with self.subTest(arguments):
                 result = run(*arguments)
                 self.assertFails(result, 2, *words)
@@ -574,6 +577,21 @@ class DuplexTextTest(unittest.TestCase):
                 self.assertEqual(process.returncode, 130, errors.decode())
                 report = events(output)[-1]
                 self.assertEqual((report["kind"], report["ended"]), ("report", "signal"))
+
+    def test_a_signal_does_not_wait_for_a_reader(self):
+        path = FOLDER / "endless.txt"
+        path.write_text("one two three " * 20000)
+        for more in ((), ("--sequential",)):
+            with self.subTest(more):
+                process = start("-f", path, "-n", "-1", "--ignore-eos", "--json", *more)
+                time.sleep(2)  # more events than a pipe holds
+                process.send_signal(signal.SIGINT)
+                try:
+                    self.assertEqual(process.wait(timeout=20), 130)
+                finally:
+                    process.kill()
+                output, _ = process.communicate()
+                self.assertGreater(len(output), 4096)
 
     def test_a_target_that_ends_does_not_wait_for_the_source(self):
         process = start("-n", "3", "--ignore-eos", "-k", "1")

@@ -15,6 +15,7 @@ import pathlib
 import pty
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -256,6 +257,56 @@ class Listen(unittest.TestCase):
         self.assertAlmostEqual(report["dropped_ms"], 40 * report["dropped_rows"], delta=40)
         self.assertEqual(found[-2]["audio_ms"], 9000)  # the audio's clock goes on
 
+    def interrupted(self, *arguments, stdin=subprocess.DEVNULL, until=0.5, read=True):
+        """What is left on stdout and stderr when a signal ends it, which takes no longer than the
+        work at hand."""
+        with subprocess.Popen([PROGRAM, "-m", MODEL, *map(str, arguments)], stdin=stdin,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            try:
+                time.sleep(until)
+                self.assertIsNone(process.poll())
+                process.send_signal(signal.SIGINT)
+                if not read:
+                    process.wait(timeout=20)
+                out, errors = process.communicate(timeout=20)
+            finally:
+                process.kill()
+        self.assertEqual(process.returncode, 130, errors)
+        return out, errors
+
+    def test_a_signal_does_not_wait_for_audio(self):
+        for more in (["--real-time", "--packet-ms", "10000"],  # the first is due after ten seconds
+                     ["--speed", "0.01", "--packet-ms", "2000"]):
+            self.interrupted(*more, wav("long.wav", 3 * self.samples))
+        pipe = FOLDER / "silent.fifo"
+        os.mkfifo(pipe)
+        both = os.open(pipe, os.O_RDWR)  # somebody who might write
+        whole = self.wav.read_bytes()
+        self.interrupted(pipe)
+        os.write(both, whole[: 44 + 32000])
+        _, errors = self.interrupted("--json", pipe)
+        self.assertEqual(errors, b"")  # that the audio is cut short is the signal's doing
+        os.close(both)
+        reader, writer = os.pipe()
+        self.interrupted("-", stdin=reader)
+        os.close(reader)
+        os.close(writer)
+
+    def test_a_signal_does_not_wait_for_a_reader(self):
+        path = wav("long.wav", 60 * self.samples)
+        for more in ([], ["--sequential"]):  # more events than a pipe holds
+            out, _ = self.interrupted("--json", *more, path, until=2, read=False)
+            self.assertGreater(len(out), 4096)
+
+    def test_a_terminal_gives_no_sound(self):
+        ours, terminal = pty.openpty()
+        done = subprocess.run([PROGRAM, "-m", MODEL], stdin=terminal, capture_output=True,
+                              timeout=60, check=False)
+        os.close(terminal)
+        os.close(ours)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn(b"found a terminal", done.stderr)
+
     def test_stats_are_text_on_stderr(self):
         done = run("--stats", "--speed", "50", self.wav)
         for name in ("model", "audio", "latency", "first word", "overlap", "work", "memory"):
@@ -274,6 +325,12 @@ class Listen(unittest.TestCase):
         found = [json.loads(line) for line in done.stdout.splitlines()]
         self.assertEqual([e["kind"] for e in found], ["end", "report"])
         self.assertEqual((found[-1]["words"], found[-1]["utterances"]), (0, 0))
+        # Whichever limit is the shorter one.
+        for more in (["--max-utterance-ms", "300"], ["--max-utterance-ms", "40", "-t"],
+                     ["--max-utterance-ms", "300", "--endpoint-ms", "0"]):
+            done = subprocess.run([PROGRAM, *more, str(FOLDER / "silence.wav")],
+                                  capture_output=True, timeout=120, check=True)
+            self.assertEqual(done.stdout, b"", more)
 
     def test_another_rate_is_resampled(self):
         # Not the same samples, so not the same words; the same length.
@@ -338,7 +395,10 @@ class Listen(unittest.TestCase):
                           ["--shed", "skip", "-"], ["--late", "drop-oldest", "-"],
                           ["--deadline", "40", "--late", "coalesce", "-"],
                           ["--deadline", "40", "--shed", "some", "-"],
-                          ["--activations", "float32"]):
+                          ["--activations", "float32"], ["--json", "-t", self.wav],
+                          ["--plain", "--json", self.wav], ["--rate", "8000", self.wav],
+                          ["--channels", "1", self.wav], ["--encoding", "s16", self.wav],
+                          ["--model", "", self.wav]):
             done = run(*arguments)
             self.assertEqual(done.returncode, 2, arguments)
             self.assertEqual(done.stdout, b"")

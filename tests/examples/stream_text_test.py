@@ -275,6 +275,28 @@ class StreamTextTest(unittest.TestCase):
         self.assertEqual(process.returncode, 130)
         self.assertIn("ended    signal", errors.decode())
 
+    def test_a_signal_while_a_pipe_is_opened(self):
+        path = FOLDER / "nobody.fifo"
+        os.mkfifo(path)
+        process = start("-f", path)
+        while b"running" not in process.stderr.readline():
+            pass
+        time.sleep(0.3)  # for the open that waits
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 130)
+
+    def test_a_signal_does_not_wait_for_a_reader(self):
+        process = start("-p", "x", "-n", "-1", "--ignore-eos", "--window", "16", "--format", "json")
+        time.sleep(2)  # more events than a pipe holds
+        process.send_signal(signal.SIGINT)
+        try:
+            self.assertEqual(process.wait(timeout=20), 130)
+        finally:
+            process.kill()
+        output, _ = process.communicate()
+        self.assertGreater(len(output), 4096)
+
     def test_a_signal_while_scoring_gives_what_there_is(self):
         process = start("--perplexity", "--format", "json", "--ppl-stride", "10")
         process.stdin.write(TEXT.encode())
@@ -376,6 +398,17 @@ class StreamTextTest(unittest.TestCase):
                        run("--load", snapshot, "-f", "-", "-n", "20", *common, stdin=b" three")):
             self.assertEqual(self.assertDone(second).stdout, whole.stdout)
 
+    def test_what_is_written_at_the_end_is_checked_at_the_start(self):
+        device = FOLDER / "device"  # as /dev/null, which a rename would do away with
+        os.mkfifo(device)
+        for option in ("--save", "--latency-log"):
+            for path, words in ((device, ("device", "regular file", "a device or pipe")),
+                                (FOLDER, ("regular file", "a folder")),
+                                (FOLDER / "none" / "x", ("none", "No such file"))):
+                with self.subTest(option=option, path=path):
+                    self.assertFails(run("-p", "x", option, path), 1, "io", *words)
+        self.assertTrue(device.is_fifo())
+
     def test_wrong_snapshots(self):
         snapshot = FOLDER / "wrong.bin"
         self.assertDone(run("-p", "x", "-n", "5", "--window", "16", "--save", snapshot))
@@ -459,7 +492,10 @@ class StreamTextTest(unittest.TestCase):
 
     def test_nothing_to_score(self):
         self.assertFails(run("--perplexity"), 1, "nothing to score")
-        self.assertFails(run("--perplexity", stdin=b"a"), 1, "nothing to score")
+        self.assertFails(run("--perplexity", stdin=b"a"), 1, "nothing to score",
+                         "at least two tokens", "found 1")
+        self.assertFails(run("--perplexity", "--score-every", "1000", stdin=b"a b c"), 1,
+                         "more tokens than --score-every 1000")
 
     # --- Dialogue --------------------------------------------------------------------------------
 

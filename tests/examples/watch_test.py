@@ -8,11 +8,14 @@
 
 import argparse
 import json
+import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 PROGRAM = CUDA_PROGRAM = MODEL = ENCODER = FOLDER = None
@@ -123,9 +126,30 @@ class Watch(unittest.TestCase):
         self.assertIn(len(pictures), (9, 10, 11))
         self.assertEqual(run("-i", FOLDER / "absent.mp4").returncode, 1)
 
+    def interrupted(self, *arguments):
+        with subprocess.Popen([PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as process:
+            try:
+                time.sleep(0.7)
+                self.assertIsNone(process.poll())
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=20)
+            finally:
+                process.kill()
+        self.assertEqual((process.returncode, errors), (130, b""))
+
+    def test_a_signal_does_not_wait_for_a_frame(self):
+        self.interrupted("--real-time", "--fps", 0.01)
+        if shutil.which("ffmpeg"):
+            pipe = FOLDER / "silent.fifo"
+            os.mkfifo(pipe)
+            self.interrupted("-i", pipe)  # ffmpeg waits for somebody to write
+
     def test_wrong_flags(self):
         for arguments in (["--fps", "0"], ["--late", "never"], ["-n", "0"], ["--rows", "x"],
-                          ["--geometry", "large"], ["--temperature", "-1"]):
+                          ["--geometry", "large"], ["--temperature", "-1"], ["--seed", "-1"],
+                          ["--seed", "18446744073709551616"], ["-m", ""], ["-i", ""],
+                          ["--encoder", ""]):
             done = run(*arguments)
             self.assertEqual(done.returncode, 2, arguments)
             self.assertEqual(done.stdout, b"")

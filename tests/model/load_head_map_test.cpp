@@ -98,6 +98,12 @@ TEST_F(LoadHeadMap, TablesThatAreDamaged) {
   EXPECT_EQ(code("0.5 0.5\n"), ErrorCode::kFormat);
   EXPECT_EQ(code("0.5\n\n0.5\n"), ErrorCode::kFormat);
   EXPECT_EQ(code_of([&] { load_head_table((folder_ / "absent.tsv").string()); }), ErrorCode::kIo);
+  try {
+    load_duo_attention((folder_ / "absent.tsv").string());
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {  // about what was asked for, not about what stands beside it
+    EXPECT_EQ(error.detail().where, (folder_ / "absent.tsv").string());
+  }
   write("gates.tsv", "0.5\t0.25\n");
   EXPECT_EQ(code_of([&] { load_duo_attention((folder_ / "gates.tsv").string()); }), ErrorCode::kIo)
       << "no config.json, and no sizes given";

@@ -20,6 +20,7 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_safetensors.hpp"
+#include "support/property.hpp"
 #include "support/test_unit.hpp"
 
 namespace sluice {
@@ -691,6 +692,20 @@ TEST(DuplexHostile, OptionsThatMakeNoSense) {
   expect("num_threads", [](DuplexOptions& o) { o.target_threads = 0; });
   expect("window_size", [](DuplexOptions& o) { o.source = sink_window(2, 0); });
   expect("lead", [](DuplexOptions& o) { o.target.lead = -1; });
+}
+
+TEST(DuplexHostile, ALayerThatTheModelLacks) {
+  const std::int64_t layers = model()->config().num_layers();
+  for (const std::int64_t layer : {-layers - 1, layers, std::int64_t{1000}}) {
+    const auto error = test::error_of(
+        [&] { Duplex duplex(model(), options(false), AttentionGuided(0.1F, 2, 1, layer)); });
+    ASSERT_TRUE(error) << layer;
+    EXPECT_EQ(error->code(), ErrorCode::kConfig);
+    EXPECT_EQ(error->detail().field, "probe_layer");
+    EXPECT_EQ(error->detail().found, std::to_string(layer));
+  }
+  for (const std::int64_t layer : {-layers, layers - 1})
+    EXPECT_NO_THROW(Duplex(model(), options(false), AttentionGuided(0.1F, 2, 1, layer)));
 }
 
 // ---- figures -----------------------------------------------------------------------------------

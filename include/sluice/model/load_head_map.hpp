@@ -123,6 +123,7 @@ inline HeadMap load_duo_attention(const std::string& path,
   const fs::path given(path);
   const bool folder = fs::is_directory(given, ignored);
   const fs::path gates = folder ? given / "full_attention_heads.tsv" : given;
+  const HeadTable table = load_head_table(gates.string());  // first: it is what was asked for
   std::int64_t sinks = options.num_sink_tokens.value_or(0);
   std::int64_t recent = options.recent_size.value_or(0);
   if (!options.num_sink_tokens || !options.recent_size) {
@@ -131,8 +132,7 @@ inline HeadMap load_duo_attention(const std::string& path,
     if (!options.num_sink_tokens) sinks = json_int(root, "sink_size", config);
     if (!options.recent_size) recent = json_int(root, "recent_size", config);
   }
-  return duo_attention_map(load_head_table(gates.string()), options.sparsity, sinks, recent,
-                           options.eviction);
+  return duo_attention_map(table, options.sparsity, sinks, recent, options.eviction);
 }
 
 /// MoA's moa_alpha_beta.json, {"alphas": [[..]], "betas": [[..]]} per layer and query head, sized

@@ -183,6 +183,7 @@ class DuplexEngine {
         metrics_(options.delay_capacity),
         last_kept_(options.target_prefix.back()) {
     check_caches();
+    check_probe();
   }
 
   const Decoder& model() const { return *model_; }
@@ -501,10 +502,19 @@ class DuplexEngine {
       probe.group = kSourceGroup;
       std::int64_t layer = -1;
       if constexpr (requires { policy_.probe_layer(); }) layer = policy_.probe_layer();
-      const std::int64_t layers = model_->config().num_layers();
-      probe.layer = std::clamp<std::int64_t>(layer < 0 ? layers + layer : layer, 0, layers - 1);
+      probe.layer = layer < 0 ? model_->config().num_layers() + layer : layer;
     }
     return probe;
+  }
+
+  void check_probe() const {
+    const MassProbe asked = probe();
+    const std::int64_t layers = model_->config().num_layers();
+    if (asked.newest > 0 && (asked.layer < 0 || asked.layer >= layers))
+      throw Error(ErrorCode::kConfig,
+                  {"the model has no such layer", "the policy", "probe_layer",
+                   std::to_string(-layers) + " to " + std::to_string(layers - 1),
+                   std::to_string(asked.layer < 0 ? asked.layer - layers : asked.layer)});
   }
 
   Progress write(const Decision& decision) {

@@ -103,7 +103,8 @@ struct PolicyState {
 };
 
 /// Answers the question. Optional members: `std::int64_t newest_source_tokens() const` and
-/// `std::int64_t probe_layer() const` (negative: from the last) ask for newest_source_mass;
+/// `std::int64_t probe_layer() const` (negative: from the last; one that the model lacks is refused
+/// when a stream begins) ask for newest_source_mass;
 /// `std::int64_t max_provisional() const` says how many tokens may be provisional at once (0 if
 /// absent). decide() runs on the target's thread; what it throws ends the stream and reaches the
 /// caller. It must not allocate if the step is not to. The policies below have a reset() for
