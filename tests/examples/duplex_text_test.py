@@ -9,6 +9,7 @@ The model is the seeded tiny one: its text is noise, its tokens are the same on 
 """
 
 import argparse
+import fcntl
 import json
 import math
 import os
@@ -17,9 +18,11 @@ import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import unittest
 
@@ -621,10 +624,13 @@ class DuplexTextTest(unittest.TestCase):
             self.assertEqual(result.returncode, 1)
             self.assertIn(b"duplex_text: io: write failed in stdout", result.stderr)
 
-    def on_terminal(self, *arguments, typed=None):
-        """What a terminal gets; the source is `typed` there, or a pipe with TEXT."""
+    def on_terminal(self, *arguments, typed=None, size=None):
+        """What a terminal gets, of `size` (rows, columns) if given; the source is `typed` there, or a
+        pipe with TEXT."""
         pid, terminal = pty.fork()
         if pid == 0:
+            if size is not None:
+                fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
             if typed is None:
                 reading, writing = os.pipe()
                 os.write(writing, TEXT.encode())
@@ -664,6 +670,14 @@ class DuplexTextTest(unittest.TestCase):
                 self.assertIn(b"ended    token-limit", rest)
                 self.assertNotIn(b"\x1b", rest)
         self.assertGreater(len(text), 5)
+
+    def test_terminals_of_any_size(self):
+        for size in ((1, 1), (2, 300), (60000, 60000)):
+            with self.subTest(size):
+                status, output = self.on_terminal("-n", "10", "--ignore-eos", size=size)
+                self.assertEqual(status, 0)
+                self.assertIn(b"\x1b[?1049l", output)
+                self.assertLess(len(output), 20_000_000)
 
     def test_a_signal_gives_the_terminal_back(self):
         status, output = self.on_terminal("-n", "-1", "--ignore-eos", typed=[b"a b c d\n", b"\x03"])
