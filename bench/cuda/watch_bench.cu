@@ -22,6 +22,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -148,9 +149,15 @@ void watch(const Options& options) {
   check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   {
     CudaKindDecoder<bf16, 128> decoder(*weights, decoder_options, stream, biases);
-    const CudaVisionWeights<bf16> seeing_weights = tower_weights();
-    CudaVisionTower<bf16, 80> tower(seeing_weights, options.rows, options.cols, stream);
-    const std::int64_t grid_bytes = tower.shape().grid_frames * tower.frame_bytes();
+    // Without the tower neither it nor its weights take memory: the figures are the decoder's.
+    std::optional<CudaVisionWeights<bf16>> seeing_weights;
+    std::optional<CudaVisionTower<bf16, 80>> tower;
+    std::int64_t grid_bytes = 0;
+    if (options.tower) {
+      seeing_weights.emplace(tower_weights());
+      tower.emplace(*seeing_weights, options.rows, options.cols, stream);
+      grid_bytes = tower->shape().grid_frames * tower->frame_bytes();
+    }
     Buffer<float, cuda> given(static_cast<std::size_t>(tokens * shape.hidden_size));
     std::vector<float> row(given.size());
     for (std::size_t i = 0; i < row.size(); ++i)
@@ -194,9 +201,9 @@ void watch(const Options& options) {
           decoder.read(turn);
         }
       }
-      const float* seen = options.tower
-                              ? tower.encode(reinterpret_cast<const std::uint8_t*>(frames.data()) +
-                                             g % kScenes * grid_bytes)
+      const float* seen = tower
+                              ? tower->encode(reinterpret_cast<const std::uint8_t*>(frames.data()) +
+                                              g % kScenes * grid_bytes)
                               : given.data();
       events.record(at + 1, stream);
       decoder.begin_span(SpanRole::kVision, grid);
