@@ -257,7 +257,7 @@ class Listen(unittest.TestCase):
         self.assertAlmostEqual(report["dropped_ms"], 40 * report["dropped_rows"], delta=40)
         self.assertEqual(found[-2]["audio_ms"], 9000)  # the audio's clock goes on
 
-    def interrupted(self, *arguments, stdin=subprocess.DEVNULL, until=0.5, read=True):
+    def interrupted(self, *arguments, stdin=subprocess.DEVNULL, until=0.8, read=True):
         """What is left on stdout and stderr when a signal ends it, which takes no longer than the
         work at hand."""
         with subprocess.Popen([PROGRAM, "-m", MODEL, *map(str, arguments)], stdin=stdin,
