@@ -12,6 +12,9 @@
 ///               registers, and N that only read as many bytes: how even steps can be here at all.
 ///               A line for each of the three with median, p99, p99.9 and longest (for a p99.9 that
 ///               means something N is 10,000 or more)
+///   pieces:N    N steps with 64 keys in turns with N times the step's products alone, N times what
+///               only reads the same weights in the same pieces, and N times the same bytes in one
+///               piece: what is left to gain. A line for each of the four with the median and GB/s
 /// Beside the times stand what a row has to do at least: bytes to read for a token, or the products
 /// of weights and of attention.
 #include <algorithm>
@@ -21,6 +24,7 @@
 #include <cstdlib>
 #include <exception>
 #include <fstream>
+#include <initializer_list>
 #include <iostream>
 #include <memory>
 #include <span>
@@ -33,11 +37,13 @@
 #include "support/machine_limits.hpp"
 
 #include "sluice/backend/cpu/kernel_table.hpp"
+#include "sluice/backend/cpu/linear_task.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/memory.hpp"
 #include "sluice/core/random.hpp"
 #include "sluice/core/threads.hpp"
 #include "sluice/model/load_gguf.hpp"
+#include "sluice/nn/linear.hpp"
 #include "sluice/stream/session.hpp"
 
 namespace {
@@ -48,8 +54,8 @@ constexpr const char* kHelp =
     "usage: speed_bench MODEL.gguf THREADS [int8] TASK...\n"
     "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are "
     "that\n"
-    "tasks: decode:N prefill:N ttft:N endless:N (N tokens) window:W stream:N limits jitter:N; JSON "
-    "lines\n";
+    "tasks: decode:N prefill:N ttft:N endless:N (N tokens) window:W stream:N limits jitter:N "
+    "pieces:N; JSON lines\n";
 
 using Model = std::shared_ptr<const Decoder>;
 
@@ -281,6 +287,118 @@ void print_jitter(const Model& model, std::int64_t steps, const Setting& setting
   }
 }
 
+/// A single token's products of a model, one fork-join for what a step has in one, with nothing
+/// between them; and the same fork-joins that only read.
+class Products {
+ public:
+  /// Allocates activations and scratch. The weights stay the model's.
+  Products(const Model& model, ThreadTeam& team, Activations activations)
+      : model_(model), team_(team), sums_(static_cast<std::size_t>(team.size()) * 16) {
+    const DecoderWeights& weights = model->weights();
+    std::int64_t rows = 0;
+    std::int64_t cols = 0;
+    const auto add = [&](std::initializer_list<const WeightMatrix*> matrices) {
+      std::vector<LinearTask>& tasks = pieces_.emplace_back();
+      std::int64_t together = 0;
+      for (const WeightMatrix* matrix : matrices) {
+        tasks.emplace_back().weight = *matrix;
+        together += matrix->rows;
+        cols = std::max(cols, matrix->cols);
+        bytes_ += static_cast<double>(matrix->bytes());
+      }
+      rows = std::max(rows, together);
+    };
+    for (const DecoderLayerWeights& layer : weights.layers) {
+      add({&layer.query, &layer.key, &layer.value});
+      add({&layer.output});
+      add({&layer.gate, &layer.up});
+      add({&layer.down});
+    }
+    add({&weights.output});
+    x_ = Buffer<float>(static_cast<std::size_t>(cols));
+    std::fill(x_.data(), x_.data() + cols, 0.5F);
+    y_ = Buffer<float>(static_cast<std::size_t>(rows));
+    for (std::vector<LinearTask>& tasks : pieces_) {
+      float* y = y_.data();
+      for (LinearTask& task : tasks) {
+        task.y = MatrixView<float>(y, 1, task.weight.rows);
+        y += task.weight.rows;
+      }
+    }
+    workspace_ = std::make_unique<LinearWorkspace>(cols, team.size(), activations, 1);
+  }
+
+  double bytes() const { return bytes_; }
+
+  void multiply() {
+    for (const std::vector<LinearTask>& tasks : pieces_)
+      linear_many(tasks, MatrixView<const float>(x_.data(), 1, tasks[0].weight.cols), *workspace_,
+                  team_);
+  }
+
+  /// Each member reads every line of its share of the rows, four of them side by side, as the
+  /// products do.
+  void read() {
+    for (const std::vector<LinearTask>& tasks : pieces_)
+      team_.run([&](int member, int num_members) {
+        for (const LinearTask& task : tasks) {
+          const std::int64_t row_bytes = task.weight.row_bytes();
+          const detail::StreamRows all(share_of(task.weight.rows, member, num_members, 4), 4);
+          simd::VecF sums[4] = {};
+          for (std::int64_t pass = 0; pass < all.apart; ++pass)
+            for (std::int64_t at = 0; at < row_bytes; at += 64)
+#pragma GCC unroll 4
+              for (int r = 0; r < 4; ++r) {
+                const std::int64_t row = std::min(all.row(pass, r), all.rows.end - 1);
+                // The line's last lane, within the row: a line is fetched whole.
+                const std::int64_t last = std::min<std::int64_t>(at + 64, row_bytes);
+                sums[r] += simd::load(reinterpret_cast<const float*>(
+                    static_cast<const char*>(task.weight.data) + row * row_bytes + last -
+                    static_cast<std::int64_t>(simd::kWidth * sizeof(float))));
+              }
+          sums_[static_cast<std::size_t>(member) * 16] +=
+              simd::reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        }
+      });
+  }
+
+ private:
+  Model model_;  // whose weights are read
+  ThreadTeam& team_;
+  std::vector<std::vector<LinearTask>> pieces_;
+  double bytes_ = 0;
+  Buffer<float> x_;
+  Buffer<float> y_;
+  std::unique_ptr<LinearWorkspace> workspace_;
+  std::vector<float> sums_;
+};
+
+void print_pieces(const Model& model, std::int64_t times, const Setting& setting) {
+  constexpr std::int64_t kWindow = 64;
+  const auto team = std::make_shared<ThreadTeam>(setting.threads);
+  Session<f16> session = make_session(model, CachePolicy::kSinkWindow, 0, setting, kWindow, team);
+  session.accept(random_tokens(model, kWindow + 76));
+  session.step();
+  Products products(model, *team, setting.activations);
+  EmptySteps empty(*team, products.bytes());
+  std::array<std::vector<double>, 4> ms;
+  for (std::int64_t i = 0; i < times; ++i) {
+    ms[0].push_back(timed_ms([&] { session.step(); }));
+    ms[1].push_back(timed_ms([&] { products.multiply(); }));
+    ms[2].push_back(timed_ms([&] { products.read(); }));
+    ms[3].push_back(timed_ms([&] { empty.read(); }));
+  }
+  const std::array<const char*, 4> names{"step", "products", "reads in pieces", "reads at once"};
+  for (std::size_t kind = 0; kind < ms.size(); ++kind) {
+    std::sort(ms[kind].begin(), ms[kind].end());
+    const double median = quantile(ms[kind], 0.5);
+    std::cout << "{\"task\": \"pieces:" << times << "\", \"what\": \"" << names[kind]
+              << "\", \"threads\": " << setting.threads << ", \"median_ms\": " << median
+              << ", \"p10_ms\": " << quantile(ms[kind], 0.1)
+              << ", \"weight_gb_per_s\": " << products.bytes() / median * 1e-6 << "}" << std::endl;
+  }
+}
+
 void print_limits(const Setting& setting) {
   ThreadTeam team(setting.threads);
   const bench::MachineLimits limits = bench::measure_machine(team);
@@ -296,7 +414,7 @@ void print_limits(const Setting& setting) {
 int main(int argc, char** argv) try {
   const std::vector<std::string> arguments(argv + 1, argv + argc);
   if (!arguments.empty() && arguments[0] == "--benchmark_list_tests") {
-    std::cout << "decode\nprefill\nttft\nendless\nwindow\nstream\nlimits\njitter\n";
+    std::cout << "decode\nprefill\nttft\nendless\nwindow\nstream\nlimits\njitter\npieces\n";
     return 0;
   }
   if (arguments.size() < 3) {
@@ -320,6 +438,10 @@ int main(int argc, char** argv) try {
     }
     if (name == "jitter" && count >= 1) {
       print_jitter(model, count, setting);
+      continue;
+    }
+    if (name == "pieces" && count >= 1) {
+      print_pieces(model, count, setting);
       continue;
     }
     std::vector<double> ms;
