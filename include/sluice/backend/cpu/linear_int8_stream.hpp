@@ -26,6 +26,16 @@ namespace sluice::detail {
 inline constexpr bool kInt8Streams = simd::kWidth >= 4;
 inline constexpr int kInt8StreamGroup = 4;
 
+// Calls body.operator()<r>() for the four rows of a pass: rows are numbered when the compiler
+// places what is of them in registers, which comes before it unrolls loops.
+template <class Body>
+[[gnu::always_inline]] inline void for_rows(Body&& body) {
+  body.template operator()<0>();
+  body.template operator()<1>();
+  body.template operator()<2>();
+  body.template operator()<3>();
+}
+
 /// How a type's stored rows are read as pieces: four rows' levels of one unit a chain.
 ///   kColumns: columns of a step, whole blocks; kStepBytes: their stored bytes;
 ///   kPieces, kDots: pieces of a step, registers of levels of a piece and row;
@@ -56,11 +66,10 @@ struct Int8Pieces<ElementType::kQ8_0> : Int8SmallBlocks {
     const simd::VecI bias =
         simd::broadcast(static_cast<std::int32_t>(simd::kSignedBias * 0x01010101U));
     simd::VecI levels[4][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
+    for_rows([&]<int r>() {
       levels[r][0] = records[r].template chunks<0>() ^ bias;
       levels[r][1] = records[r].template chunks<1>() ^ bias;
-    }
+    });
     visit(levels, simd::WideRecords::fields(records), simd::zero());
   }
 };
@@ -76,12 +85,11 @@ struct Int8Nibbles : Int8SmallBlocks {
         {rows[0], count}, {rows[1], count}, {rows[2], count}, {rows[3], count}};
     const simd::VecI nibbles = simd::broadcast(std::int32_t{0x0f0f0f0f});
     simd::VecI levels[4][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
+    for_rows([&]<int r>() {
       const simd::VecI words = records[r].template chunks<offsetof(Block, qs)>();
       levels[r][0] = words & nibbles;
       levels[r][1] = (words >> 4) & nibbles;
-    }
+    });
     simd::VecF offsets = simd::zero();
     if constexpr (kHasMin) offsets = Records::template fields<offsetof(Block, m)>(records);
     visit(levels, Records::template fields<offsetof(Block, d)>(records), offsets);
@@ -246,11 +254,9 @@ template <ElementType kType, int kTokens>
                                             float (&sums)[kTokens][4]) {
   using Pieces = Int8Pieces<kType>;
   using Weights = Int8Weights<kType>;
-  const std::uint8_t* rows[4] = {first[0], first[1], first[2], first[3]};
+  std::int64_t at = 0;  // bytes of a row that are done
   simd::VecF totals[kTokens] = {};
-  for (std::int64_t c = 0; c < cols; c += Pieces::kColumns) {
-    const auto blocks =
-        static_cast<int>(std::min<std::int64_t>(Pieces::kColumns, cols - c) / Weights::kValues);
+  const auto add_step = [&](int blocks) __attribute__((always_inline)) {
     const auto add_piece = [&](const simd::VecI(&levels)[4][Pieces::kDots], simd::VecF scales,
                                simd::VecF offsets) {
 #pragma GCC unroll 4
@@ -259,11 +265,12 @@ template <ElementType kType, int kTokens>
         simd::VecI unit_sums[4] = {};
 #pragma GCC unroll 2
         for (int k = 0; k < Pieces::kDots; ++k) {
-          const simd::VecI values = simd::load_int32(token + k * simd::kWidth);
-#pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r)
+          // Otherwise each of the four products reads it anew, in the place of a read of weights.
+          const simd::VecI values = simd::in_register(simd::load_int32(token + k * simd::kWidth));
+          for_rows([&]<int r>() {
             unit_sums[r] = Weights::kSigned ? simd::dot_signed(unit_sums[r], levels[r][k], values)
                                             : simd::dot_levels(unit_sums[r], levels[r][k], values);
+          });
         }
         simd::VecI sum = simd::add_groups(unit_sums);
         const float* token_scales = token + Pieces::kDots * simd::kWidth;
@@ -275,9 +282,17 @@ template <ElementType kType, int kTokens>
       }
       prepared += (Pieces::kDots + 2) * simd::kWidth;
     };
+    const std::uint8_t* const rows[4] = {first[0] + at, first[1] + at, first[2] + at,
+                                         first[3] + at};
     Pieces::visit_pieces(rows, blocks, add_piece);
-    for (auto& row : rows) row += Pieces::kStepBytes;
-  }
+    at += Pieces::kStepBytes;
+  };
+  // Whole steps apart: what reads a part of one takes registers from their loop.
+  constexpr auto kBlocks = static_cast<int>(Pieces::kColumns / Weights::kValues);
+  std::int64_t c = 0;
+  for (; c + Pieces::kColumns <= cols; c += Pieces::kColumns) add_step(kBlocks);
+  if constexpr (kBlocks > 1)
+    if (c < cols) add_step(static_cast<int>((cols - c) / Weights::kValues));
 #pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) simd::fold_to_four(totals[t], sums[t]);
 }

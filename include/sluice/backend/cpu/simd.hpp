@@ -292,6 +292,15 @@ struct VecI {
   return a;
 }
 
+[[gnu::always_inline]] inline VecI in_register(VecI a) {
+#if SLUICE_SIMD_AVX512
+  asm("" : "+v"(a.v));
+#elif SLUICE_SIMD_AVX || SLUICE_SIMD_SSE
+  asm("" : "+x"(a.v));
+#endif
+  return a;
+}
+
 /// kWidth consecutive floats.
 [[gnu::always_inline]] inline VecF load(const float* source) {
   VecF result;
@@ -897,8 +906,9 @@ namespace detail {
 #if SLUICE_SIMD_AVX512
 // The bits of the first `count` bytes, 0 <= count, in a mask of 64.
 [[gnu::always_inline]] inline __mmask64 first_bytes(int count) {
-  if (count <= 0) return 0;
-  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1U;
+  // Not by comparing: masks of many rows are made at a time, and branches would keep them in
+  // memory.
+  return _bzhi_u64(~std::uint64_t{0}, static_cast<unsigned>(count < 0 ? 0 : count));
 }
 
 // A permutation of the 16-bit words of the first and the last 64 of the bytes of four records.
@@ -984,15 +994,17 @@ class Records {
 #if SLUICE_SIMD_AVX512
     constexpr int kTail = 4 * kStride - 64;
     const auto* bytes = static_cast<const char*>(source);
+    __m512i head;
     if (count == 4) {
-      head_ = _mm512_loadu_si512(bytes);
+      head = _mm512_loadu_si512(bytes);
       tail_ = _mm512_loadu_si512(bytes + kTail);
     } else {
       const int size = count * kStride;
-      head_ = _mm512_maskz_loadu_epi8(detail::first_bytes(size), bytes);
+      head = _mm512_maskz_loadu_epi8(detail::first_bytes(size), bytes);
       tail_ = _mm512_maskz_loadu_epi8(detail::first_bytes(size - kTail), bytes + kTail);
     }
-    asm("" : "+v"(head_));  // read once, not once per field
+    asm("" : "+v"(head));  // read once, not once per field
+    head_ = head;
 #else
     source_ = static_cast<const char*>(source);
     count_ = count;
@@ -1067,13 +1079,26 @@ class WideRecords {
 #if SLUICE_SIMD_AVX512
     // Each run of two records is within the 64 bytes read for it, and all reads within the records.
     const auto* bytes = static_cast<const char*>(source);
+    __m512i first;
+    __m512i second;
     if (count == 4) {
-      for (int i = 0; i < 4; ++i) parts_[i] = _mm512_loadu_si512(bytes + kStarts[i]);
+      first = _mm512_loadu_si512(bytes + kStarts[0]);
+      second = _mm512_loadu_si512(bytes + kStarts[1]);
+      parts_[2] = _mm512_loadu_si512(bytes + kStarts[2]);
+      parts_[3] = _mm512_loadu_si512(bytes + kStarts[3]);
     } else {
-      for (int i = 0; i < 4; ++i)
-        parts_[i] = _mm512_maskz_loadu_epi8(detail::first_bytes(34 * count - kStarts[i]),
-                                            bytes + kStarts[i]);
+      const auto there = [&](int part) {
+        return _mm512_maskz_loadu_epi8(detail::first_bytes(34 * count - kStarts[part]),
+                                       bytes + kStarts[part]);
+      };
+      first = there(0);
+      second = there(1);
+      parts_[2] = there(2);
+      parts_[3] = there(3);
     }
+    asm("" : "+v"(first), "+v"(second));  // read once, not for the run and the field
+    parts_[0] = first;
+    parts_[1] = second;
 #else
     source_ = static_cast<const char*>(source);
     count_ = count;
