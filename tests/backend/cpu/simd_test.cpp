@@ -462,7 +462,7 @@ TEST(Simd, QuadsOfRows) {
   if constexpr (kWidth >= 4) {
     constexpr int kStride = 37;  // no alignment
     std::mt19937 random(24);
-    std::uint8_t bytes[(kWidth / 4 - 1) * kStride + 16];
+    std::uint8_t bytes[(kWidth / 4 - 1) * kStride + 64];
     for (std::uint8_t& each : bytes) each = static_cast<std::uint8_t>(random());
     const simd::VecI quads = simd::load_quads(bytes, kStride);
     const simd::VecI repeated = simd::repeat_quad(bytes);
@@ -471,6 +471,13 @@ TEST(Simd, QuadsOfRows) {
           std::memcmp(reinterpret_cast<const char*>(&quads) + 16 * g, bytes + g * kStride, 16), 0);
       EXPECT_EQ(std::memcmp(reinterpret_cast<const char*>(&repeated) + 16 * g, bytes, 16), 0);
     }
+    simd::VecI four[4];
+    simd::load_quads(bytes, kStride, four);
+    for (int i = 0; i < 4; ++i)
+      for (int g = 0; g < kWidth / 4; ++g)
+        EXPECT_EQ(std::memcmp(reinterpret_cast<const char*>(&four[i]) + 16 * g,
+                              bytes + g * kStride + 16 * i, 16),
+                  0);
   }
 }
 

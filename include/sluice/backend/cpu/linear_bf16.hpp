@@ -114,6 +114,24 @@ template <int kTokens>
     }
   };
   std::int64_t c = 0;
+  if constexpr (simd::kWidth >= 4) {
+    // Four steps at once: whole lines of every row.
+    for (; c + 4 * kPairStep <= cols; c += 4 * kPairStep) {
+#pragma GCC unroll 2
+      for (int k = 0; k < kPairRegisters; ++k) {
+        simd::VecI pairs[4];
+        simd::load_quads(rows + c * 2 + k * kPairRowsPerRegister * stride, stride, pairs);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          const float* words = prepared + t * prepared_stride + c / 2;
+#pragma GCC unroll 4
+          for (int s = 0; s < 4; ++s)
+            parts[t][k] =
+                simd::dot_pairs(parts[t][k], pairs[s], simd::repeat_quad(words + kPairChains * s));
+        }
+      }
+    }
+  }
   for (; c + kPairStep <= cols; c += kPairStep) step(rows + c * 2, stride, c / 2);
   if (c < cols) {
     std::uint8_t padded[kPairPassRows][kPairStepBytes] = {};
