@@ -724,43 +724,39 @@ inline void fill_panel(const WeightMatrix& weight, std::int64_t row, float* pane
   }
 }
 
-// Brings tokens [num_tokens, cols] into the order [cols, num_tokens].
+// Copies tokens side by side, kWidth columns of each at a time, zeros behind the last column:
+// [blocks of kWidth columns, tokens, kWidth]. The panel kernel reads every value by itself, at
+// distances that it knows, and no two rows meet in a set of a cache whatever their stride was.
 inline void pack_tokens(MatrixView<const float> x, float* packed) {
-  std::int64_t c = 0;
-  for (; c + simd::kWidth <= x.cols; c += simd::kWidth) {
-    for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
-      simd::VecF square[simd::kWidth];
-      for (int t = 0; t < simd::kWidth; ++t)
-        square[t] = simd::load(x.row(std::min(first + t, x.rows - 1)) + c);
-      simd::transpose(square);
-      const std::int64_t count = x.rows - first;
-      for (int i = 0; i < simd::kWidth; ++i) {
-        float* target = packed + (c + i) * x.rows + first;
-        if (count >= simd::kWidth)
-          simd::store(target, square[i]);
-        else
-          simd::store_partial(target, square[i], count);
-      }
-    }
+  for (std::int64_t c = 0; c < x.cols; c += simd::kWidth) {
+    const std::int64_t count = x.cols - c;
+    for (std::int64_t t = 0; t < x.rows; ++t, packed += simd::kWidth)
+      simd::store(packed, count >= simd::kWidth ? simd::load(x.row(t) + c)
+                                                : simd::load_partial(x.row(t) + c, count));
   }
-  for (; c < x.cols; ++c)
-    for (std::int64_t t = 0; t < x.rows; ++t) packed[c * x.rows + t] = x.row(t)[c];
+}
+constexpr std::int64_t packed_tokens_size(std::int64_t cols) {
+  return round_up(cols, simd::kWidth) * kPanelTokens;
 }
 
 // One panel times kTokens packed tokens, for the panel's `num_rows` rows from `row` on.
 template <int kTokens>
 void multiply_panel(const LinearTask& task, const float* panel, const float* packed,
                     std::int64_t row, std::int64_t token) {
+  prefetch_outputs<kPanelRows>(task, row, token, kTokens);
   simd::VecF sums[kTokens][2] = {};
   const std::int64_t cols = task.weight.cols;
-  for (std::int64_t c = 0; c < cols; ++c) {
-    const simd::VecF low = simd::load(panel + c * kPanelRows);
-    const simd::VecF high = simd::load(panel + c * kPanelRows + simd::kWidth);
+  for (std::int64_t c = 0; c < cols; c += simd::kWidth, packed += kTokens * simd::kWidth) {
+    const std::int64_t count = std::min<std::int64_t>(simd::kWidth, cols - c);
+    for (std::int64_t i = 0; i < count; ++i, panel += kPanelRows) {
+      const simd::VecF low = simd::load(panel);
+      const simd::VecF high = simd::load(panel + simd::kWidth);
 #pragma GCC unroll 12
-    for (int t = 0; t < kTokens; ++t) {
-      const simd::VecF value = simd::broadcast(packed[c * kTokens + t]);
-      sums[t][0] = simd::fma(low, value, sums[t][0]);
-      sums[t][1] = simd::fma(high, value, sums[t][1]);
+      for (int t = 0; t < kTokens; ++t) {
+        const simd::VecF value = simd::broadcast(packed[t * simd::kWidth + i]);
+        sums[t][0] = simd::fma(low, value, sums[t][0]);
+        sums[t][1] = simd::fma(high, value, sums[t][1]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -788,10 +784,10 @@ void multiply_panel_any(int tokens, const LinearTask& task, const float* panel, 
     multiply_panel_any<kTokens - 1>(tokens, task, panel, packed, row, token);
 }
 
-// One member's share of one task with many tokens.
-// scratch: [panels_per_tile * kPanelRows * cols + kPanelTokens * cols].
-inline void panel_task(const LinearTask& task, MatrixView<const float> x, float* scratch,
-                       int member, int num_members) {
+// One member's share of one task with many tokens; `next` is the one that follows, or null.
+// scratch: [panels_per_tile * kPanelRows * cols + packed_tokens_size(cols)].
+inline void panel_task(const LinearTask& task, const LinearTask* next, MatrixView<const float> x,
+                       float* scratch, int member, int num_members) {
   const WeightMatrix& weight = task.weight;
   const WorkRange rows = share_of(weight.rows, member, num_members, kPanelRows);
   const std::int64_t panel_size = kPanelRows * weight.cols;
@@ -804,22 +800,31 @@ inline void panel_task(const LinearTask& task, MatrixView<const float> x, float*
     float* panel = scratch;
     for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
       fill_panel(weight, row, panel);
+    const std::int64_t num_panels = (tile_end - tile + kPanelRows - 1) / kPanelRows;
+    Ahead next_rows = rows_ahead(weight, tile_end, next, tile_rows, member, num_members, kPanelRows,
+                                 num_panels * num_groups);
     for (std::int64_t group = 0; group < num_groups; ++group) {
       const WorkRange tokens = share_of(x.rows, group, num_groups);
       const auto count = static_cast<int>(tokens.end - tokens.begin);
       pack_tokens(x.middle_rows(tokens.begin, count), packed);
       panel = scratch;
-      for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
+      for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size) {
+        next_rows.fetch();
         multiply_panel_any<kPanelTokens>(count, task, panel, packed, row, tokens.begin);
+      }
     }
   }
+}
+
+inline const LinearTask* task_after(std::span<const LinearTask> tasks, std::size_t index) {
+  return index + 1 < tasks.size() ? &tasks[index + 1] : nullptr;
 }
 
 // What a workspace for matrices of up to `cols` columns and chunks of up to `tokens` tokens holds.
 SLUICE_KERNEL LinearExtents linear_extents(std::int64_t cols, std::int64_t tokens,
                                            Activations activations) {
   const std::int64_t panels = std::max(kPanelBudget, kPanelRows * cols);
-  const std::int64_t many = panels + kPanelTokens * cols;
+  const std::int64_t many = panels + packed_tokens_size(cols);
   const std::int64_t few = kStreamTokens * max_prepared_size(cols);
   LinearExtents extents;
   extents.int8_chains = kInt8Chains;
@@ -856,9 +861,9 @@ void round_and_multiply(std::span<const LinearTask> tasks, MatrixView<const floa
       }
     });
     team.run([&](int member, int num_members) {
-      for (const LinearTask& task : tasks)
-        Panels::multiply(task, first, tokens, rounded, workspace.member(member), member,
-                         num_members);
+      for (std::size_t i = 0; i < tasks.size(); ++i)
+        Panels::multiply(tasks[i], task_after(tasks, i), first, tokens, rounded,
+                         workspace.member(member), member, num_members);
     });
   }
 }
@@ -947,8 +952,9 @@ inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const floa
         round_and_multiply<PairPanels>(same, x, workspace, team);
       else
         team.run([&](int member, int num_members) {
-          for (const LinearTask& task : same)
-            panel_task(task, x, workspace.member(member), member, num_members);
+          for (std::size_t i = 0; i < same.size(); ++i)
+            panel_task(same[i], task_after(same, i), x, workspace.member(member), member,
+                       num_members);
         });
     });
   }

@@ -275,9 +275,14 @@ struct PairPanels {
   }
   static constexpr std::int64_t group_size(std::int64_t cols) { return pair_group_size(cols); }
 
-  static void round_strip(MatrixView<const float> x, std::int64_t c, float* group) {
+  static void round_strip(const MatrixView<const float>& x, std::int64_t c, float* group) {
     constexpr int kLanes = std::min(kPairTokens, simd::kWidth);
     const std::int64_t end = std::min(c + kStrip, x.cols);
+    const std::int64_t num_steps = pair_steps(x.cols);
+    const std::int64_t steps = pair_steps(end - c);
+    for (int chain = 0; chain < kPairChains; ++chain)
+      prefetch_for_write(group + (chain * num_steps + c / kPairStep) * kPairTokens,
+                         steps * kPairTokens);
     for (; c < end; c += kPairLoad) {
       for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
         simd::VecF square[simd::kWidth];
@@ -300,6 +305,7 @@ struct PairPanels {
     if constexpr (kTokens > kPairGrain)
       if (tokens <= kTokens - kPairGrain)
         return multiply_panel<kTokens - kPairGrain>(tokens, task, panel, group, row, token);
+    prefetch_outputs<kPairRows>(task, row, token, tokens);
     const std::int64_t num_steps = pair_steps(task.weight.cols);
     ChainSums<kPairChains, 2 * kTokens> sums;
     for (int chain = 0; chain < kPairChains; ++chain) {
@@ -335,9 +341,11 @@ struct PairPanels {
     }
   }
 
-  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`.
-  static void multiply(const LinearTask& task, std::int64_t first, std::int64_t tokens,
-                       float* rounded, float* scratch, int member, int num_members) {
+  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`;
+  // `next` is the task that follows, or null.
+  static void multiply(const LinearTask& task, const LinearTask* next, std::int64_t first,
+                       std::int64_t tokens, const float* rounded, float* scratch, int member,
+                       int num_members) {
     const WeightMatrix& weight = task.weight;
     const WorkRange rows = share_of(weight.rows, member, num_members, kPairRows);
     const std::int64_t panel_size = pair_panel_size(weight.cols);
@@ -348,6 +356,9 @@ struct PairPanels {
       float* panel = scratch;
       for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size)
         fill_pair_panel(weight, row, panel);
+      const std::int64_t num_panels = (tile_end - tile + kPairRows - 1) / kPairRows;
+      Ahead next_rows = rows_ahead(weight, tile_end, next, tile_rows, member, num_members,
+                                   kPairRows, num_panels * groups);
       // Groups in blocks that a second-level cache keeps beside the panels.
       const std::int64_t block =
           std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
@@ -356,6 +367,7 @@ struct PairPanels {
         for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size) {
           for (std::int64_t g = begin; g < std::min(begin + block, groups); ++g) {
             const WorkRange range = share_of(tokens, g, groups);
+            next_rows.fetch();
             multiply_panel<kPairTokens>(static_cast<int>(range.end - range.begin), task, panel,
                                         rounded + g * group_size(weight.cols), row,
                                         first + range.begin);

@@ -166,10 +166,28 @@ struct Int8Weights<ElementType::kQ6_K> : Int8WeightsDefaults {
   }
 };
 
+// The rule of rounding, for one block a lane whose largest magnitude is there.
+struct ActivationScale {
+  simd::VecF inverse;
+  simd::VecF scale;
+
+  [[gnu::always_inline]] explicit ActivationScale(simd::VecF a) {
+    const simd::VecF range = simd::broadcast(127.0F);
+    const simd::VecF smallest = simd::broadcast(0x1p-96F);  // 127 / a stays within float32
+    inverse = simd::select_less(a, smallest, simd::zero(), range / a);
+    // a - a makes the scale NaN where a is not finite; the levels are then of no account.
+    scale = simd::select_less(a, smallest, simd::zero(), a / range + (a - a));
+  }
+  // The level in the lowest byte: adding 1.5 * 2^23 rounds to an integer and leaves it in the
+  // mantissa's.
+  [[gnu::always_inline]] static simd::VecF rounded(simd::VecF value, simd::VecF inverse) {
+    return simd::fma(value, inverse, simd::broadcast(12582912.0F));
+  }
+};
+
 // Rounds one block of 32 activations for each lane: lane i's values are at x + i * x_stride, its
 // levels go to levels + i * level_stride, its scale to lane i of the result. Lanes from `count` on
 // repeat the last one. 1 <= count <= kWidth.
-inline constexpr int kInt8Strip = 64;
 [[gnu::always_inline]] inline simd::VecF quantise_activations(const float* x, std::int64_t x_stride,
                                                               std::int64_t count,
                                                               std::int8_t* levels,
@@ -187,23 +205,19 @@ inline constexpr int kInt8Strip = 64;
   simd::transpose(square);
   simd::VecI bits = simd::bits_as_int(square[0]);
   for (int i = 1; i < simd::kWidth; ++i) bits = simd::max(bits, simd::bits_as_int(square[i]));
-  const simd::VecF a = simd::bits_as_float(bits);
-  const simd::VecF range = simd::broadcast(127.0F);
-  const simd::VecF smallest = simd::broadcast(0x1p-96F);  // 127 / a stays within float32
+  const ActivationScale scale(simd::bits_as_float(bits));
   alignas(64) float inverses[simd::kWidth];
-  simd::store(inverses, simd::select_less(a, smallest, simd::zero(), range / a));
-  // Adding 1.5 * 2^23 rounds to an integer and leaves its low byte in the mantissa's.
-  const simd::VecF magic = simd::broadcast(12582912.0F);
+  simd::store(inverses, scale.inverse);
   for (int i = 0; i < simd::kWidth; ++i) {
     const float* values = x + std::min<std::int64_t>(i, count - 1) * x_stride;
     const simd::VecF inverse = simd::broadcast(inverses[i]);
 #pragma GCC unroll 8
     for (int k = 0; k < 32; k += simd::kWidth)
-      simd::store_low_bytes(levels + i * level_stride + k,
-                            simd::bits_as_int(simd::fma(simd::load(values + k), inverse, magic)));
+      simd::store_low_bytes(
+          levels + i * level_stride + k,
+          simd::bits_as_int(ActivationScale::rounded(simd::load(values + k), inverse)));
   }
-  // a - a makes the scale NaN where a is not finite; the levels are then of no account.
-  return simd::select_less(a, smallest, simd::zero(), a / range + (a - a));
+  return scale.scale;
 }
 
 // What a unit's sum of products starts with, or what its weights' offsets are multiplied with.
@@ -262,51 +276,74 @@ constexpr std::int64_t int8_group_bound(std::int64_t cols) {
   return round_up(cols, 32) / 16 * kInt8Tokens * 6;
 }
 
+// Rounds a block of 32 columns of kWidth tokens, lane t's being those of rows[t]: the levels' words
+// of four columns, and the scales as quantise_activations() gives them. Everything happens across
+// lanes, so that no lane's levels are written and read back in other pieces.
+[[gnu::always_inline]] inline simd::VecF quantise_tokens(const float* const (&rows)[simd::kWidth],
+                                                         std::int64_t column,
+                                                         simd::VecI (&words)[8]) {
+  simd::VecF columns[32];
+  simd::VecI largest = simd::broadcast(std::int32_t{0});
+  for (int i = 0; i < 32; i += simd::kWidth) {
+    simd::VecF square[simd::kWidth];
+    for (int t = 0; t < simd::kWidth; ++t) square[t] = simd::load(rows[t] + column + i);
+    simd::transpose(square);
+    for (int k = 0; k < simd::kWidth; ++k) {
+      largest = simd::max(largest, simd::bits_as_int(simd::abs(square[k])));
+      columns[i + k] = square[k];
+    }
+  }
+  const ActivationScale scale(simd::bits_as_float(largest));
+  const simd::VecI byte = simd::broadcast(std::int32_t{255});
+  for (int w = 0; w < 8; ++w) {
+    const auto level = [&](int k) {
+      return simd::bits_as_int(scale.rounded(columns[4 * w + k], scale.inverse));
+    };
+    words[w] =
+        (level(0) & byte) | ((level(1) & byte) << 8) | ((level(2) & byte) << 16) | (level(3) << 24);
+  }
+  return scale.scale;
+}
+
+// Columns that are rounded together.
+inline constexpr int kInt8Strip = 64;
+
 // Rounds the columns c ... c + kInt8Strip - 1 of a group's tokens.
 template <class Weights>
-void fill_group(MatrixView<const float> x, std::int64_t c, float* group) {
+void fill_group(const MatrixView<const float>& x, std::int64_t c, float* group) {
   constexpr int kUnit = Weights::kUnit;
   constexpr int kWords = kUnit / 4;
-  // Tokens of a four that a register holds.
-  constexpr int kTogether = std::min(kInt8Four, simd::kWidth);
-  alignas(64) std::int8_t strip[simd::kWidth][kInt8Strip];
-  alignas(64) float words[kInt8Strip / 4][simd::kWidth];
+  const std::int64_t num_units = x.cols / kUnit;
+  const std::int64_t end = std::min(c + kInt8Strip, x.cols);
+  for (std::int64_t unit = c / kUnit; unit < end / kUnit; ++unit) {
+    const UnitPlace place = place_of_unit<Weights>(unit, num_units);
+    for (std::int64_t f = 0; f * kInt8Four < x.rows; ++f)
+      prefetch_for_write(group + (place.first * kInt8Fours + f * place.count + place.index) *
+                                     kInt8FourUnit<Weights>,
+                         kInt8FourUnit<Weights>);
+  }
   const simd::VecI ones = simd::broadcast(std::int32_t{0x01010101});
-  const auto count = static_cast<int>(std::min<std::int64_t>(kInt8Strip, x.cols - c));
   for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
-    simd::VecF scales[kInt8Strip / 32];
-    for (int i = 0; i < count; i += 32)
-      scales[i / 32] = quantise_activations(x.row(first) + c + i, x.stride, x.rows - first,
-                                            strip[0] + i, kInt8Strip);
-    for (int i = 0; i < count; i += 4 * simd::kWidth) {
-      simd::VecF square[simd::kWidth];
-      for (int t = 0; t < simd::kWidth; ++t)
-        square[t] = simd::bits_as_float(simd::load_int32(strip[t] + i));
-      simd::transpose(square);
-      const int num_words = std::min(simd::kWidth, (count - i) / 4);
-      for (int k = 0; k < num_words; ++k) simd::store(words[i / 4 + k], square[k]);
-    }
-    for (int i = 0; i < count; i += kUnit) {
-      const UnitPlace place = place_of_unit<Weights>((c + i) / kUnit, x.cols / kUnit);
-      float* unit = group + (place.first * kInt8Fours + place.index) * kInt8FourUnit<Weights>;
-      const auto put = [&](int row, const float* lanes) {
-        for (int t = 0; t < simd::kWidth; t += kTogether) {
-          const std::int64_t token = first + t;
-          std::memcpy(unit + token / kInt8Four * place.count * kInt8FourUnit<Weights> +
-                          row * kInt8Four + token % kInt8Four,
-                      lanes + t, kTogether * sizeof(float));
+    const float* rows[simd::kWidth];
+    // Lanes without a token repeat the last one.
+    for (int t = 0; t < simd::kWidth; ++t) rows[t] = x.row(std::min(first + t, x.rows - 1));
+    for (std::int64_t column = c; column < end; column += 32) {
+      simd::VecI words[8];
+      const simd::VecF scale = quantise_tokens(rows, column, words);
+      for (int i = 0; i < 32; i += kUnit) {
+        const UnitPlace place = place_of_unit<Weights>((column + i) / kUnit, num_units);
+        const std::int64_t four_size = place.count * kInt8FourUnit<Weights>;
+        float* unit = group + (place.first * kInt8Fours + place.index) * kInt8FourUnit<Weights> +
+                      first / kInt8Four * four_size + first % kInt8Four;
+        simd::VecI sum = simd::broadcast(std::int32_t{0});
+        for (int k = 0; k < kWords; ++k) {
+          simd::store_quads(unit + k * kInt8Four, four_size, simd::bits_as_float(words[i / 4 + k]));
+          sum = simd::dot_levels(sum, ones, words[i / 4 + k]);
         }
-      };
-      alignas(64) float lanes[simd::kWidth];
-      simd::VecI sum = simd::broadcast(std::int32_t{0});
-      for (int k = 0; k < kWords; ++k) {
-        put(k, words[i / 4 + k]);
-        sum = simd::dot_levels(sum, ones, simd::load_int32(words[i / 4 + k]));
+        simd::store_quads(unit + kWords * kInt8Four, four_size, scale);
+        simd::store_quads(unit + (kWords + 1) * kInt8Four, four_size,
+                          unit_offset<Weights>(sum, scale));
       }
-      simd::store(lanes, scales[i / 32]);
-      put(kWords, lanes);
-      simd::store(lanes, unit_offset<Weights>(sum, scales[i / 32]));
-      put(kWords + 1, lanes);
     }
   }
 }
@@ -319,7 +356,6 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
   alignas(64) std::uint8_t strip[kInt8Rows][kStrip];
   alignas(64) float scales[kStrip / kUnit][kInt8Rows];
   alignas(64) float offsets[kStrip / kUnit][kInt8Rows];
-  alignas(64) float words[kStrip / 4][kInt8Rows];
   const std::int64_t num_rows = std::min<std::int64_t>(kInt8Rows, weight.rows - row);
   const std::int64_t row_bytes = weight.row_bytes();
   if (num_rows < kInt8Rows) {
@@ -343,6 +379,10 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
         block += storage_bytes(weight.type, Weights::kValues);
       }
     }
+    const auto unit_at = [&](int column) {
+      const UnitPlace place = place_of_unit<Weights>((c + column) / kUnit, weight.cols / kUnit);
+      return panel + (place.first + place.index) * kInt8PanelUnit<Weights>;
+    };
     for (int i = 0; i < count; i += 4 * simd::kWidth) {
       for (int side = 0; side < kInt8Rows; side += simd::kWidth) {
         simd::VecF square[simd::kWidth];
@@ -350,16 +390,17 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
           square[r] = simd::bits_as_float(simd::load_int32(strip[side + r] + i));
         simd::transpose(square);
         const int num_words = std::min(simd::kWidth, (count - i) / 4);
-        for (int k = 0; k < num_words; ++k) simd::store(words[i / 4 + k] + side, square[k]);
+        for (int k = 0; k < num_words; ++k) {
+          const int column = i + 4 * k;
+          simd::store(unit_at(column) + column % kUnit / 4 * kInt8Rows + side, square[k]);
+        }
       }
     }
     for (int i = 0; i < count; i += kUnit) {
-      const UnitPlace place = place_of_unit<Weights>((c + i) / kUnit, weight.cols / kUnit);
-      float* unit = panel + (place.first + place.index) * kInt8PanelUnit<Weights>;
-      std::memcpy(unit, words[i / 4], kUnit / 4 * sizeof(words[0]));
-      std::memcpy(unit + kUnit / 4 * kInt8Rows, scales[i / kUnit], sizeof(scales[0]));
+      float* unit = unit_at(i) + kUnit / 4 * kInt8Rows;
+      std::memcpy(unit, scales[i / kUnit], sizeof(scales[0]));
       if constexpr (Weights::kHasOffset)
-        std::memcpy(unit + (kUnit / 4 + 1) * kInt8Rows, offsets[i / kUnit], sizeof(offsets[0]));
+        std::memcpy(unit + kInt8Rows, offsets[i / kUnit], sizeof(offsets[0]));
     }
   }
 }
@@ -425,6 +466,7 @@ void multiply_int8_panel(std::int64_t tokens, const LinearTask& task, const floa
                          const float* group, std::int64_t row, std::int64_t token) {
   constexpr int kSums = kInt8Four * kInt8Vectors;
   const std::int64_t num_units = task.weight.cols / Weights::kUnit;
+  prefetch_outputs<kInt8Rows>(task, row, token, tokens);
   ChainSums<kInt8Chains, kSums> fours[kInt8Fours];
   for (int i = 0; i < kInt8Chains; ++i) {
     const int chain = chain_in_order(i, kInt8Chains);
@@ -471,13 +513,15 @@ struct Int8Panels {
     return int8_group_size<Weights>(cols);
   }
 
-  static void round_strip(MatrixView<const float> x, std::int64_t c, float* group) {
+  static void round_strip(const MatrixView<const float>& x, std::int64_t c, float* group) {
     fill_group<Weights>(x, c, group);
   }
 
-  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`.
-  static void multiply(const LinearTask& task, std::int64_t first, std::int64_t tokens,
-                       float* rounded, float* scratch, int member, int num_members) {
+  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`;
+  // `next` is the task that follows, or null.
+  static void multiply(const LinearTask& task, const LinearTask* next, std::int64_t first,
+                       std::int64_t tokens, const float* rounded, float* scratch, int member,
+                       int num_members) {
     const WeightMatrix& weight = task.weight;
     const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
     const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
@@ -488,6 +532,9 @@ struct Int8Panels {
       float* panel = scratch;
       for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
         fill_int8_panel<Weights>(weight, row, panel);
+      const std::int64_t num_panels = (tile_end - tile + kInt8Rows - 1) / kInt8Rows;
+      Ahead next_rows = rows_ahead(weight, tile_end, next, tile_rows, member, num_members,
+                                   kInt8Rows, num_panels * groups);
       // Groups in blocks that a second-level cache keeps beside the panels.
       const std::int64_t block =
           std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));
@@ -496,6 +543,7 @@ struct Int8Panels {
         for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size) {
           for (std::int64_t g = begin; g < std::min(begin + block, groups); ++g) {
             const WorkRange range = share_of(tokens, g, groups);
+            next_rows.fetch();
             multiply_int8_panel<Weights>(range.end - range.begin, task, panel,
                                          rounded + g * group_size(weight.cols), row,
                                          first + range.begin);

@@ -3,12 +3,14 @@
 /// (rounded ones) share.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
 #include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/threads.hpp"
+#include "sluice/nn/weight_matrix.hpp"
 
 namespace sluice::detail {
 
@@ -49,6 +51,65 @@ struct StreamRows {
 }
 // Floats of rounded tokens that several panels visit in turn: 256 KiB.
 inline constexpr std::int64_t kRoundedBudget = 64 * 1024;
+
+/// Memory that is read soon, fetched a few lines at a time between products: members that convert
+/// rows at the same time all wait for memory, and leave it idle while they multiply.
+class Ahead {
+ public:
+  Ahead() = default;
+  /// `times`: how often fetch() will be called.
+  Ahead(const void* begin, std::int64_t bytes, std::int64_t times)
+      : line_(static_cast<const std::uint8_t*>(begin)),
+        lines_((bytes + kLine - 1) / kLine),
+        lines_at_once_(lines_ / std::max<std::int64_t>(times, 1) + 1) {}
+
+  void fetch() {
+    for (std::int64_t i = std::min(lines_at_once_, lines_); i > 0; --i, --lines_, line_ += kLine)
+      simd::prefetch_far(line_);
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;  // bytes
+
+  const std::uint8_t* line_ = nullptr;
+  std::int64_t lines_ = 0;
+  std::int64_t lines_at_once_ = 0;
+};
+
+// The stored rows of a member's next tile, where it has come to row `done` of its share of a
+// matrix; behind the share its first tile of `next` (null: nothing). `grain`: of the shares.
+inline Ahead rows_ahead(const WeightMatrix& weight, std::int64_t done, const LinearTask* next,
+                        std::int64_t tile_rows, int member, int num_members, std::int64_t grain,
+                        std::int64_t times) {
+  const WeightMatrix* matrix = &weight;
+  std::int64_t begin = done;
+  std::int64_t end = share_of(weight.rows, member, num_members, grain).end;
+  if (begin >= end && next != nullptr) {
+    matrix = &next->weight;
+    const WorkRange rows = share_of(matrix->rows, member, num_members, grain);
+    begin = rows.begin;
+    end = rows.end;
+  }
+  if (begin >= end) return {};
+  return {static_cast<const std::uint8_t*>(matrix->data) + begin * matrix->row_bytes(),
+          std::min(end - begin, tile_rows) * matrix->row_bytes(), times};
+}
+
+// Fetches `count` floats that will be written, which another member may have read last.
+[[gnu::always_inline]] inline void prefetch_for_write(const float* floats, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += 16) simd::prefetch_for_write(floats + i);
+  simd::prefetch_for_write(floats + count - 1);
+}
+
+// Fetches what a panel's products will be written to, the rows row ... row + kRows - 1 of `tokens`
+// tokens from `token` on, before they are formed: outputs are far apart and in no near cache.
+template <int kRows>
+[[gnu::always_inline]] inline void prefetch_outputs(const LinearTask& task, std::int64_t row,
+                                                    std::int64_t token, std::int64_t tokens) {
+  for (std::int64_t t = 0; t < tokens; ++t)
+    for (int r = 0; r < kRows; r += 16)
+      if (row + r < task.weight.rows) simd::prefetch_for_write(task.y.row(token + t) + row + r);
+}
 
 template <int kRows, int kTokens>
 [[gnu::always_inline]] inline void reduce_all(const simd::VecF (&sums)[kRows][kTokens],

@@ -1585,6 +1585,28 @@ class RowBytes {
 #endif
 };
 
+/// Lanes 4 g to 4 g + 3 go to target + g * stride, for each of the kWidth / 4 groups; the lane of a
+/// narrower register to target.
+[[gnu::always_inline]] inline void store_quads(float* target, [[maybe_unused]] std::int64_t stride,
+                                               VecF value) {
+#if SLUICE_SIMD_AVX512
+  const auto wide = detail::bits_as<__m512>(value.v);
+  const auto quad = [&](int g, __m128 lanes) {
+    _mm_storeu_ps(target + g * stride, lanes);
+  };
+  quad(0, _mm512_maskz_extractf32x4_ps(detail::kAllOfEight, wide, 0));
+  quad(1, _mm512_maskz_extractf32x4_ps(detail::kAllOfEight, wide, 1));
+  quad(2, _mm512_maskz_extractf32x4_ps(detail::kAllOfEight, wide, 2));
+  quad(3, _mm512_maskz_extractf32x4_ps(detail::kAllOfEight, wide, 3));
+#elif SLUICE_SIMD_AVX
+  const auto wide = detail::bits_as<__m256>(value.v);
+  _mm_storeu_ps(target, _mm256_castps256_ps128(wide));
+  _mm_storeu_ps(target + stride, _mm256_extractf128_ps(wide, 1));
+#else
+  store(target, value);
+#endif
+}
+
 /// Starts loading the cache line at `address` for reading. Never faults.
 [[gnu::always_inline]] inline void prefetch(const void* address) {
 #if SLUICE_HAS_VECTOR_EXTENSIONS
@@ -1594,7 +1616,16 @@ class RowBytes {
 #endif
 }
 
-/// The same, but only as far as the second-level cache: for what is not used at once.
+/// The same for a line that will be written.
+[[gnu::always_inline]] inline void prefetch_for_write(const void* address) {
+#if SLUICE_HAS_VECTOR_EXTENSIONS
+  __builtin_prefetch(address, 1, 3);
+#else
+  static_cast<void>(address);
+#endif
+}
+
+/// As prefetch(), but only as far as the second-level cache: for what is not used at once.
 [[gnu::always_inline]] inline void prefetch_far(const void* address) {
 #if SLUICE_HAS_VECTOR_EXTENSIONS
   __builtin_prefetch(address, 0, 2);
