@@ -315,6 +315,7 @@ void fill_group(const MatrixView<const float>& x, std::int64_t c, float* group) 
   constexpr int kWords = kUnit / 4;
   const std::int64_t num_units = x.cols / kUnit;
   const std::int64_t end = std::min(c + kInt8Strip, x.cols);
+  prefetch_columns<kInt8Strip>(x, end);
   for (std::int64_t unit = c / kUnit; unit < end / kUnit; ++unit) {
     const UnitPlace place = place_of_unit<Weights>(unit, num_units);
     for (std::int64_t f = 0; f * kInt8Four < x.rows; ++f)
@@ -379,28 +380,31 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
         block += storage_bytes(weight.type, Weights::kValues);
       }
     }
-    const auto unit_at = [&](int column) {
-      const UnitPlace place = place_of_unit<Weights>((c + column) / kUnit, weight.cols / kUnit);
-      return panel + (place.first + place.index) * kInt8PanelUnit<Weights>;
-    };
+    float* units[kStrip / kUnit];
+    for (int i = 0; i < count; i += kUnit) {
+      const UnitPlace place = place_of_unit<Weights>((c + i) / kUnit, weight.cols / kUnit);
+      float* unit = panel + (place.first + place.index) * kInt8PanelUnit<Weights>;
+      units[i / kUnit] = unit;
+      std::memcpy(unit + kUnit / 4 * kInt8Rows, scales[i / kUnit], sizeof(scales[0]));
+      if constexpr (Weights::kHasOffset)
+        std::memcpy(unit + (kUnit / 4 + 1) * kInt8Rows, offsets[i / kUnit], sizeof(offsets[0]));
+    }
     for (int i = 0; i < count; i += 4 * simd::kWidth) {
       for (int side = 0; side < kInt8Rows; side += simd::kWidth) {
         simd::VecF square[simd::kWidth];
         for (int r = 0; r < simd::kWidth; ++r)
           square[r] = simd::bits_as_float(simd::load_int32(strip[side + r] + i));
         simd::transpose(square);
-        const int num_words = std::min(simd::kWidth, (count - i) / 4);
-        for (int k = 0; k < num_words; ++k) {
+        // Words that follow one another in a unit.
+        constexpr int kTogether = std::min(simd::kWidth, kUnit / 4);
+        for (int k = 0; k < simd::kWidth; k += kTogether) {
           const int column = i + 4 * k;
-          simd::store(unit_at(column) + column % kUnit / 4 * kInt8Rows + side, square[k]);
+          if (column >= count) break;
+          float* target = units[column / kUnit] + column % kUnit / 4 * kInt8Rows + side;
+#pragma GCC unroll 8
+          for (int w = 0; w < kTogether; ++w) simd::store(target + w * kInt8Rows, square[k + w]);
         }
       }
-    }
-    for (int i = 0; i < count; i += kUnit) {
-      float* unit = unit_at(i) + kUnit / 4 * kInt8Rows;
-      std::memcpy(unit, scales[i / kUnit], sizeof(scales[0]));
-      if constexpr (Weights::kHasOffset)
-        std::memcpy(unit + kInt8Rows, offsets[i / kUnit], sizeof(offsets[0]));
     }
   }
 }

@@ -10,6 +10,7 @@
 #include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/backend/cpu/simd.hpp"
 #include "sluice/core/threads.hpp"
+#include "sluice/core/view.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 
 namespace sluice::detail {
@@ -99,6 +100,15 @@ inline Ahead rows_ahead(const WeightMatrix& weight, std::int64_t done, const Lin
 [[gnu::always_inline]] inline void prefetch_for_write(const float* floats, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += 16) simd::prefetch_for_write(floats + i);
   simd::prefetch_for_write(floats + count - 1);
+}
+
+// Fetches the columns c ... c + kColumns - 1 of tokens, runs too short for the processor to see.
+// Columns that a row does not have do no harm.
+template <int kColumns>
+[[gnu::always_inline]] inline void prefetch_columns(const MatrixView<const float>& x,
+                                                    std::int64_t c) {
+  for (std::int64_t t = 0; t < x.rows; ++t)
+    for (int i = 0; i < kColumns; i += 16) simd::prefetch(x.row(t) + c + i);
 }
 
 // Fetches what a panel's products will be written to, the rows row ... row + kRows - 1 of `tokens`
