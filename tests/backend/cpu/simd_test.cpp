@@ -4,6 +4,7 @@
 #include "sluice/backend/cpu/simd.hpp"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -479,6 +480,21 @@ TEST(Simd, QuadsOfRows) {
                               bytes + g * kStride + 16 * i, 16),
                   0);
   }
+}
+
+TEST(Simd, QuadsToRows) {
+  constexpr int kGroups = std::max(1, kWidth / 4);
+  constexpr int kLanes = kWidth / kGroups;  // of a group
+  constexpr int kStride = 7;
+  float lanes[kWidth];
+  for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<float>(i + 1);
+  std::array<float, kGroups * kStride> rows{};
+  simd::store_quads(rows.data(), kStride, simd::load(lanes));
+  for (int g = 0; g < kGroups; ++g)
+    for (int i = 0; i < kStride; ++i) {
+      const float expected = i < kLanes ? lanes[g * kLanes + i] : 0.0F;
+      EXPECT_EQ(rows[static_cast<std::size_t>(g * kStride + i)], expected);
+    }
 }
 
 TEST(Simd, LowBytesAndIntegerMaxima) {

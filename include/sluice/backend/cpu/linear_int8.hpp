@@ -230,11 +230,6 @@ template <class Weights>
 }
 
 // Units stand chain by chain in panels and groups, so that each is read from end to end.
-struct UnitPlace {
-  std::int64_t first;  // units of the chains before
-  std::int64_t count;  // units of the chain
-  std::int64_t index;  // the unit's place among them
-};
 template <class Weights>
 constexpr std::int64_t units_before(std::int64_t num_units, int chain) {
   constexpr std::int64_t kRun = Weights::kChainUnits;
@@ -242,12 +237,10 @@ constexpr std::int64_t units_before(std::int64_t num_units, int chain) {
   return num_units / kRound * kRun * chain + std::min(num_units % kRound, kRun * chain);
 }
 template <class Weights>
-constexpr UnitPlace place_of_unit(std::int64_t unit, std::int64_t num_units) {
+constexpr std::int64_t place_of_unit(std::int64_t unit, std::int64_t num_units) {
   constexpr std::int64_t kRun = Weights::kChainUnits;
   const auto chain = static_cast<int>(unit / kRun % kInt8Chains);
-  const std::int64_t first = units_before<Weights>(num_units, chain);
-  return {first, units_before<Weights>(num_units, chain + 1) - first,
-          unit / (kRun * kInt8Chains) * kRun + unit % kRun};
+  return units_before<Weights>(num_units, chain) + unit / (kRun * kInt8Chains) * kRun + unit % kRun;
 }
 
 /// A panel: for each unit its words of four levels, its scales and, where a type has them, its
@@ -263,13 +256,15 @@ constexpr std::int64_t int8_panel_size(std::int64_t cols) {
 /// A group: up to kInt8Tokens rounded tokens, in fours that the panel kernel multiplies at a time.
 /// For each unit its words, then the scales, then what a sum of products of levels starts with
 /// (int32) or what the weights' offsets are multiplied with (float).
-/// [chains, fours, units of the chain, kUnit / 4 + 2, 4]
+/// [chains, units of the chain, fours, kUnit / 4 + 2, 4]
 inline constexpr int kInt8Fours = kInt8Tokens / kInt8Four;
 template <class Weights>
 inline constexpr std::int64_t kInt8FourUnit = kInt8Four*(Weights::kUnit / 4 + 2);
 template <class Weights>
+inline constexpr std::int64_t kInt8GroupUnit = kInt8Fours* kInt8FourUnit<Weights>;
+template <class Weights>
 constexpr std::int64_t int8_group_size(std::int64_t cols) {
-  return cols / Weights::kUnit * kInt8Fours * kInt8FourUnit<Weights>;
+  return cols / Weights::kUnit * kInt8GroupUnit<Weights>;
 }
 // At least that for any type.
 constexpr std::int64_t int8_group_bound(std::int64_t cols) {
@@ -317,11 +312,8 @@ void fill_group(const MatrixView<const float>& x, std::int64_t c, float* group) 
   const std::int64_t end = std::min(c + kInt8Strip, x.cols);
   prefetch_columns<kInt8Strip>(x, end);
   for (std::int64_t unit = c / kUnit; unit < end / kUnit; ++unit) {
-    const UnitPlace place = place_of_unit<Weights>(unit, num_units);
-    for (std::int64_t f = 0; f * kInt8Four < x.rows; ++f)
-      prefetch_for_write(group + (place.first * kInt8Fours + f * place.count + place.index) *
-                                     kInt8FourUnit<Weights>,
-                         kInt8FourUnit<Weights>);
+    const std::int64_t place = place_of_unit<Weights>(unit, num_units);
+    prefetch_for_write(group + place * kInt8GroupUnit<Weights>, kInt8GroupUnit<Weights>);
   }
   const simd::VecI ones = simd::broadcast(std::int32_t{0x01010101});
   for (std::int64_t first = 0; first < x.rows; first += simd::kWidth) {
@@ -332,17 +324,17 @@ void fill_group(const MatrixView<const float>& x, std::int64_t c, float* group) 
       simd::VecI words[8];
       const simd::VecF scale = quantise_tokens(rows, column, words);
       for (int i = 0; i < 32; i += kUnit) {
-        const UnitPlace place = place_of_unit<Weights>((column + i) / kUnit, num_units);
-        const std::int64_t four_size = place.count * kInt8FourUnit<Weights>;
-        float* unit = group + (place.first * kInt8Fours + place.index) * kInt8FourUnit<Weights> +
-                      first / kInt8Four * four_size + first % kInt8Four;
+        const std::int64_t place = place_of_unit<Weights>((column + i) / kUnit, num_units);
+        float* unit = group + place * kInt8GroupUnit<Weights> +
+                      first / kInt8Four * kInt8FourUnit<Weights> + first % kInt8Four;
         simd::VecI sum = simd::broadcast(std::int32_t{0});
         for (int k = 0; k < kWords; ++k) {
-          simd::store_quads(unit + k * kInt8Four, four_size, simd::bits_as_float(words[i / 4 + k]));
+          simd::store_quads(unit + k * kInt8Four, kInt8FourUnit<Weights>,
+                            simd::bits_as_float(words[i / 4 + k]));
           sum = simd::dot_levels(sum, ones, words[i / 4 + k]);
         }
-        simd::store_quads(unit + kWords * kInt8Four, four_size, scale);
-        simd::store_quads(unit + (kWords + 1) * kInt8Four, four_size,
+        simd::store_quads(unit + kWords * kInt8Four, kInt8FourUnit<Weights>, scale);
+        simd::store_quads(unit + (kWords + 1) * kInt8Four, kInt8FourUnit<Weights>,
                           unit_offset<Weights>(sum, scale));
       }
     }
@@ -382,8 +374,8 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
     }
     float* units[kStrip / kUnit];
     for (int i = 0; i < count; i += kUnit) {
-      const UnitPlace place = place_of_unit<Weights>((c + i) / kUnit, weight.cols / kUnit);
-      float* unit = panel + (place.first + place.index) * kInt8PanelUnit<Weights>;
+      const std::int64_t place = place_of_unit<Weights>((c + i) / kUnit, weight.cols / kUnit);
+      float* unit = panel + place * kInt8PanelUnit<Weights>;
       units[i / kUnit] = unit;
       std::memcpy(unit + kUnit / 4 * kInt8Rows, scales[i / kUnit], sizeof(scales[0]));
       if constexpr (Weights::kHasOffset)
@@ -409,7 +401,8 @@ void fill_int8_panel(const WeightMatrix& weight, std::int64_t row, float* panel)
   }
 }
 
-// sums[t * kInt8Vectors + v] = `count` units of a panel's rows v times token t of four.
+// sums[t * kInt8Vectors + v] = `count` units of a panel's rows v times token t of a four of a
+// group.
 template <class Weights>
 [[gnu::always_inline]] inline void add_chain(const float* panel, const float* four,
                                              std::int64_t count,
@@ -458,7 +451,7 @@ template <class Weights>
             simd::fma(simd::load(scales + kInt8Rows), simd::broadcast(token[kInt8Four]), sums[k]);
     }
     panel += kInt8PanelUnit<Weights>;
-    four += kInt8FourUnit<Weights>;
+    four += kInt8GroupUnit<Weights>;
   }
 }
 
@@ -476,8 +469,8 @@ void multiply_int8_panel(std::int64_t tokens, const LinearTask& task, const floa
     const int chain = chain_in_order(i, kInt8Chains);
     const std::int64_t first = units_before<Weights>(num_units, chain);
     const std::int64_t count = units_before<Weights>(num_units, chain + 1) - first;
-    const float* four = group + first * kInt8Fours * kInt8FourUnit<Weights>;
-    for (int f = 0; f * kInt8Four < tokens; ++f, four += count * kInt8FourUnit<Weights>) {
+    const float* four = group + first * kInt8GroupUnit<Weights>;
+    for (int f = 0; f * kInt8Four < tokens; ++f, four += kInt8FourUnit<Weights>) {
       simd::VecF sums[kSums];
       add_chain<Weights>(panel + first * kInt8PanelUnit<Weights>, four, count, sums);
       fours[f].add(i, sums);
