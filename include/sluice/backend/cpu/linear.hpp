@@ -784,12 +784,12 @@ void multiply_panel_any(int tokens, const LinearTask& task, const float* panel, 
     multiply_panel_any<kTokens - 1>(tokens, task, panel, packed, row, token);
 }
 
-// One member's share of one task with many tokens; `next` is the one that follows, or null.
+// A share of one task with many tokens; `next` is what the member takes then.
 // scratch: [panels_per_tile * kPanelRows * cols + packed_tokens_size(cols)].
-inline void panel_task(const LinearTask& task, const LinearTask* next, MatrixView<const float> x,
-                       float* scratch, int member, int num_members) {
+inline void panel_task(const LinearTask& task, const ShareRows& share, const ShareRows& next,
+                       MatrixView<const float> x, float* scratch) {
   const WeightMatrix& weight = task.weight;
-  const WorkRange rows = share_of(weight.rows, member, num_members, kPanelRows);
+  const WorkRange rows = share.rows;
   const std::int64_t panel_size = kPanelRows * weight.cols;
   const std::int64_t tile_rows = panels_per_tile(weight.cols) * kPanelRows;
   float* packed = scratch + panels_per_tile(weight.cols) * panel_size;
@@ -801,8 +801,7 @@ inline void panel_task(const LinearTask& task, const LinearTask* next, MatrixVie
     for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
       fill_panel(weight, row, panel);
     const std::int64_t num_panels = (tile_end - tile + kPanelRows - 1) / kPanelRows;
-    Ahead next_rows = rows_ahead(weight, tile_end, next, tile_rows, member, num_members, kPanelRows,
-                                 num_panels * num_groups);
+    Ahead next_rows = share.ahead(tile_end, next, tile_rows, num_panels * num_groups);
     for (std::int64_t group = 0; group < num_groups; ++group) {
       const WorkRange tokens = share_of(x.rows, group, num_groups);
       const auto count = static_cast<int>(tokens.end - tokens.begin);
@@ -816,8 +815,29 @@ inline void panel_task(const LinearTask& task, const LinearTask* next, MatrixVie
   }
 }
 
-inline const LinearTask* task_after(std::span<const LinearTask> tasks, std::size_t index) {
-  return index + 1 < tasks.size() ? &tasks[index + 1] : nullptr;
+// Shares of each member that rows are cut into: members that do not advance alike take them from
+// one another. Float tokens are copied once a share and tile, so that more of them would cost.
+inline constexpr std::int64_t kRoundedShares = 4;
+inline constexpr std::int64_t kFloatShares = 2;
+
+// Calls use(task, rows, rows that come next, member) for every share of every task.
+template <class Use>
+void deal_shares(ThreadTeam& team, std::int64_t shares_per_member,
+                 std::span<const LinearTask> tasks, std::int64_t grain, Use&& use) {
+  const std::int64_t num_shares = team.size() == 1 ? 1 : shares_per_member * team.size();
+  team.for_each(num_shares, [&](std::int64_t share, int member) {
+    ShareRows rows(tasks[0].weight, share, num_shares, grain);
+    for (std::size_t i = 0; i < tasks.size(); ++i) {
+      // Behind the last task a member goes on with the first task's next share.
+      ShareRows next;
+      if (i + 1 < tasks.size())
+        next = ShareRows(tasks[i + 1].weight, share, num_shares, grain);
+      else if (share + 1 < num_shares)
+        next = ShareRows(tasks[0].weight, share + 1, num_shares, grain);
+      use(tasks[i], rows, next, member);
+      rows = next;
+    }
+  });
 }
 
 // What a workspace for matrices of up to `cols` columns and chunks of up to `tokens` tokens holds.
@@ -860,11 +880,11 @@ void round_and_multiply(std::span<const LinearTask> tasks, MatrixView<const floa
                             i % num_strips * Panels::kStrip, rounded + g * group_size);
       }
     });
-    team.run([&](int member, int num_members) {
-      for (std::size_t i = 0; i < tasks.size(); ++i)
-        Panels::multiply(tasks[i], task_after(tasks, i), first, tokens, rounded,
-                         workspace.member(member), member, num_members);
-    });
+    deal_shares(
+        team, kRoundedShares, tasks, Panels::kGrain,
+        [&](const LinearTask& task, const ShareRows& rows, const ShareRows& next, int member) {
+          Panels::multiply(task, rows, next, first, tokens, rounded, workspace.member(member));
+        });
   }
 }
 
@@ -951,11 +971,9 @@ inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const floa
       else if constexpr (std::is_same_v<Form, PairStream>)
         round_and_multiply<PairPanels>(same, x, workspace, team);
       else
-        team.run([&](int member, int num_members) {
-          for (std::size_t i = 0; i < same.size(); ++i)
-            panel_task(same[i], task_after(same, i), x, workspace.member(member), member,
-                       num_members);
-        });
+        deal_shares(team, kFloatShares, same, kPanelRows,
+                    [&](const LinearTask& task, const ShareRows& rows, const ShareRows& next,
+                        int member) { panel_task(task, rows, next, x, workspace.member(member)); });
     });
   }
 }

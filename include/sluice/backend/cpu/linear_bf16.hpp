@@ -341,13 +341,16 @@ struct PairPanels {
     }
   }
 
-  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`;
-  // `next` is the task that follows, or null.
-  static void multiply(const LinearTask& task, const LinearTask* next, std::int64_t first,
-                       std::int64_t tokens, const float* rounded, float* scratch, int member,
-                       int num_members) {
+  // Rows of a panel: shares are whole panels.
+  static constexpr std::int64_t kGrain = kPairRows;
+
+  // A share of a task, for the `tokens` rounded tokens that begin at y's row `first`; `next` is
+  // what the member is likely to take then.
+  static void multiply(const LinearTask& task, const ShareRows& share, const ShareRows& next,
+                       std::int64_t first, std::int64_t tokens, const float* rounded,
+                       float* scratch) {
     const WeightMatrix& weight = task.weight;
-    const WorkRange rows = share_of(weight.rows, member, num_members, kPairRows);
+    const WorkRange rows = share.rows;
     const std::int64_t panel_size = pair_panel_size(weight.cols);
     const std::int64_t tile_rows = std::max<std::int64_t>(1, kPairBudget / panel_size) * kPairRows;
     const std::int64_t groups = num_groups(tokens);
@@ -357,8 +360,7 @@ struct PairPanels {
       for (std::int64_t row = tile; row < tile_end; row += kPairRows, panel += panel_size)
         fill_pair_panel(weight, row, panel);
       const std::int64_t num_panels = (tile_end - tile + kPairRows - 1) / kPairRows;
-      Ahead next_rows = rows_ahead(weight, tile_end, next, tile_rows, member, num_members,
-                                   kPairRows, num_panels * groups);
+      Ahead next_rows = share.ahead(tile_end, next, tile_rows, num_panels * groups);
       // Groups in blocks that a second-level cache keeps beside the panels.
       const std::int64_t block =
           std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));

@@ -514,13 +514,16 @@ struct Int8Panels {
     fill_group<Weights>(x, c, group);
   }
 
-  // One member's share of a task, for the `tokens` rounded tokens that begin at y's row `first`;
-  // `next` is the task that follows, or null.
-  static void multiply(const LinearTask& task, const LinearTask* next, std::int64_t first,
-                       std::int64_t tokens, const float* rounded, float* scratch, int member,
-                       int num_members) {
+  // Rows of a panel: shares are whole panels.
+  static constexpr std::int64_t kGrain = kInt8Rows;
+
+  // A share of a task, for the `tokens` rounded tokens that begin at y's row `first`; `next` is
+  // what the member is likely to take then.
+  static void multiply(const LinearTask& task, const ShareRows& share, const ShareRows& next,
+                       std::int64_t first, std::int64_t tokens, const float* rounded,
+                       float* scratch) {
     const WeightMatrix& weight = task.weight;
-    const WorkRange rows = share_of(weight.rows, member, num_members, kInt8Rows);
+    const WorkRange rows = share.rows;
     const std::int64_t panel_size = int8_panel_size<Weights>(weight.cols);
     const std::int64_t tile_rows = std::max<std::int64_t>(1, kInt8Budget / panel_size) * kInt8Rows;
     const std::int64_t groups = num_groups(tokens);
@@ -530,8 +533,7 @@ struct Int8Panels {
       for (std::int64_t row = tile; row < tile_end; row += kInt8Rows, panel += panel_size)
         fill_int8_panel<Weights>(weight, row, panel);
       const std::int64_t num_panels = (tile_end - tile + kInt8Rows - 1) / kInt8Rows;
-      Ahead next_rows = rows_ahead(weight, tile_end, next, tile_rows, member, num_members,
-                                   kInt8Rows, num_panels * groups);
+      Ahead next_rows = share.ahead(tile_end, next, tile_rows, num_panels * groups);
       // Groups in blocks that a second-level cache keeps beside the panels.
       const std::int64_t block =
           std::max<std::int64_t>(1, kRoundedBudget / group_size(weight.cols));

@@ -77,24 +77,29 @@ class Ahead {
   std::int64_t lines_at_once_ = 0;
 };
 
-// The stored rows of a member's next tile, where it has come to row `done` of its share of a
-// matrix; behind the share its first tile of `next` (null: nothing). `grain`: of the shares.
-inline Ahead rows_ahead(const WeightMatrix& weight, std::int64_t done, const LinearTask* next,
-                        std::int64_t tile_rows, int member, int num_members, std::int64_t grain,
-                        std::int64_t times) {
-  const WeightMatrix* matrix = &weight;
-  std::int64_t begin = done;
-  std::int64_t end = share_of(weight.rows, member, num_members, grain).end;
-  if (begin >= end && next != nullptr) {
-    matrix = &next->weight;
-    const WorkRange rows = share_of(matrix->rows, member, num_members, grain);
-    begin = rows.begin;
-    end = rows.end;
+/// Rows of a matrix that one share of the work takes, a tile at a time.
+struct ShareRows {
+  WeightMatrix weight{};
+  WorkRange rows{0, 0};
+
+  ShareRows() = default;
+  ShareRows(const WeightMatrix& matrix, std::int64_t share, std::int64_t num_shares,
+            std::int64_t grain)
+      : weight(matrix), rows(share_of(matrix.rows, share, num_shares, grain)) {}
+
+  // What follows once the rows before `done` are taken: the share's next tile of up to `tile_rows`,
+  // or behind the last one that of the share `next`. `times`: how often it will be fetched from.
+  Ahead ahead(std::int64_t done, const ShareRows& next, std::int64_t tile_rows,
+              std::int64_t times) const {
+    const bool goes_on = done < rows.end;
+    const WeightMatrix& matrix = goes_on ? weight : next.weight;
+    const std::int64_t begin = goes_on ? done : next.rows.begin;
+    const std::int64_t end = goes_on ? rows.end : next.rows.end;
+    if (begin >= end) return {};
+    return {static_cast<const std::uint8_t*>(matrix.data) + begin * matrix.row_bytes(),
+            std::min(end - begin, tile_rows) * matrix.row_bytes(), times};
   }
-  if (begin >= end) return {};
-  return {static_cast<const std::uint8_t*>(matrix->data) + begin * matrix->row_bytes(),
-          std::min(end - begin, tile_rows) * matrix->row_bytes(), times};
-}
+};
 
 // Fetches `count` floats that will be written, which another member may have read last.
 [[gnu::always_inline]] inline void prefetch_for_write(const float* floats, std::int64_t count) {
