@@ -7,8 +7,8 @@
 Each FILE holds JSON lines in the schema below, or is the JSON of a Google Benchmark run
 (--benchmark_format=json); several files are drawn together. Only pictures that have data are
 written: perplexity, endless, recompute_ratio, ttft, overlap, switch, policies, passkey, versus,
-steps, curves, streaminnc, decode_attention_cuda, decoder_cuda, prefill_attention_cuda and, per
-benchmark program, its sweeps.
+steps, curves, streaminnc, decode_attention_cuda, decoder_cuda, prefill_attention_cuda,
+recompute_cuda and, per benchmark program, its sweeps.
 
 JSON lines: one object a line, empty lines and lines beginning with # ignored. `kind` decides:
 
@@ -74,7 +74,8 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
 
   {"bench": "decode_attention", "case": "1028", "default": true, "overlap": true, "us": 4.4, ...}
       lines of the GPU programs name themselves by `bench`; drawn are decode_attention beside torch
-      (decode_attention_torch.py), decoder_step and prefill_attention
+      (decode_attention_torch.py) and flashinfer (decode_attention_flashinfer.py), decoder_step,
+      prefill_attention and recompute_cuda (recompute_torch.py)
 
 Other kinds (context_bench, head_map_bench, listen_bench, perplexity_bench, parts of
 stream_layers_bench and of the GPU programs; TABLES) are tables of their own: they are read over.
@@ -123,6 +124,8 @@ REQUIRED = {
 GPU = {
     "decode_attention": {"case": str, "overlap": bool, "us": int | float},
     "torch": {"case": str, "way": str},
+    "flashinfer": {"case": str, "way": str},
+    "recompute_cuda": {"entries": int, "meta": dict},
     "decoder_step": {"model": str, "entries": int, "sessions": int, "overlap": bool,
                      "ms": int | float, "of_read_ceiling": int | float},
     "prefill_attention": {"kernel": str, "window": int, "tflop_per_s": int | float},
@@ -136,6 +139,14 @@ TABLES = ("context_append", "context_update", "context_fork", "context_checkpoin
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
+
+# Ways of a recompute_cuda record; one that failed is missing there.
+RECOMPUTE_CUDA = {
+    "eager_ms": "window recomputed, as StreamingLLM's comparison ran it (eager)",
+    "eager_sdpa_ms": "the same with fused masked attention",
+    "compiled_ms": "window recomputed, compiled, causal flash, a CUDA graph",
+    "sink_window_ms": "sinks + window (sluice)",
+}
 
 # One colour per policy in every picture (Okabe and Ito's palette, safe for colour blindness).
 POLICY_STYLES = {
@@ -196,6 +207,9 @@ def check_record(record, where):
              "endless": [part[field] for part in bins for field in BIN_FIELDS[2:]],
              "decode_attention": [record.get("us")],
              "torch": [1 if record.get("us") is None else record["us"]],
+             "flashinfer": [1 if record.get("us") is None else record["us"]],
+             "recompute_cuda": [record.get("entries")] + [
+                 record[field] for field in RECOMPUTE_CUDA if record.get(field) is not None],
              "decoder_step": [record.get(field) for field in ("entries", "sessions", "ms")],
              "prefill_attention": [record.get("window"), record.get("tflop_per_s")]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
@@ -673,27 +687,35 @@ def draw_streaminnc(records, folder):
 
 
 def draw_decode_attention_cuda(records, folder):
-    """Microseconds a launch: ours as a decoder runs it, and the best of PyTorch's ways."""
+    """Microseconds a launch: ours as a decoder runs it, and the best way of each peer."""
     ours = {record["case"]: record["us"] for record in records
             if record["bench"] == "decode_attention" and record.get("default") and record["overlap"]}
-    theirs = {}
+    peers = {"torch": {}, "flashinfer": {}}
     for record in records:
-        if record["bench"] == "torch" and record.get("us"):
-            theirs[record["case"]] = min(record["us"], theirs.get(record["case"], math.inf))
-    cases = [case for case in ours if case in theirs]
+        if record["bench"] in peers and record.get("us") and not record.get("rotates"):
+            best = peers[record["bench"]]
+            best[record["case"]] = min(record["us"], best.get(record["case"], math.inf))
+    cases = [case for case in ours if any(case in best for best in peers.values())]
     if not cases:
         return
+    rows = [(best, label, colour) for best, label, colour in (
+        (peers["torch"], "PyTorch SDPA, its best way (attention alone)", SECOND),
+        (peers["flashinfer"], "FlashInfer, its best way (attention alone)", THIRD)) if best]
+    rows.append((ours, "sluice (rotation, append and eviction included)", ACCENT))
     made, (axis,) = figure(width=7.2)
-    for values, label, colour, shift in (
-            (theirs, "PyTorch SDPA, its best way (attention alone)", SECOND, -0.2),
-            (ours, "sluice (rotation, append and eviction included)", ACCENT, 0.2)):
-        axis.bar([place + shift for place in range(len(cases))], [values[case] for case in cases],
-                 width=0.38, color=colour, label=label)
+    width = 0.76 / len(rows)
+    for index, (values, label, colour) in enumerate(rows):
+        shown = [place for place, case in enumerate(cases) if case in values]
+        axis.bar([place + (index - (len(rows) - 1) / 2) * width for place in shown],
+                 [values[cases[place]] for place in shown], width=width, color=colour, label=label)
     for place, case in enumerate(cases):
-        axis.annotate(f"{theirs[case] / ours[case]:.2f} x", (place, max(ours[case], theirs[case])),
-                      xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9)
-    log_axis(axis, [values[case] for values in (ours, theirs) for case in cases])
-    axis.set_ylim(top=2 * max(values[case] for values in (ours, theirs) for case in cases))
+        theirs = min(best[case] for best in peers.values() if case in best)
+        top = max(values[case] for values, _, _ in rows if case in values)
+        axis.annotate(f"{theirs / ours[case]:.2f} x", (place, top), xytext=(0, 4),
+                      textcoords="offset points", ha="center", fontsize=9)
+    every = [values[case] for values, _, _ in rows for case in cases if case in values]
+    log_axis(axis, every)
+    axis.set_ylim(top=2 * max(every))
     axis.set_xticks(range(len(cases)), cases)
     axis.set_xlabel("keys (batch x keys); 32:8 heads of 128, bf16")
     axis.set_ylabel("us a launch (log scale)")
@@ -758,6 +780,37 @@ def draw_prefill_attention_cuda(records, folder):
     save(made, folder, "prefill_attention_cuda", records)
 
 
+def draw_recompute_cuda(records, folder):
+    """Left: a token by the cache's size, recomputed and not. Right: the ratios."""
+    records = sorted(records, key=lambda record: record["entries"])
+    made, (times, ratios) = figure(columns=2, width=5.2)
+    every = []
+    for (field, label), colour in zip(RECOMPUTE_CUDA.items(), (THIRD, FOURTH, SECOND, ACCENT)):
+        points = [(r["entries"], r[field]) for r in records if r.get(field) is not None]
+        if points:
+            times.plot(*zip(*points), "o-", color=colour, linewidth=1.8, markersize=4, label=label)
+            every += [ms for _, ms in points]
+        points = [(r["entries"], r[field] / r["sink_window_ms"]) for r in records
+                  if field != "sink_window_ms" and r.get(field) and r.get("sink_window_ms")]
+        if points:
+            ratios.plot(*zip(*points), "o-", color=colour, linewidth=1.8, markersize=4)
+            for place in points:
+                ratios.annotate(f"{place[1]:.3g}", place, xytext=(0, 5), fontsize=8,
+                                textcoords="offset points", ha="center")
+    log_axis(times, every)
+    times.set_ylim(top=6 * max(every))
+    ratios.set_ylim(bottom=0)
+    for axis in (times, ratios):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(FuncFormatter(thousands))
+        axis.set_xlabel("cache size in tokens")
+        tidy(axis)
+    times.set_ylabel("ms a token (log scale)")
+    ratios.set_ylabel("times as long as with sinks + window")
+    times.legend(fontsize=7, frameon=False, loc="upper left")
+    save(made, folder, "recompute_cuda", records)
+
+
 def sweep(entry):
     """("BM_Attend/keys:*/chunk:1", "keys", 256) of a run named BM_Attend/keys:256/chunk:1: the
     first argument with a name is the sweep; None for a run without one."""
@@ -809,8 +862,9 @@ DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "recompute_ratio": draw_recompute_ratio, "ttft": draw_ttft, "overlap": draw_overlap,
         "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
         "versus": draw_versus, "steps": draw_steps, "curve": draw_curves,
-        "streaminnc": draw_streaminnc, "decode_attention torch": draw_decode_attention_cuda,
-        "decoder_step": draw_decoder_cuda, "prefill_attention": draw_prefill_attention_cuda}
+        "streaminnc": draw_streaminnc, "decode_attention torch flashinfer": draw_decode_attention_cuda,
+        "decoder_step": draw_decoder_cuda, "prefill_attention": draw_prefill_attention_cuda,
+        "recompute_cuda": draw_recompute_cuda}
 
 
 def main():

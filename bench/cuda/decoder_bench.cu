@@ -3,7 +3,9 @@
 /// batches of sessions, prefill, and a million tokens of one stream. One JSON object a line, on
 /// stdout.
 ///
-/// usage: decoder_bench [--case step|sessions|prefill|endless] [--parts] [--tokens N]
+/// usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--parts] [--tokens N]
+///   --case      one of them; without it all but curve, which is a step of the first geometry by the
+///               size of its cache, 256 to 16,384 entries (recompute_torch.py)
 ///   --tokens N  how many the endless stream has (a million)
 ///   --parts     also the products of a step, each alone
 #include <algorithm>
@@ -269,7 +271,7 @@ int main(int count, char** arguments) {
       tokens = std::max(10000LL, std::atoll(arguments[++i]));
     } else {
       std::fprintf(stderr,
-                   "usage: decoder_bench [--case step|sessions|prefill|endless] [--parts] "
+                   "usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--parts] "
                    "[--tokens N]\n");
       return 2;
     }
@@ -281,6 +283,13 @@ int main(int count, char** arguments) {
     const double ceiling = measure_machine();
     if (wanted("endless")) measure_endless(tokens);
     if (only == "endless") return 0;
+    if (only == "curve") {
+      const Geometry g = llama_2_7b();
+      const std::unique_ptr<Weights> weights = random_weights(g.shape);
+      for (std::int64_t entries = 256; entries <= 16384; entries *= 2)
+        measure_step(g, *weights, 1, entries, true, ceiling);
+      return 0;
+    }
     for (const Geometry& g : {llama_2_7b(), llama_3_8b()}) {
       const std::unique_ptr<Weights> weights = random_weights(g.shape);
       const bool small = g.shape.num_kv_heads == g.shape.num_qo_heads;
