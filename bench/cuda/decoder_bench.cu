@@ -4,7 +4,8 @@
 /// stdout.
 ///
 /// usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--parts] [--tokens N]
-///   --case      one of them; without it all but curve, which is a step of the first geometry by the
+///   --case      one of them; without it all but curve, which is a step of the first geometry by
+///   the
 ///               size of its cache, 256 to 16,384 entries (recompute_torch.py)
 ///   --tokens N  how many the endless stream has (a million)
 ///   --parts     also the products of a step, each alone

@@ -16,4 +16,8 @@ struct cpu : generic_backend {};
 template <class Tag>
 concept Backend = std::derived_from<Tag, generic_backend>;
 
+/// In place of a device's index: the one that the calling thread uses now (the first, if nobody
+/// chose).
+inline constexpr int kCurrentDevice = -1;
+
 }  // namespace sluice

@@ -5,11 +5,13 @@
 #pragma once
 
 #include <memory>
+#include <string>
 #include <string_view>
 #include <utility>
 
 #include "sluice/cache/kv_element.hpp"
 #include "sluice/core/backend.hpp"
+#include "sluice/core/error.hpp"
 #include "sluice/model/decoder.hpp"
 #include "sluice/stream/session.hpp"
 
@@ -34,12 +36,18 @@ struct backend_traits<cpu> {
   template <KvElement Element>
   using Session = sluice::Session<Element>;
 
-  /// \throws Error(kDevice) where the machine has nothing to run on.
-  static void require_device() {}
-  /// Brings a loaded model to where sessions read it. \throws Error(kUnsupported) for a model that
-  /// the backend does not run; Error(kDevice).
+  /// \throws Error(kDevice) where the machine has no such device to run on. The CPU is one, 0.
+  static void require_device(int device = kCurrentDevice) {
+    if (device != 0 && device != kCurrentDevice)
+      throw Error(ErrorCode::kDevice,
+                  {"no such device", "the CPU", "device", "0", std::to_string(device)});
+  }
+  /// Brings a loaded model to where sessions on that device read it. \throws Error(kUnsupported)
+  /// for a model that the backend does not run; Error(kDevice).
   template <KvElement Element>
-  static std::shared_ptr<const Model<Element>> place(std::shared_ptr<const Decoder> model) {
+  static std::shared_ptr<const Model<Element>> place(std::shared_ptr<const Decoder> model,
+                                                     int device = kCurrentDevice) {
+    require_device(device);
     return model;
   }
 };
@@ -52,11 +60,14 @@ using SessionOn = typename backend_traits<Tag>::template Session<Element>;
 template <Backend Tag, KvElement Element = f16>
 using ModelOn = typename backend_traits<Tag>::template Model<Element>;
 
-/// Brings a loaded model to a backend: for several sessions that share it. One session may as well
-/// be given the loaded model itself.
+/// Brings a loaded model to a backend's device, 0 being the first: for several sessions that share
+/// it, or for another device than the current one. Sessions run where their model lies, whatever
+/// device is current when they are made or used. One session on the current device may as well be
+/// given the loaded model itself. \throws Error(kDevice) where there is no such device.
 template <Backend Tag, KvElement Element = f16>
-std::shared_ptr<const ModelOn<Tag, Element>> place_model(std::shared_ptr<const Decoder> model) {
-  return backend_traits<Tag>::template place<Element>(std::move(model));
+std::shared_ptr<const ModelOn<Tag, Element>> place_model(std::shared_ptr<const Decoder> model,
+                                                         int device = kCurrentDevice) {
+  return backend_traits<Tag>::template place<Element>(std::move(model), device);
 }
 
 }  // namespace sluice

@@ -79,6 +79,18 @@ TEST(CudaDuplex, AgainstFloat64) {
   }
 }
 
+// Few enough tokens for compute-sanitizer.
+TEST(CudaDuplex, Small) {
+  SKIP_WITHOUT_DEVICE();
+  const SmallModel model(64, false, 94);
+  CudaDuplex<bf16, 64> duplex(*model.device, options_of(model, 2, 6, 7, {3, 3, 2}));
+  const std::vector<std::int32_t> source = some_tokens(9, 16);
+  duplex.run(source, 9, 7, DuplexStreams::kOne);
+  const std::vector<float> logits = duplex.target().logits();
+  duplex.run(source, 9, 7, DuplexStreams::kTwo);
+  EXPECT_EQ(duplex.target().logits(), logits);
+}
+
 TEST(CudaDuplex, RefusesWhatDoesNotFit) {
   SKIP_WITHOUT_DEVICE();
   const SmallModel model(64, false, 93);

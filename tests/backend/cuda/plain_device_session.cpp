@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// What device_session.hpp declares, as plain float64 loops on the host: with it the host's half of
 /// a session on a GPU is tested where there is no GPU. Rows lie in the slots that the device's lie
-/// in, so what has been written over is gone here too.
+/// in, so what has been written over is gone here too. It says that there are two devices.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -75,16 +75,25 @@ struct CudaDeviceModel<Element>::Content {
   CudaDecoderShape shape;
   CudaRotation rotation;
   bool tied;
+  int device = 0;
   Row embedding{}, output{}, output_norm{};
   std::vector<PlainLayer> layers{};
 };
 
 template <class Element>
-void CudaDeviceModel<Element>::require_device() {}
+void CudaDeviceModel<Element>::require_device(int device) {
+  if (device < kCurrentDevice || device > 1)
+    throw Error(ErrorCode::kDevice,
+                {"no such GPU", "plain device", "device", "0 to 1", std::to_string(device)});
+}
 template <class Element>
 CudaDeviceModel<Element>::CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation,
-                                          bool tied)
-    : content_(new Content{.shape = shape, .rotation = std::move(rotation), .tied = tied}) {
+                                          bool tied, int device)
+    : content_(new Content{.shape = shape,
+                           .rotation = std::move(rotation),
+                           .tied = tied,
+                           .device = std::max(device, 0)}) {
+  require_device(device);
   content_->layers.resize(static_cast<std::size_t>(shape.num_layers));
 }
 template <class Element>
@@ -122,6 +131,10 @@ const CudaDecoderShape& CudaDeviceModel<Element>::shape() const {
 template <class Element>
 const CudaRotation& CudaDeviceModel<Element>::rotation() const {
   return content_->rotation;
+}
+template <class Element>
+int CudaDeviceModel<Element>::device_index() const {
+  return content_->device;
 }
 template <class Element>
 std::size_t CudaDeviceModel<Element>::bytes() const {

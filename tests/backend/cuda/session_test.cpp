@@ -42,16 +42,16 @@ constexpr double kExactBound = 0x1p-9;
 // Chunks: inputs of 4 products a layer and of the last are rounded to bf16, by 2^-9 at most.
 constexpr double kRoundedBound = (4 * kLayers + 1) * 0x1p-9;
 
-bool has_device() {
+bool has_device(int device) {
   try {
-    backend_traits<cuda>::require_device();
+    backend_traits<cuda>::require_device(device);
     return true;
   } catch (const Error&) {
     return false;
   }
 }
 #define SKIP_WITHOUT_DEVICE() \
-  if (!has_device()) GTEST_SKIP() << "no CUDA device"
+  if (!has_device(kCurrentDevice)) GTEST_SKIP() << "no CUDA device"
 
 struct Setting {
   int head_dim = 64;
@@ -489,8 +489,48 @@ TEST(CudaSession, SaysWhatItDoesNotDo) {
             "cache.window_size");
 }
 
+/// The field of the Error(kDevice) that placing throws; empty if it throws none.
+template <Backend Tag>
+std::string refused_place(const std::shared_ptr<const Decoder>& model, int device) {
+  try {
+    static_cast<void>(place_model<Tag, bf16>(model, device));
+    return "";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kDevice) << error.what();
+    return error.detail().field;
+  }
+}
+
+TEST(CudaSession, RunsWhereItsModelLies) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = make_model({.head_dim = 64}, 91);
+  EXPECT_EQ((place_model<cuda, bf16>(model)->device_index()), 0);
+  const std::vector<Token> prompt = some_tokens(20, 92);
+  // Both at once, and in turns: on the devices that there are.
+  std::vector<CudaSession<bf16>> sessions;
+  for (int device = 0; device < 2 && has_device(device); ++device) {
+    const auto placed = place_model<cuda, bf16>(model, device);
+    EXPECT_EQ(placed->device_index(), device);
+    sessions.emplace_back(placed, options_of(4, 40, 8)).accept(prompt);
+  }
+  for (int i = 0; i < 40; ++i) {
+    const std::vector<float> logits = copy(sessions.front().logits());
+    const Token token = sessions.front().step().value();
+    for (std::size_t s = 1; s < sessions.size(); ++s) {
+      EXPECT_EQ(copy(sessions[s].logits()), logits) << "step " << i;
+      EXPECT_EQ(sessions[s].step().value(), token) << "step " << i;
+    }
+  }
+  for (const int none : {-2, 1000}) {
+    EXPECT_EQ(refused_place<cuda>(model, none), "device");
+    EXPECT_EQ(refused_place<cpu>(model, none), "device");
+  }
+  EXPECT_EQ(refused_place<cpu>(model, 1), "device");
+  EXPECT_EQ((place_model<cpu, bf16>(model, 0)), model);
+}
+
 TEST(CudaSession, SaysThatThereIsNoDevice) {
-  if (has_device()) GTEST_SKIP() << "there is one";
+  if (has_device(kCurrentDevice)) GTEST_SKIP() << "there is one";
   EXPECT_EQ(
       refused_field(make_model({.head_dim = 64}, 81), options_of(4, 40, 8), ErrorCode::kDevice),
       "device");

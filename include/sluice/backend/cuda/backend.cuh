@@ -34,10 +34,32 @@ __global__ void probe_kernel() {}
 
 }  // namespace detail
 
-/// \throws Error(kDevice) saying what was found, unless the current device is a GPU that this
-/// backend runs on and that the program was compiled for. `where`: who asks.
+/// Makes a device the calling thread's current one as long as this lives, then the one that was.
+/// What allocates and launches does so on the current device. \throws Error(kDevice).
+class CudaDeviceScope {
+ public:
+  explicit CudaDeviceScope(int device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (device == kCurrentDevice || device == before_) return;
+    check_cuda(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = true;
+  }
+  ~CudaDeviceScope() {
+    if (changed_) static_cast<void>(cudaSetDevice(before_));
+  }
+  CudaDeviceScope(const CudaDeviceScope&) = delete;
+  CudaDeviceScope& operator=(const CudaDeviceScope&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+/// The index of a device, the current one's where `device` is kCurrentDevice. \throws
+/// Error(kDevice) saying what was found, unless it is a GPU that this backend runs on and that the
+/// program was compiled for. `where`: who asks.
 template <int kUnused = 0>
-void require_cuda_device(const char* where) {
+int require_cuda_device(const char* where, int device = kCurrentDevice) {
   const auto fail = [&](const std::string& found) {
     static_cast<void>(cudaGetLastError());  // as in check_cuda()
     throw Error(ErrorCode::kDevice,
@@ -48,9 +70,12 @@ void require_cuda_device(const char* where) {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess) fail(cudaGetErrorString(status));
   if (count == 0) fail("none");
-  int device = 0;
+  if (device < kCurrentDevice || device >= count)
+    throw Error(ErrorCode::kDevice, {"no such GPU", where, "device",
+                                     "0 to " + std::to_string(count - 1), std::to_string(device)});
   int major = 0;
   int minor = 0;
+  const CudaDeviceScope scope(device);
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
              "cudaDeviceGetAttribute");
@@ -64,6 +89,7 @@ void require_cuda_device(const char* where) {
   if (compiled == cudaErrorNoKernelImageForDevice || compiled == cudaErrorInvalidDeviceFunction)
     fail(capability + ", which CMAKE_CUDA_ARCHITECTURES left out");
   check_cuda(compiled, "cudaFuncGetAttributes");
+  return device;
 }
 
 namespace detail {

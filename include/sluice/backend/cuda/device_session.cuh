@@ -94,6 +94,17 @@ inline std::mutex& capture_mutex() {
   return mutex;
 }
 
+/// Ends what lives on a device with that device current, as cuBLASLt asks for.
+template <class T>
+void destroy_on(int device, std::unique_ptr<T>& owned) noexcept {
+  try {
+    const CudaDeviceScope scope(device);
+    owned.reset();
+  } catch (const Error&) {  // the device is gone
+    owned.reset();
+  }
+}
+
 /// What was launched while a stream was captured.
 class CapturedGraph {
  public:
@@ -140,38 +151,48 @@ template <class Element>
 struct CudaDeviceModel<Element>::Content {
   CudaDecoderWeights<Element> weights;
   CudaRotation rotation;
+  int device;
+
+  CudaDeviceScope scope() const { return CudaDeviceScope(device); }
 };
 
 template <class Element>
-void CudaDeviceModel<Element>::require_device() {
-  require_cuda_device("CudaDeviceModel");
+void CudaDeviceModel<Element>::require_device(int device) {
+  static_cast<void>(require_cuda_device("CudaDeviceModel", device));
 }
 
 template <class Element>
 CudaDeviceModel<Element>::CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation,
-                                          bool tied) {
-  require_device();
+                                          bool tied, int device) {
+  device = require_cuda_device("CudaDeviceModel", device);
+  const CudaDeviceScope scope(device);
   content_ = std::make_unique<Content>(
-      Content{CudaDecoderWeights<Element>(shape, tied), std::move(rotation)});
+      Content{CudaDecoderWeights<Element>(shape, tied), std::move(rotation), device});
 }
 template <class Element>
-CudaDeviceModel<Element>::~CudaDeviceModel() = default;
+CudaDeviceModel<Element>::~CudaDeviceModel() {
+  detail::destroy_on(content_->device, content_);
+}
 
 template <class Element>
 void CudaDeviceModel<Element>::set_embedding(std::span<const Element> embedding) {
+  const CudaDeviceScope scope = content_->scope();
   content_->weights.embedding.upload(embedding);
 }
 template <class Element>
 void CudaDeviceModel<Element>::set_output(std::span<const Element> output) {
+  const CudaDeviceScope scope = content_->scope();
   content_->weights.output.upload(output);
 }
 template <class Element>
 void CudaDeviceModel<Element>::set_output_norm(std::span<const float> norm) {
+  const CudaDeviceScope scope = content_->scope();
   content_->weights.output_norm.upload(norm);
 }
 template <class Element>
 void CudaDeviceModel<Element>::set_layer(std::int64_t layer,
                                          const CudaLayerContent<Element>& content) {
+  const CudaDeviceScope scope = content_->scope();
   CudaDecoderWeights<Element>& weights = content_->weights;
   CudaLayerWeights<Element>& to = weights.layers[static_cast<std::size_t>(layer)];
   to.attention_norm.upload(content.attention_norm);
@@ -191,6 +212,10 @@ const CudaRotation& CudaDeviceModel<Element>::rotation() const {
   return content_->rotation;
 }
 template <class Element>
+int CudaDeviceModel<Element>::device_index() const {
+  return content_->device;
+}
+template <class Element>
 std::size_t CudaDeviceModel<Element>::bytes() const {
   const CudaDecoderWeights<Element>& w = content_->weights;
   std::size_t bytes = w.embedding.bytes() + w.output_norm.bytes() + w.output.bytes();
@@ -208,7 +233,8 @@ struct CudaDeviceSession<Element>::State {
   using DecoderOf = std::unique_ptr<CudaDecoder<Element, kHeadDim>>;
 
   State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
-      : vocab(model.shape().vocab_size),
+      : device(model.device_index()),
+        vocab(model.shape().vocab_size),
         token(1),
         chosen(1),
         logits(static_cast<std::size_t>(vocab)),
@@ -250,6 +276,8 @@ struct CudaDeviceSession<Element>::State {
     });
   }
 
+  CudaDeviceScope scope() const { return CudaDeviceScope(device); }
+
   template <class F>
   auto visit(F&& f) const {
     return std::visit([&](auto& d) { return f(*d); }, decoder);
@@ -282,6 +310,7 @@ struct CudaDeviceSession<Element>::State {
     std::copy_n(nll.data(), next.size(), to.begin());
   }
 
+  int device;
   std::int64_t vocab;
   std::int64_t total = 0;
   bool logits_here = false;           // logits belongs to the last token read
@@ -299,15 +328,22 @@ struct CudaDeviceSession<Element>::State {
 
 template <class Element>
 CudaDeviceSession<Element>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
-                                              const CudaDeviceSessionConfig& config)
-    : state_(std::make_unique<State>(model, config)) {}
+                                              const CudaDeviceSessionConfig& config) {
+  const CudaDeviceScope scope(model.device_index());
+  state_ = std::make_unique<State>(model, config);
+}
 template <class Element>
-CudaDeviceSession<Element>::~CudaDeviceSession() = default;
+CudaDeviceSession<Element>::~CudaDeviceSession() {
+  if (state_ != nullptr) detail::destroy_on(state_->device, state_);
+}
 template <class Element>
 CudaDeviceSession<Element>::CudaDeviceSession(CudaDeviceSession&& other) noexcept = default;
 template <class Element>
 CudaDeviceSession<Element>& CudaDeviceSession<Element>::operator=(
-    CudaDeviceSession&& other) noexcept = default;
+    CudaDeviceSession&& other) noexcept {
+  std::swap(state_, other.state_);
+  return *this;
+}
 
 template <class Element>
 std::int64_t CudaDeviceSession<Element>::total() const {
@@ -315,6 +351,7 @@ std::int64_t CudaDeviceSession<Element>::total() const {
 }
 template <class Element>
 void CudaDeviceSession<Element>::set_total(std::int64_t total) {
+  const CudaDeviceScope scope = state_->scope();
   state_->set_total(total);
 }
 
@@ -322,6 +359,7 @@ template <class Element>
 void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
   if (tokens.size() == 1) return step(tokens[0]);
   State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
   s.logits_here = false;
   s.visit([&](auto& d) { d.prefill(0, tokens, s.stream.get()); });
   s.total += static_cast<std::int64_t>(tokens.size());
@@ -331,6 +369,7 @@ void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
 template <class Element>
 void CudaDeviceSession<Element>::step(Token token) {
   State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
   s.logits_here = false;
   *s.token.data() = token;
   s.graph.launch(s.stream.get());
@@ -346,6 +385,7 @@ template <class Element>
 std::span<const float> CudaDeviceSession<Element>::logits() {
   State& s = *state_;
   if (!s.logits_here) {
+    const CudaDeviceScope scope = s.scope();
     s.visit([&](auto& d) {
       check_cuda(cudaMemcpyAsync(s.logits.data(), d.logits_data(),
                                  static_cast<std::size_t>(s.vocab) * sizeof(float),
@@ -360,6 +400,7 @@ std::span<const float> CudaDeviceSession<Element>::logits() {
 template <class Element>
 double CudaDeviceSession<Element>::likelihood(Token next) {
   State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
   float nll = 0;
   s.score(s.visit([](auto& d) { return d.logits_data(); }), {&next, 1}, {&nll, 1});
   return nll;
@@ -367,6 +408,7 @@ double CudaDeviceSession<Element>::likelihood(Token next) {
 template <class Element>
 void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::span<float> nll) {
   State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
   const std::size_t most = s.targets.size();
   for (std::size_t done = 0; done < next.size(); done += most) {
     const std::size_t count = std::min(most, next.size() - done);

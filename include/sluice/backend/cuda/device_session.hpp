@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "sluice/backend/cuda/decoder_shape.hpp"
+#include "sluice/core/backend.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/token.hpp"
 #include "sluice/position/position.hpp"
@@ -54,12 +55,13 @@ class CudaDeviceModel {
   /// Head sizes for which there are kernels here; others are padded with zeros by the caller.
   static constexpr std::int64_t kHeadDims[] = {64, 128};
 
-  /// \throws Error(kDevice) saying what was found, unless there is a GPU that this backend can use.
-  static void require_device();
+  /// \throws Error(kDevice) saying what was found, unless that is a GPU that this backend can use.
+  static void require_device(int device = kCurrentDevice);
 
-  /// tied: the output projection is the embedding. \throws Error(kShape) naming the extent that
-  /// does not fit; Error(kDevice).
-  CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation, bool tied);
+  /// tied: the output projection is the embedding. device: on which it and its sessions live.
+  /// \throws Error(kShape) naming the extent that does not fit; Error(kDevice).
+  CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation, bool tied,
+                  int device = kCurrentDevice);
   ~CudaDeviceModel();
   CudaDeviceModel(const CudaDeviceModel&) = delete;
   CudaDeviceModel& operator=(const CudaDeviceModel&) = delete;
@@ -73,6 +75,8 @@ class CudaDeviceModel {
 
   const CudaDecoderShape& shape() const;
   const CudaRotation& rotation() const;
+  /// The index of its device, from 0.
+  int device_index() const;
   /// Device memory of the weights.
   std::size_t bytes() const;
 
@@ -95,7 +99,8 @@ struct CudaDeviceSessionConfig {
 };
 
 /// One stream: its cache, its counters, and a step that was captured once and is replayed for ever.
-/// The model must outlive it. One thread at a time. All functions wait for the device.
+/// It lives on the model's device, and the model must outlive it. One thread at a time, any thread,
+/// whose current device stays what it was. All functions wait for the device.
 ///
 /// step() and what follows it allocate nothing; read() allocates some bytes on the host, and what
 /// cuBLASLt needs for a length that it has not seen. All \throw Error(kDevice) when the device

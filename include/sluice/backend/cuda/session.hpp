@@ -93,9 +93,11 @@ std::vector<Element> rounded_matrix(const WeightMatrix& matrix, const char* name
 template <CudaElement Element>
 class CudaModel {
  public:
-  /// Copies the weights to the current device; the loaded model is kept, its pages are not read
-  /// again. \throws Error(kUnsupported) naming what the GPU does not do; Error(kShape, kDevice).
-  explicit CudaModel(std::shared_ptr<const Decoder> decoder) : decoder_(std::move(decoder)) {
+  /// Copies the weights to a device, on which its sessions then run; the loaded model is kept, its
+  /// pages are not read again. \throws Error(kUnsupported) naming what the GPU does not do;
+  /// Error(kShape); Error(kDevice) where there is no such device or no memory.
+  explicit CudaModel(std::shared_ptr<const Decoder> decoder, int device = kCurrentDevice)
+      : decoder_(std::move(decoder)) {
     const DecoderConfig& c = decoder_->config();
     const DecoderWeights& w = decoder_->weights();
     check_supported(*decoder_);
@@ -110,7 +112,7 @@ class CudaModel {
     device_ = std::make_unique<CudaDeviceModel<Element>>(
         CudaDecoderShape{c.vocab_size, c.hidden_size, c.intermediate_size, c.num_qo_heads,
                          c.num_kv_heads, head_dim, c.num_layers(), c.norm_eps, c.sm_scale},
-        std::move(rotation), tied);
+        std::move(rotation), tied, device);
     device_->set_embedding(detail::rounded_matrix<Element>(w.embedding, "embedding"));
     if (!tied) device_->set_output(detail::rounded_matrix<Element>(w.output, "output"));
     device_->set_output_norm(w.output_norm);
@@ -139,6 +141,8 @@ class CudaModel {
 
   const Decoder& decoder() const { return *decoder_; }
   const CudaDeviceModel<Element>& device() const { return *device_; }
+  /// The index of the device that it lies on.
+  int device_index() const { return device_->device_index(); }
   /// Device memory of the weights.
   std::size_t bytes() const { return device_->bytes(); }
 
@@ -223,8 +227,9 @@ struct CudaCacheView {
 /// that the same sampler draws, with the same seed, as on the CPU.
 ///
 /// Everything is allocated by the constructor, on the device and here; step() allocates nothing.
-/// One thread at a time; sessions of one model are independent. A verb returns when the device is
-/// done, and throws Error(kDevice) when it refuses: the session is then to be thrown away.
+/// One thread at a time, any thread; sessions of one model are independent, and run on its device.
+/// The calling thread's current device stays what it was. A verb returns when the device is done,
+/// and throws Error(kDevice) when it refuses: the session is then to be thrown away.
 template <CudaElement Element = f16>
 class CudaSession {
  public:
@@ -240,8 +245,8 @@ class CudaSession {
         nll_(static_cast<std::size_t>(retention_.max_chunk)) {
     metrics_.set_cache_bytes(static_cast<std::int64_t>(device_.cache_bytes()));
   }
-  /// Copies the weights to the device for this session alone. \throws as above, and what CudaModel
-  /// throws.
+  /// Copies the weights to the current device for this session alone. \throws as above, and what
+  /// CudaModel throws.
   CudaSession(std::shared_ptr<const Decoder> model, const SessionOptions& options)
       : CudaSession(placed(std::move(model), options), options) {}
 
@@ -504,10 +509,13 @@ struct backend_traits<cuda> {
   template <KvElement Element>
   using Session = CudaSession<Element>;
 
-  static void require_device() { CudaDeviceModel<bf16>::require_device(); }
+  static void require_device(int device = kCurrentDevice) {
+    CudaDeviceModel<bf16>::require_device(device);
+  }
   template <KvElement Element>
-  static std::shared_ptr<const Model<Element>> place(std::shared_ptr<const Decoder> model) {
-    return std::make_shared<const CudaModel<Element>>(std::move(model));
+  static std::shared_ptr<const Model<Element>> place(std::shared_ptr<const Decoder> model,
+                                                     int device = kCurrentDevice) {
+    return std::make_shared<const CudaModel<Element>>(std::move(model), device);
   }
 };
 
