@@ -180,7 +180,7 @@ TEST(SessionUpdate, RefusesBeforeAnythingChanges) {
   EXPECT_FALSE(session.is_ready());
 }
 
-TEST(Session, StopsReadingBetweenChunksAndKeepsWhatItRead) {
+TEST(SessionStop, StopsReadingBetweenChunksAndKeepsWhatItRead) {
   const auto decoder = model();
   for (const CachePolicy policy : kPolicies) {
     const SessionOptions options = options_of(policy, 4);
