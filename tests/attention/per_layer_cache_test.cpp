@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <map>
 #include <optional>
 #include <set>
 #include <span>
@@ -557,6 +558,9 @@ void expect_kivi_streams(
     for (std::int64_t t = 0; t < tokens; ++t) chunk_begin.push_back(begin);
   }
   const std::int64_t sinks = retention.num_sink_tokens;
+  // By layer, head and token: a query finds a row as it was or coded, but always coded alike.
+  std::map<std::array<std::int64_t, 3>, std::vector<double>> coded_keys;
+  std::map<std::array<std::int64_t, 3>, std::vector<double>> coded_values;
   driver.expect(
       [&](std::int64_t, std::int64_t, std::int64_t query,
           std::int64_t key) -> std::optional<double> {
@@ -580,22 +584,29 @@ void expect_kivi_streams(
         const std::int64_t past =
             std::max<std::int64_t>(0, chunk_begin[static_cast<std::size_t>(query)] - sinks);
         const std::int64_t token = key - sinks;
-        if (token >= 0 && token < past / config.residual * config.residual)
-          for (std::size_t d = 0; d < dim; ++d) {
+        if (token >= 0 && token < past / config.residual * config.residual) {
+          const auto [coded, is_new] = coded_keys.try_emplace({layer, head, key}, k);
+          for (std::size_t d = 0; d < dim && is_new; ++d) {
             std::vector<double> channel;
             const std::int64_t first = sinks + token / config.group * config.group;
             for (std::int64_t t = first; t < first + config.group; ++t)
               channel.push_back(at(t).key[static_cast<std::size_t>(head) * dim + d]);
-            k[d] = naive_group(channel, kBits)[static_cast<std::size_t>(token % config.group)];
+            coded->second[d] =
+                naive_group(channel, kBits)[static_cast<std::size_t>(token % config.group)];
           }
-        if (token >= 0 && token < past - config.residual)
-          for (std::size_t d = 0; d < value_dim; d += static_cast<std::size_t>(config.group)) {
-            const std::vector<double> coded =
-                naive_group({v.begin() + static_cast<std::ptrdiff_t>(d),
-                             v.begin() + static_cast<std::ptrdiff_t>(d) + config.group},
-                            kBits);
-            std::copy(coded.begin(), coded.end(), v.begin() + static_cast<std::ptrdiff_t>(d));
+          k = coded->second;
+        }
+        if (token >= 0 && token < past - config.residual) {
+          const auto [coded, is_new] = coded_values.try_emplace({layer, head, key}, v);
+          for (std::size_t d = 0; d < value_dim && is_new;
+               d += static_cast<std::size_t>(config.group)) {
+            const auto begin = static_cast<std::ptrdiff_t>(d);
+            const std::vector<double> part =
+                naive_group({v.begin() + begin, v.begin() + begin + config.group}, kBits);
+            std::copy(part.begin(), part.end(), coded->second.begin() + begin);
           }
+          v = coded->second;
+        }
         return std::pair(k, v);
       });
 }

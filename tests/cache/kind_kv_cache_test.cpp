@@ -138,6 +138,10 @@ struct Stream {
       const auto* const from = reinterpret_cast<const std::uint8_t*>(&value);
       bytes.insert(bytes.end(), from, from + sizeof(value));
     };
+    const auto put_row = [&](const Element* row, std::int64_t width) {
+      const auto* const from = reinterpret_cast<const std::uint8_t*>(row);
+      bytes.insert(bytes.end(), from, from + width * std::int64_t{sizeof(Element)});
+    };
     put(cache.total());
     put(cache.next_position());
     put(cache.max_truncate());
@@ -154,8 +158,8 @@ struct Stream {
         put(s.rule.kind);
         for (std::int64_t h = 0; h < kHeads; ++h)
           for (std::int64_t t = 0; t < s.rule.count; ++t) {
-            for (std::int64_t d = 0; d < kDim; ++d) put(s.key(h, t)[d]);
-            for (std::int64_t d = 0; d < kValueDim; ++d) put(s.value(h, t)[d]);
+            put_row(s.key(h, t), kDim);
+            put_row(s.value(h, t), kValueDim);
           }
       }
     }

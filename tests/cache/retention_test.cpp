@@ -573,14 +573,17 @@ void expect_rules(const Retention& retention, const Model& model, std::int64_t q
       ASSERT_EQ(rule.first_position, retention.write_position(rule.first_index));
     }
   }
+  std::vector<bool> is_kept(static_cast<std::size_t>(model.total()));
+  for (const std::int64_t i : model.kept()) is_kept[static_cast<std::size_t>(i)] = true;
   Indices expected;
   for (std::int64_t i = 0; i < model.total(); ++i) {
+    const bool kept_still = is_kept[static_cast<std::size_t>(i)];
     bool seen =
-        queries == 0 && std::count(model.kept().begin(), model.kept().end(), i) != 0 &&
+        queries == 0 && kept_still &&
         (!model.windowed() || i < config.num_sink_tokens || i > model.total() - config.window_size);
     for (std::int64_t q = std::max(first_query, i); q < model.total() && !seen; ++q)
-      seen = model.windowed() ? i < config.num_sink_tokens || i > q - config.window_size
-                              : std::count(model.kept().begin(), model.kept().end(), i) != 0;
+      seen =
+          model.windowed() ? i < config.num_sink_tokens || i > q - config.window_size : kept_still;
     if (seen) expected.push_back(i);
   }
   ASSERT_EQ(shown, expected);
@@ -588,15 +591,17 @@ void expect_rules(const Retention& retention, const Model& model, std::int64_t q
   for (std::int64_t query = first_query; query < model.total(); ++query) {
     const Indices visible = model.visible(query);
     const auto own_rank = static_cast<std::int64_t>(visible.size()) - 1;
+    std::vector<std::int64_t> rank_of(static_cast<std::size_t>(model.total()), -1);
+    for (std::int64_t rank = 0; rank <= own_rank; ++rank)
+      rank_of[static_cast<std::size_t>(visible[static_cast<std::size_t>(rank)])] = rank;
     for (const SegmentRule& rule : rules) {
       const Position reader = rule.reader_position(retention.write_position(query));
       for (std::int64_t i = 0; i < rule.count; ++i) {
         const std::int64_t key = rule.first_index + i;
-        const auto at = std::find(visible.begin(), visible.end(), key);
-        if (at == visible.end()) continue;  // for another query of the chunk
-        const std::int64_t distance = config.position_rule == PositionRule::kInText
-                                          ? query - key
-                                          : own_rank - (at - visible.begin());
+        const std::int64_t rank = rank_of.at(static_cast<std::size_t>(key));
+        if (rank < 0) continue;  // for another query of the chunk
+        const std::int64_t distance =
+            config.position_rule == PositionRule::kInText ? query - key : own_rank - rank;
         ASSERT_EQ(reader - (rule.first_position + static_cast<Position>(i)),
                   static_cast<Position>(distance))
             << "query " << query << ", key " << key;
