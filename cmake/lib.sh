@@ -55,11 +55,11 @@ need_packages() {
   }
 }
 
-# build_jobs: how many compilers to run: one a core, as far as memory goes (1.5 GB each).
+# build_jobs: how many compilers to run: one a core, as far as memory goes (2 GB each).
 build_jobs() {
   lib_jobs=$(getconf _NPROCESSORS_ONLN 2>/dev/null) || lib_jobs=1
   if [ -r /proc/meminfo ]; then
-    lib_by_memory=$(awk '/^MemAvailable:/ { print int($2 / 1500000) }' /proc/meminfo)
+    lib_by_memory=$(awk '/^MemAvailable:/ { print int($2 / 2000000) }' /proc/meminfo)
     [ "${lib_by_memory:-1}" -ge 1 ] || lib_by_memory=1
     [ "$lib_jobs" -le "$lib_by_memory" ] || lib_jobs=$lib_by_memory
   fi

@@ -12,6 +12,8 @@ if(SLUICE_WERROR)
   target_compile_options(sluice_own_flags INTERFACE -Werror)
 endif()
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # GCC collects its garbage from 512 MiB on, not from 128: a tenth less time, 350 MiB more a job.
+  target_compile_options(sluice_own_flags INTERFACE --param=ggc-min-heapsize=524288)
   # What GCC guesses from optimised code it also guesses inside inlined standard containers: shown,
   # but no error. GCC 12's -Wrestrict is wrong about every second std::string (its bug 105329).
   target_compile_options(sluice_own_flags INTERFACE
