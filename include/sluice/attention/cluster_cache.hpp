@@ -61,8 +61,10 @@ struct ClusterSelection {
 /// bytes(), index_bytes() and the copies. One thread at a time; store() of different rows may run
 /// on several.
 template <RotaryElement Key, RotaryElement Value = Key>
-class ClusterSelectKvCache : public detail::SelectiveCache<Key, Value> {
-  using Base = detail::SelectiveCache<Key, Value>;
+class ClusterSelectKvCache
+    : public detail::SelectiveCache<ClusterSelectKvCache<Key, Value>, Key, Value> {
+  using Base = detail::SelectiveCache<ClusterSelectKvCache, Key, Value>;
+  friend Base;
   using Base::cache_;
   using Base::group_;
   using Base::size;
@@ -121,41 +123,11 @@ class ClusterSelectKvCache : public detail::SelectiveCache<Key, Value> {
   /// Selections so far, of all layers together.
   std::int64_t selections() const { return selections_; }
 
-  void append(std::int64_t tokens) {
-    cache_.append(tokens);
-    picks_ = false;
-  }
   void commit() {
-    cache_.commit();
+    Base::commit();
     extend();
   }
-  void rollback() {
-    cache_.rollback();
-    shorten();
-  }
-  /// Takes back the newest tokens, committed or not. \throws Error(kCapacity): nothing changes.
-  void truncate(std::int64_t tokens) {
-    cache_.truncate(tokens);
-    shorten();
-  }
-  void reset() {
-    cache_.reset();
-    shorten();
-  }
-  /// Keeps a verified path of drafted tokens (KvCache::keep_path).
-  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
-    cache_.keep_path(tokens, path);
-    shorten();
-  }
 
-  /// As KvCache: rows stay where they are, and clusters follow from them.
-  using Checkpoint = typename KvCache<Key, Value>::Checkpoint;
-  Checkpoint make_checkpoint() const { return cache_.make_checkpoint(); }
-  void capture(Checkpoint& checkpoint) const { cache_.capture(checkpoint); }
-  void revert(const Checkpoint& checkpoint) {
-    cache_.revert(checkpoint);
-    shorten();
-  }
   void copy_from(const ClusterSelectKvCache& other) {
     cache_.copy_from(other.cache_);
     form();
@@ -173,7 +145,7 @@ class ClusterSelectKvCache : public detail::SelectiveCache<Key, Value> {
   }
   /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
   void restore(ByteReader& reader) {
-    reset();
+    this->reset();
     for (const auto& [field, value] : identity()) reader.read_expected<std::int64_t>(field, value);
     cache_.restore(reader);
     form();
@@ -260,8 +232,8 @@ class ClusterSelectKvCache : public detail::SelectiveCache<Key, Value> {
       }
     }
   }
-  /// Forgets keys that are no longer there.
-  void shorten() {
+  /// What is picked serves one step, and clusters forget keys that are no longer there.
+  void unselect() {
     picks_ = false;
     const KvShape& s = this->shape();
     for (std::int64_t l = selection_.dense_layers; l < s.num_layers; ++l)

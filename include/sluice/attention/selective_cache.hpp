@@ -64,13 +64,18 @@ struct TokenSelection {
 
 namespace detail {
 
-/// What both caches share: a KvCache that keeps everything, and queries as its keys see them.
-template <RotaryElement Key, RotaryElement Value>
+/// What caches that select share: a KvCache that keeps everything, the verbs that change its
+/// tokens, and queries as its keys see them. Cache, which derives from it (CRTP), has a hook
+///   void unselect()
+/// called after every change of tokens but commit(): nothing is selected for the tokens that are
+/// there now, and what was formed of tokens that are gone is forgotten.
+template <class Cache, RotaryElement Key, RotaryElement Value>
 class SelectiveCache {
  public:
   using KeyType = Key;
   using ValueType = Value;
   using SegmentType = Segment<Key, Value>;
+  using Checkpoint = typename KvCache<Key, Value>::Checkpoint;
 
   const KvShape& shape() const { return cache_.shape(); }
   std::int64_t total() const { return cache_.total(); }
@@ -89,6 +94,39 @@ class SelectiveCache {
   void store(std::int64_t layer, HeadsView<const float> keys, HeadsView<const float> values,
              const float* rotation, std::int64_t begin, std::int64_t end) {
     cache_.store(layer, keys, values, rotation, begin, end);
+  }
+
+  /// Precondition: status(tokens) == kOk.
+  void append(std::int64_t tokens) {
+    cache_.append(tokens);
+    unselect();
+  }
+  void commit() { cache_.commit(); }
+  void rollback() {
+    cache_.rollback();
+    unselect();
+  }
+  /// Takes back the newest tokens, committed or not. \throws Error(kCapacity): nothing changes.
+  void truncate(std::int64_t tokens) {
+    cache_.truncate(tokens);
+    unselect();
+  }
+  void reset() {
+    cache_.reset();
+    unselect();
+  }
+  /// Keeps a verified path of drafted tokens (KvCache::keep_path).
+  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
+    cache_.keep_path(tokens, path);
+    unselect();
+  }
+
+  /// As KvCache: rows stay where they are, and what is formed of them follows.
+  Checkpoint make_checkpoint() const { return cache_.make_checkpoint(); }
+  void capture(Checkpoint& checkpoint) const { cache_.capture(checkpoint); }
+  void revert(const Checkpoint& checkpoint) {
+    cache_.revert(checkpoint);
+    unselect();
   }
 
  protected:
@@ -171,6 +209,8 @@ class SelectiveCache {
     return KvCache<Key, Value>(shape, std::array{config}, layers);
   }
 
+  void unselect() { static_cast<Cache&>(*this).unselect(); }
+
   Buffer<float> query_;                                        // [num_qo_heads, head_dim]
   std::vector<std::pair<const Rotary*, RotaryTable>> tables_;  // one a rotation
   std::vector<std::size_t> table_of_;                          // [num_layers]
@@ -191,8 +231,9 @@ class SelectiveCache {
 /// construction allocates: bytes(), and bounds_bytes() = 2 / logical_page_size of the keys. One
 /// thread at a time; store() of different rows may run on several.
 template <RotaryElement Key, RotaryElement Value = Key>
-class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
-  using Base = detail::SelectiveCache<Key, Value>;
+class PageSelectKvCache : public detail::SelectiveCache<PageSelectKvCache<Key, Value>, Key, Value> {
+  using Base = detail::SelectiveCache<PageSelectKvCache, Key, Value>;
+  friend Base;
   using Base::cache_;
   using Base::group_;
   using Base::size;
@@ -249,37 +290,14 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
   /// Selections so far, of all layers together.
   std::int64_t selections() const { return selections_; }
 
-  void append(std::int64_t tokens) {
-    cache_.append(tokens);
-    for (Selected& layer : layers_) layer.picks = false;
-  }
   void commit() {
-    cache_.commit();
+    Base::commit();
     for (std::int64_t l = 0; l < this->shape().num_layers; ++l) extend_bounds(l);
-  }
-  void rollback() {
-    cache_.rollback();
-    shorten();
-  }
-  /// Takes back the newest tokens, committed or not. \throws Error(kCapacity): nothing changes.
-  void truncate(std::int64_t tokens) {
-    cache_.truncate(tokens);
-    shorten();
-  }
-  void reset() {
-    cache_.reset();
-    shorten();
-  }
-
-  /// Keeps a verified path of drafted tokens (KvCache::keep_path).
-  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
-    cache_.keep_path(tokens, path);
-    shorten();
   }
 
   /// A state that revert() returns to: rows stay where they are, what is picked is copied.
   struct Checkpoint {
-    typename KvCache<Key, Value>::Checkpoint cache;
+    typename Base::Checkpoint cache;
     std::vector<Selected> layers;
     Buffer<std::int64_t> picked;
     std::size_t bytes() const { return cache.bytes() + picked.bytes(); }
@@ -288,16 +306,15 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
   };
   /// As KvCache.
   Checkpoint make_checkpoint() const {
-    return {cache_.make_checkpoint(), layers_, Buffer<std::int64_t>(picked_.size())};
+    return {Base::make_checkpoint(), layers_, Buffer<std::int64_t>(picked_.size())};
   }
   void capture(Checkpoint& checkpoint) const {
-    cache_.capture(checkpoint.cache);
+    Base::capture(checkpoint.cache);
     checkpoint.layers = layers_;
     std::copy_n(picked_.data(), picked_.size(), checkpoint.picked.data());
   }
   void revert(const Checkpoint& checkpoint) {
-    cache_.revert(checkpoint.cache);
-    shorten();
+    Base::revert(checkpoint.cache);
     layers_ = checkpoint.layers;
     std::copy_n(checkpoint.picked.data(), picked_.size(), picked_.data());
   }
@@ -323,7 +340,7 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
   }
   /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
   void restore(ByteReader& reader) {
-    reset();
+    this->reset();
     try {
       for (const auto& [field, value] : identity())
         reader.read_expected<std::int64_t>(field, value);
@@ -348,7 +365,7 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
       form_bounds();
     } catch (...) {
       for (Selected& layer : layers_) layer = {};
-      reset();
+      this->reset();
       throw;
     }
   }
@@ -474,8 +491,8 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
     bounds_[size(layer)].extend(all.keys, all.key_head_stride, all.key_token_stride, this->total());
   }
 
-  /// Forgets what tokens brought that are no longer there.
-  void shorten() {
+  /// Picks serve one step, selections as long as the token that they were made for is there.
+  void unselect() {
     for (Selected& layer : layers_) {
       layer.picks = false;
       if (layer.selected_at > this->total()) layer.selected_at = 0;
@@ -540,8 +557,10 @@ class PageSelectKvCache : public detail::SelectiveCache<Key, Value> {
 /// attention. Publishing reads a layer's keys once more. Only construction allocates: bytes() and
 /// the copies. One thread at a time; store() of different rows may run on several.
 template <RotaryElement Key, RotaryElement Value = Key>
-class TokenSelectKvCache : public detail::SelectiveCache<Key, Value> {
-  using Base = detail::SelectiveCache<Key, Value>;
+class TokenSelectKvCache
+    : public detail::SelectiveCache<TokenSelectKvCache<Key, Value>, Key, Value> {
+  using Base = detail::SelectiveCache<TokenSelectKvCache, Key, Value>;
+  friend Base;
   using Base::cache_;
   using Base::group_;
   using Base::size;
@@ -587,42 +606,9 @@ class TokenSelectKvCache : public detail::SelectiveCache<Key, Value> {
   /// Whether the last select() was of a layer that reads what was published.
   bool gathers() const { return gathers_; }
 
-  void append(std::int64_t tokens) {
-    cache_.append(tokens);
-    forget();
-  }
-  void commit() { cache_.commit(); }
-  void rollback() {
-    cache_.rollback();
-    forget();
-  }
-  /// Takes back the newest tokens, committed or not. \throws Error(kCapacity): nothing changes.
-  void truncate(std::int64_t tokens) {
-    cache_.truncate(tokens);
-    forget();
-  }
-  void reset() {
-    cache_.reset();
-    forget();
-  }
-
-  /// Keeps a verified path of drafted tokens (KvCache::keep_path).
-  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
-    cache_.keep_path(tokens, path);
-    forget();
-  }
-
-  /// As KvCache: what is published serves one step, and is no state.
-  using Checkpoint = typename KvCache<Key, Value>::Checkpoint;
-  Checkpoint make_checkpoint() const { return cache_.make_checkpoint(); }
-  void capture(Checkpoint& checkpoint) const { cache_.capture(checkpoint); }
-  void revert(const Checkpoint& checkpoint) {
-    cache_.revert(checkpoint);
-    forget();
-  }
   void copy_from(const TokenSelectKvCache& other) {
     cache_.copy_from(other.cache_);
-    forget();
+    unselect();
   }
   TokenSelectKvCache sibling() const {
     const RetentionConfig& kept = this->retention();
@@ -638,7 +624,7 @@ class TokenSelectKvCache : public detail::SelectiveCache<Key, Value> {
   }
   /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
   void restore(ByteReader& reader) {
-    reset();
+    this->reset();
     reader.read_expected<std::int64_t>("budget", selection_.budget);
     const std::vector<std::int64_t> layers = reader.read_vector<std::int64_t>(
         "publishing layers", static_cast<std::uint64_t>(this->shape().num_layers));
@@ -713,7 +699,8 @@ class TokenSelectKvCache : public detail::SelectiveCache<Key, Value> {
   }
 
  private:
-  void forget() {
+  /// What is published serves one step, and is no state.
+  void unselect() {
     published_count_ = 0;
     gathers_ = false;
   }

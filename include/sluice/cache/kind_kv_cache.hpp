@@ -203,11 +203,8 @@ class KindKvCache {
       throw Error(ErrorCode::kOrder,
                   {"uncommitted tokens", "KindKvCache::save", "appended tokens", "0",
                    std::to_string(retention_.total() - retention_.committed())});
-    writer.write<std::uint32_t>(KvRow<Key>::kTag);
-    writer.write<std::uint32_t>(KvRow<Value>::kTag);
-    for (const std::int64_t extent :
-         {shape_.num_layers, shape_.num_kv_heads, shape_.head_dim, shape_.value_dim, tokens_moved_})
-      writer.write<std::int64_t>(extent);
+    detail::write_shape<Key, Value>(writer, shape_);
+    writer.write<std::int64_t>(tokens_moved_);
     retention_.save(writer);
     each_kept_row(*this, [&](const auto* row, std::int64_t count) {
       for (std::int64_t i = 0; i < count; ++i) detail::put_element(writer, row[i]);
@@ -217,15 +214,7 @@ class KindKvCache {
   /// the books are inconsistent or data is short. On an error the cache is reset.
   void restore(ByteReader& reader) {
     reset();
-    const auto expect = [&](const char* field, std::int64_t expected) {
-      reader.read_expected<std::int64_t>(field, expected);
-    };
-    reader.read_expected("key type", KvRow<Key>::kTag);
-    reader.read_expected("value type", KvRow<Value>::kTag);
-    expect("num_layers", shape_.num_layers);
-    expect("num_kv_heads", shape_.num_kv_heads);
-    expect("head_dim", shape_.head_dim);
-    expect("value_dim", shape_.value_dim);
+    detail::expect_shape<Key, Value>(reader, shape_);
     const std::size_t begin = reader.offset();
     const auto moved = reader.read<std::int64_t>("tokens_moved");
     if (moved < 0)

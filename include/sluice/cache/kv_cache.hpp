@@ -40,6 +40,30 @@ struct KvShape {
   std::int64_t value_dim = 0;  ///< channels of a value
 };
 
+namespace detail {
+
+/// What snapshots of caches of rows say first: the types of elements, and the extents.
+template <KvElement Key, KvElement Value>
+void write_shape(ByteWriter& writer, const KvShape& shape) {
+  writer.write<std::uint32_t>(KvRow<Key>::kTag);
+  writer.write<std::uint32_t>(KvRow<Value>::kTag);
+  for (const std::int64_t extent :
+       {shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.value_dim})
+    writer.write<std::int64_t>(extent);
+}
+/// \throws Error(kFormat) naming the one that is another.
+template <KvElement Key, KvElement Value>
+void expect_shape(ByteReader& reader, const KvShape& shape) {
+  reader.read_expected("key type", KvRow<Key>::kTag);
+  reader.read_expected("value type", KvRow<Value>::kTag);
+  reader.read_expected("num_layers", shape.num_layers);
+  reader.read_expected("num_kv_heads", shape.num_kv_heads);
+  reader.read_expected("head_dim", shape.head_dim);
+  reader.read_expected("value_dim", shape.value_dim);
+}
+
+}  // namespace detail
+
 /// How one layer uses the cache.
 struct LayerCacheConfig {
   int retention = 0;               ///< index into the retentions
@@ -385,11 +409,7 @@ class KvCache {
   /// Appends retentions and the kept rows. Allocates in the writer.
   /// \throws Error(kOrder) with uncommitted tokens.
   void save(ByteWriter& writer) const {
-    writer.write<std::uint32_t>(KvRow<Key>::kTag);
-    writer.write<std::uint32_t>(KvRow<Value>::kTag);
-    for (const std::int64_t extent :
-         {shape_.num_layers, shape_.num_kv_heads, shape_.head_dim, shape_.value_dim})
-      writer.write<std::int64_t>(extent);
+    detail::write_shape<Key, Value>(writer, shape_);
     for (const Retention& retention : retentions_) retention.save(writer);
     for (const Layer& layer : layers_)
       for (std::int64_t head = 0; head < shape_.num_kv_heads; ++head)
@@ -403,15 +423,7 @@ class KvCache {
   /// the cache is reset.
   void restore(ByteReader& reader) {
     reset();
-    const auto expect = [&](const char* field, std::int64_t expected) {
-      reader.read_expected<std::int64_t>(field, expected);
-    };
-    reader.read_expected("key type", KvRow<Key>::kTag);
-    reader.read_expected("value type", KvRow<Value>::kTag);
-    expect("num_layers", shape_.num_layers);
-    expect("num_kv_heads", shape_.num_kv_heads);
-    expect("head_dim", shape_.head_dim);
-    expect("value_dim", shape_.value_dim);
+    detail::expect_shape<Key, Value>(reader, shape_);
     std::vector<Retention> loaded = retentions_;
     for (Retention& retention : loaded) {
       retention.restore(reader);

@@ -13,13 +13,13 @@
 #include <utility>
 #include <vector>
 
+#include "sluice/cache/element_stream.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/page_pool.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
 #include "sluice/core/byte_stream.hpp"
 #include "sluice/core/config.hpp"
-#include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
 #include "sluice/core/token.hpp"
@@ -307,14 +307,9 @@ class PagedKvCache {
   /// \throws Error(kOrder) with uncommitted tokens.
   void save(ByteWriter& writer) const {
     retention_.save(writer);
-    write_header(writer);
+    detail::write_shape<Key, Value>(writer, shape());
     each_row(*this, [&](const auto* row, std::int64_t count) {
-      for (std::int64_t i = 0; i < count; ++i) {
-        if constexpr (std::is_same_v<std::remove_cvref_t<decltype(*row)>, float>)
-          writer.write<float>(row[i]);
-        else
-          writer.write<std::uint16_t>(row[i].bits);
-      }
+      for (std::int64_t i = 0; i < count; ++i) detail::put_element(writer, row[i]);
     });
   }
   /// Takes over a saved state, in pages of its own.
@@ -324,12 +319,7 @@ class PagedKvCache {
     reset();
     Retention loaded = retention_;
     loaded.restore(reader);
-    reader.read_expected("key type", static_cast<std::uint32_t>(element_type_of<Key>));
-    reader.read_expected("value type", static_cast<std::uint32_t>(element_type_of<Value>));
-    reader.read_expected("num_layers", shape().num_layers);
-    reader.read_expected("num_kv_heads", shape().num_kv_heads);
-    reader.read_expected("head_dim", shape().head_dim);
-    reader.read_expected("value_dim", shape().value_dim);
+    detail::expect_shape<Key, Value>(reader, shape());
     if (!table_.fits(loaded.total()))
       throw Error(
           ErrorCode::kCapacity,
@@ -339,12 +329,7 @@ class PagedKvCache {
     retention_ = loaded;
     try {
       each_row(*this, [&](auto* row, std::int64_t count) {
-        for (std::int64_t i = 0; i < count; ++i) {
-          if constexpr (std::is_same_v<std::remove_cvref_t<decltype(*row)>, float>)
-            row[i] = reader.read<float>("cache row");
-          else
-            row[i].bits = reader.read<std::uint16_t>("cache row");
-        }
+        for (std::int64_t i = 0; i < count; ++i) detail::get_element(reader, row[i]);
       });
     } catch (...) {
       reset();
@@ -379,13 +364,6 @@ class PagedKvCache {
     }
   }
 
-  void write_header(ByteWriter& writer) const {
-    writer.write<std::uint32_t>(static_cast<std::uint32_t>(element_type_of<Key>));
-    writer.write<std::uint32_t>(static_cast<std::uint32_t>(element_type_of<Value>));
-    for (const std::int64_t extent :
-         {shape().num_layers, shape().num_kv_heads, shape().head_dim, shape().value_dim})
-      writer.write<std::int64_t>(extent);
-  }
   template <class Self, class Visit>
   static void each_row(Self& self, Visit&& visit) {
     std::conditional_t<std::is_const_v<Self>, const PageStore<Key, Value>, PageStore<Key, Value>>&
