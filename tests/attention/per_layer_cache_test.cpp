@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <map>
 #include <optional>
@@ -104,6 +105,113 @@ double naive_ratio(const Driver& driver, const Extents& e, const test::NaiveRota
       sum += chosen / all;
     }
   return sum / static_cast<double>(rows);
+}
+
+/// A snapshot of any moment of a stream goes on as the stream does; one that is cut short or says
+/// what no stream has is refused, and the cache is empty then.
+TEST(LazyLayers, Snapshots) {
+  const Extents extents{.kv_heads = 2, .group = 2, .dim = 16, .value_dim = 8};
+  const Rotary rotary({.head_dim = 16, .rotary_dim = 16, .theta = 100});
+  const std::array<const Rotary*, 4> rotaries{&rotary, &rotary, &rotary, &rotary};
+  using Cache = LazyLayerKvCache<f16>;
+  for (const bool in_chunks : {false, true}) {
+    Cache cache({4, 2, 16, 8}, 4, test::scale_for(16),
+                {.num_full_layers = 2,
+                 .num_sink_tokens = 1,
+                 .recent_size = 6,
+                 .num_queries = 4,
+                 .capacity = 60,
+                 .max_prompt = 30,
+                 .max_chunk = 3,
+                 .prompt_in_chunks = in_chunks},
+                rotaries);
+    CacheDriver<Cache> driver(cache, extents, 4, &rotary, 5);
+    const auto saved = [](const Cache& of) {
+      ByteWriter writer;
+      of.save(writer);
+      return std::vector<std::byte>(writer.bytes().begin(), writer.bytes().end());
+    };
+    const auto restored = [&](const std::vector<std::byte>& bytes) {
+      Cache other = cache.sibling();
+      ByteReader reader(bytes, "snapshot");
+      other.restore(reader);
+      return other;
+    };
+    for (int moment = 0; moment < 4; ++moment) {
+      SCOPED_TRACE(moment);
+      if (moment == 1) {
+        for (int i = 0; i < (in_chunks ? 6 : 1); ++i, driver.commit())
+          driver.feed(in_chunks ? 3 : 18);
+      } else if (moment == 2) {
+        cache.end_prompt();
+      } else if (moment == 3) {
+        driver.feed(2);
+        driver.commit();
+      }
+      const std::vector<std::byte> bytes = saved(cache);
+      Cache other = restored(bytes);
+      EXPECT_EQ(saved(other), bytes);
+      Cache forked = cache.sibling();
+      forked.copy_from(cache);
+      auto checkpoint = other.make_checkpoint();
+      other.capture(checkpoint);
+      EXPECT_EQ(checkpoint.total(), cache.total());
+      // All three go on alike, and back.
+      if (moment == 1 && in_chunks) {
+        forked.end_prompt();
+        other.end_prompt();
+        EXPECT_EQ(saved(other), saved(forked));
+      }
+      if (moment > 0) {
+        CacheDriver<Cache> a(forked, extents, 4, &rotary, 6);
+        CacheDriver<Cache> b(other, extents, 4, &rotary, 6);
+        a.feed(3);
+        b.feed(3);
+        for (std::int64_t l = 0; l < 4; ++l)
+          for (std::size_t t = 0; t < 3; ++t) EXPECT_EQ(a.rows(l)[t].out, b.rows(l)[t].out);
+        a.commit();
+        b.commit();
+        EXPECT_EQ(saved(other), saved(forked));
+      }
+      other.revert(checkpoint);
+      EXPECT_EQ(saved(other), bytes);
+      EXPECT_EQ(other.bytes_kept(), cache.bytes_kept());
+
+      for (std::size_t cut = 0; cut < bytes.size(); cut += 1 + bytes.size() / 61) {
+        ByteReader reader(std::span<const std::byte>(bytes).first(cut), "snapshot");
+        const auto error = test::error_of([&] { other.restore(reader); });
+        ASSERT_TRUE(error);
+        EXPECT_EQ(error->code(), ErrorCode::kFormat);
+        EXPECT_EQ(other.total(), 0);
+      }
+    }
+    // Two layers with one block, a block that is not there, a layer without one, a mark that is
+    // none.
+    const std::vector<std::byte> bytes = saved(cache);
+    std::array<std::int64_t, 4> blocks{};
+    for (std::int64_t l = 0; l < 4; ++l) blocks[static_cast<std::size_t>(l)] = cache.is_lazy(l);
+    const std::uint64_t four = 4;
+    std::size_t at = 0;  // the count in front of the blocks
+    for (bool found = false; !found; at += found ? 0 : 1) {
+      std::array<std::int64_t, 4> there{};
+      ASSERT_LT(at + 8 + sizeof(there), bytes.size());
+      std::memcpy(there.data(), bytes.data() + at + 8, sizeof(there));
+      found = std::memcmp(bytes.data() + at, &four, 8) == 0;
+      for (std::size_t l = 0; l < 4; ++l)
+        found = found && there[l] >= -2 && there[l] < 4 && (there[l] == -2) == (blocks[l] == 1);
+    }
+    std::memcpy(blocks.data(), bytes.data() + at + 8, sizeof(blocks));
+    const std::int64_t held = *std::max_element(blocks.begin(), blocks.end());
+    for (const std::int64_t wrong : {held, std::int64_t{4}, std::int64_t{-1}, std::int64_t{-3}}) {
+      std::vector<std::byte> changed = bytes;
+      const auto lazy =
+          static_cast<std::size_t>(std::find(blocks.begin(), blocks.end(), -2) - blocks.begin());
+      std::memcpy(changed.data() + at + 8 + 8 * lazy, &wrong, 8);
+      const auto error = test::error_of([&] { restored(changed); });
+      ASSERT_TRUE(error) << wrong;
+      EXPECT_EQ(error->code(), ErrorCode::kFormat);
+    }
+  }
 }
 
 TEST(LazyLayers, RandomStreams) {

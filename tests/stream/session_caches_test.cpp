@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "sluice/attention/cluster_cache.hpp"
+#include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
@@ -206,6 +207,90 @@ TEST(SessionCaches, Clusters) {
                                          model->make_cluster_select_cache<f16>(selection, 500, 8));
       },
       true, "clusters");
+}
+
+/// Two of three layers become lazy by a prompt of up to 130 tokens.
+LazyLayerConfig lazy_config(bool in_chunks) {
+  return {.num_full_layers = 1,
+          .num_sink_tokens = 2,
+          .recent_size = 11,
+          .num_queries = 5,
+          .capacity = 300,
+          .max_prompt = 130,
+          .max_chunk = 4,
+          .prompt_in_chunks = in_chunks};
+}
+
+TEST(SessionCaches, LazyLayers) {
+  const auto model = small();
+  for (const bool in_chunks : {false, true})
+    expect_transactions(
+        [&] {
+          return LazyLayerSession<f16>(model, options_for(),
+                                       model->make_lazy_layer_cache<f16>(lazy_config(in_chunks)));
+        },
+        false, in_chunks ? "lazy layers, in chunks" : "lazy layers");
+}
+
+/// By hand: the prompt, its end, one token after the other, a second text.
+TEST(SessionCaches, LazyLayersWriteWhatTheCacheWritesByHand) {
+  const auto model = small();
+  Random random(11);
+  const std::vector<Token> prompt = random_tokens(random, 102);
+  const std::vector<Token> second = random_tokens(random, 10);
+  for (const bool in_chunks : {false, true}) {
+    SCOPED_TRACE(in_chunks ? "in chunks" : "in one chunk");
+    SessionOptions options = options_for();
+    options.sampler = {.temperature = 0};
+    LazyLayerSession<float> session(model, options,
+                                    model->make_lazy_layer_cache<float>(lazy_config(in_chunks)));
+    session.accept(prompt);
+    EXPECT_EQ(session.cache().num_lazy(), in_chunks ? 0 : 2);
+    std::vector<Token> written;
+    for (int i = 0; i < 20; ++i) written.push_back(session.step().value());
+    session.accept(second);
+
+    auto cache = model->make_lazy_layer_cache<float>(lazy_config(in_chunks));
+    ThreadTeam team(1);
+    DecoderWorkspace workspace(*model, cache.max_chunk(), cache.max_entries(), 1);
+    std::vector<float> last(static_cast<std::size_t>(test::kVocab));
+    const auto feed = [&](const std::vector<Token>& tokens, std::size_t chunk) {
+      for (std::size_t t = 0; t < tokens.size(); t += chunk) {
+        const std::size_t count = std::min(chunk, tokens.size() - t);
+        model->forward({tokens.data() + t, count}, cache, workspace, team);
+        model->logits(static_cast<std::int64_t>(count) - 1, {last.data(), 1, test::kVocab},
+                      workspace, team);
+        cache.commit();
+      }
+    };
+    feed(prompt, in_chunks ? 4 : prompt.size());
+    cache.end_prompt();
+    for (const Token token : written) {
+      EXPECT_EQ(token, std::max_element(last.begin(), last.end()) - last.begin());
+      feed({token}, 1);
+    }
+    feed(second, 4);
+    EXPECT_TRUE(std::ranges::equal(session.logits(), last));
+    EXPECT_EQ(session.cache().num_lazy(), 2);
+    for (std::int64_t l = 0; l < 3; ++l)
+      EXPECT_EQ(session.cache().is_lazy(l), cache.is_lazy(l)) << l;
+
+    // A prompt has its room, and so has the stream behind it.
+    const auto full = error_of([&] { session.accept(random_tokens(random, 300 - 131)); });
+    ASSERT_TRUE(full);
+    EXPECT_EQ(full->code(), ErrorCode::kCapacity);
+    session.reset();
+    const auto long_prompt = error_of([&] { session.accept(random_tokens(random, 131)); });
+    ASSERT_TRUE(long_prompt);
+    EXPECT_EQ(long_prompt->code(), ErrorCode::kCapacity);
+    if (!in_chunks) continue;
+    const auto nothing_read = error_of([&] { session.end_prompt(); });
+    ASSERT_TRUE(nothing_read);
+    EXPECT_EQ(nothing_read->code(), ErrorCode::kOrder);
+    session.accept(std::span(prompt).first(40));
+    session.end_prompt();  // without a token written
+    EXPECT_EQ(session.cache().num_lazy(), 2);
+  }
 }
 
 /// Drafts are verified where rows of a rejected path leave nothing behind.

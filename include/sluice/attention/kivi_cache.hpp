@@ -201,20 +201,14 @@ class KiviKvCache {
     checkpoint.coded_keys = coded_keys_;
     checkpoint.coded_values = coded_values_;
     std::byte* to = checkpoint.content.data();
-    each_buffer(*this, [&](const auto& buffer) {
-      if (buffer.bytes() > 0) std::memcpy(to, buffer.data(), buffer.bytes());
-      to += buffer.bytes();
-    });
+    each_buffer(*this, [&](const auto& buffer) { to = detail::pack(buffer, to); });
   }
   void revert(const Checkpoint& checkpoint) {
     retention_ = checkpoint.retention;
     coded_keys_ = checkpoint.coded_keys;
     coded_values_ = checkpoint.coded_values;
     const std::byte* from = checkpoint.content.data();
-    each_buffer(*this, [&](auto& buffer) {
-      if (buffer.bytes() > 0) std::memcpy(buffer.data(), from, buffer.bytes());
-      from += buffer.bytes();
-    });
+    each_buffer(*this, [&](auto& buffer) { from = detail::unpack(from, buffer); });
   }
   void copy_from(const KiviKvCache& other) {
     retention_ = other.retention_;

@@ -17,9 +17,11 @@
 
 #include "sluice/attention/attend.hpp"
 #include "sluice/attention/observed_attention.hpp"
+#include "sluice/cache/element_stream.hpp"
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/retention.hpp"
 #include "sluice/cache/segment.hpp"
+#include "sluice/core/byte_stream.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -138,8 +140,8 @@ struct LazyLayerConfig {
 /// Rolling back a prompt of one chunk forgets which layers were lazy, rolling back a later chunk
 /// that it was seen. set_lazy() cuts a layer later on, by the caller's own measure (SimLayerKV:
 /// ratio() of the first decoded token above a threshold). Layers with a trained window of their own
-/// are read with it. Only construction allocates. One thread at a time; store() of different rows
-/// may run on several.
+/// are read with it. Only construction, make_checkpoint(), sibling(), save() and restore()
+/// allocate. One thread at a time; store() of different rows may run on several.
 template <RotaryElement Key, RotaryElement Value = Key>
 class LazyLayerKvCache {
  public:
@@ -194,6 +196,13 @@ class LazyLayerKvCache {
   std::int64_t max_chunk() const {
     return config_.prompt_in_chunks ? config_.max_chunk : config_.max_prompt;
   }
+  /// The most tokens that append() takes next.
+  std::int64_t next_chunk() const { return prompt_open() ? max_chunk() : config_.max_chunk; }
+  /// Tokens that may follow the first `fed`: what is left of the prompt's room while it is open,
+  /// and behind an empty cache.
+  std::int64_t room_behind(std::int64_t fed) const {
+    return (fed == 0 || prompt_open() ? config_.max_prompt : config_.capacity) - fed;
+  }
   std::int64_t max_entries() const { return full_.config().capacity; }
   /// Bytes of keys and values: the full layers' and a window for each layer.
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
@@ -210,10 +219,9 @@ class LazyLayerKvCache {
   CacheStatus status(std::int64_t tokens) const {
     const bool whole_prompt = prompt_open() && !config_.prompt_in_chunks;
     if (whole_prompt && total() > 0) return CacheStatus::kFull;  // the prompt is one append
-    const std::int64_t most = whole_prompt ? config_.max_prompt : config_.max_chunk;
-    const std::int64_t room = prompt_open() ? config_.max_prompt : config_.capacity;
-    return total() - committed() + tokens <= most && total() + tokens <= room ? CacheStatus::kOk
-                                                                              : CacheStatus::kFull;
+    return total() - committed() + tokens <= next_chunk() && tokens <= room_behind(total())
+               ? CacheStatus::kOk
+               : CacheStatus::kFull;
   }
   /// Precondition: status(tokens) == kOk.
   void append(std::int64_t tokens) {
@@ -304,6 +312,110 @@ class LazyLayerKvCache {
       throw Error(ErrorCode::kOrder, {"the prompt has not ended", "LazyLayerKvCache::set_lazy",
                                       "prompt", "ended", "open"});
     if (!is_lazy(layer)) cut(layer);
+  }
+
+  /// A state that revert() returns to: a copy of everything.
+  struct Checkpoint {
+    Retention full;
+    Retention lazy;
+    std::vector<std::int64_t> blocks;
+    std::vector<std::int64_t> free;
+    std::vector<double> ratios;
+    bool ended = false;
+    std::size_t kept_peak = 0;
+    Buffer<std::byte> content;
+    std::size_t bytes() const { return content.bytes(); }
+    std::int64_t total() const { return full.total(); }
+    std::int64_t max_truncate() const { return 0; }
+  };
+  /// As KvCache's. A copy of what is being measured of an open prompt belongs to it.
+  Checkpoint make_checkpoint() const {
+    std::size_t bytes = 0;
+    each_buffer(*this, [&](const auto& buffer) { bytes += buffer.bytes(); });
+    Checkpoint checkpoint{full_, lazy_, blocks_, {}, ratios_, ended_, 0, Buffer<std::byte>(bytes)};
+    checkpoint.free.reserve(free_.capacity());
+    return checkpoint;
+  }
+  void capture(Checkpoint& checkpoint) const {
+    SLUICE_ASSERT(total() == committed());
+    checkpoint.full = full_;
+    checkpoint.lazy = lazy_;
+    checkpoint.blocks = blocks_;
+    checkpoint.free = free_;
+    checkpoint.ratios = ratios_;
+    checkpoint.ended = ended_;
+    checkpoint.kept_peak = kept_peak_;
+    std::byte* to = checkpoint.content.data();
+    each_buffer(*this, [&](const auto& buffer) { to = detail::pack(buffer, to); });
+  }
+  void revert(const Checkpoint& checkpoint) {
+    full_ = checkpoint.full;
+    lazy_ = checkpoint.lazy;
+    blocks_ = checkpoint.blocks;
+    free_ = checkpoint.free;
+    ratios_ = checkpoint.ratios;
+    ended_ = checkpoint.ended;
+    const std::byte* from = checkpoint.content.data();
+    each_buffer(*this, [&](auto& buffer) { from = detail::unpack(from, buffer); });
+    settle(checkpoint.kept_peak);
+  }
+  void copy_from(const LazyLayerKvCache& other) {
+    SLUICE_ASSERT(other.total() == other.committed());
+    full_ = other.full_;
+    lazy_ = other.lazy_;
+    blocks_ = other.blocks_;
+    free_ = other.free_;
+    ratios_ = other.ratios_;
+    ended_ = other.ended_;
+    const auto copy = [](const auto& from, auto& to) {
+      std::copy_n(from.data(), from.size(), to.data());
+    };
+    copy(other.keys_, keys_);
+    copy(other.values_, values_);
+    copy(other.seen_queries_, seen_queries_);
+    copy(other.seen_lse_, seen_lse_);
+    settle(other.kept_peak_);
+  }
+  LazyLayerKvCache sibling() const {
+    return LazyLayerKvCache(shape_, num_qo_heads_, sm_scale_, config_, rotaries_);
+  }
+
+  /// Appends counters, layers and all of the storage. Allocates in the writer.
+  /// \throws Error(kOrder) with uncommitted tokens.
+  void save(ByteWriter& writer) const {
+    detail::write_shape<Key, Value>(writer, shape_);
+    for (const auto& [field, value] : identity()) writer.write<std::int64_t>(value);
+    full_.save(writer);
+    lazy_.save(writer);
+    writer.write_span(std::span<const std::int64_t>(blocks_));
+    writer.write_span(std::span<const double>(ratios_));
+    writer.write(static_cast<std::uint8_t>(ended_));
+    writer.write(static_cast<std::uint64_t>(kept_peak_));
+    each_buffer(*this, [&](const auto& buffer) { detail::put_elements(writer, buffer.span()); });
+  }
+  /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
+  void restore(ByteReader& reader) {
+    reset();
+    try {
+      detail::expect_shape<Key, Value>(reader, shape_);
+      for (const auto& [field, value] : identity())
+        reader.read_expected<std::int64_t>(field, value);
+      full_.restore(reader);
+      lazy_.restore(reader);
+      const std::size_t begin = reader.offset();
+      reader.read_span<std::int64_t>("blocks", std::span(blocks_));
+      reader.read_span<double>("ratios", std::span(ratios_));
+      ended_ = reader.read<std::uint8_t>("ended") != 0;
+      const auto peak = reader.read<std::uint64_t>("peak bytes");
+      if (!take_blocks())
+        reader.fail_at(begin, "inconsistent snapshot", "blocks", "one for each full layer",
+                       "others");
+      each_buffer(*this, [&](auto& buffer) { detail::get_elements(reader, buffer.span()); });
+      settle(static_cast<std::size_t>(peak));
+    } catch (...) {
+      reset();
+      throw;
+    }
   }
 
   /// Writes keys and values of the newest tokens, after begin_layer(); as KvCache::store().
@@ -461,6 +573,51 @@ class LazyLayerKvCache {
     need(c.recent_size >= 1 && c.recent_size <= kMost, ErrorCode::kConfig, "recent_size",
          "at least 1", c.recent_size);
     return c;
+  }
+
+  std::array<std::pair<const char*, std::int64_t>, 9> identity() const {
+    return {{{"num_qo_heads", num_qo_heads_},
+             {"num_full_layers", config_.num_full_layers},
+             {"num_sink_tokens", config_.num_sink_tokens},
+             {"recent_size", config_.recent_size},
+             {"num_queries", config_.num_queries},
+             {"capacity", config_.capacity},
+             {"max_prompt", config_.max_prompt},
+             {"max_chunk", config_.max_chunk},
+             {"prompt_in_chunks", config_.prompt_in_chunks ? 1 : 0}}};
+  }
+  template <class Self, class Visit>
+  static void each_buffer(Self& self, Visit&& visit) {
+    visit(self.keys_);
+    visit(self.values_);
+    visit(self.seen_queries_);
+    visit(self.seen_lse_);
+  }
+
+  /// What follows from a state that was taken over. The queue holds layers only while a prompt
+  /// passes, and no state is taken then.
+  void settle(std::size_t kept_peak) {
+    queue_.clear();
+    kept_peak_ = kept_peak;
+    count_kept();
+  }
+  /// Frees the blocks that no layer has. Returns whether the layers' blocks, read from a file, are
+  /// such as a stream could have.
+  bool take_blocks() {
+    free_.clear();
+    for (std::int64_t block = num_blocks_; block > 0; --block) free_.push_back(block - 1);
+    if (full_.total() != lazy_.total() || (ended_ && !config_.prompt_in_chunks)) return false;
+    const bool open = prompt_open();
+    if (total() > (open ? config_.max_prompt : config_.capacity)) return false;
+    for (const std::int64_t block : blocks_) {
+      if (block < kLazy || (block == kLazy && open) || (block == kNoBlock && total() > 0))
+        return false;
+      if (block < 0) continue;
+      const auto taken = std::find(free_.begin(), free_.end(), block);
+      if (taken == free_.end() || (block >= large_blocks_ && !open)) return false;
+      free_.erase(taken);
+    }
+    return true;
   }
 
   void require_committed(const char* where) const {

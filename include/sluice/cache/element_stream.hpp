@@ -2,6 +2,8 @@
 /// Cached rows in snapshots: elements as their bits, little-endian, in order.
 #pragma once
 
+#include <cstddef>
+#include <cstring>
 #include <span>
 #include <type_traits>
 
@@ -33,6 +35,19 @@ void get_element(ByteReader& reader, T& value) {
   } else {
     value.bits = reader.read<decltype(value.bits)>("cache row");
   }
+}
+
+/// Copies a buffer to `to`, bytes as they are; returns what follows there. Precondition: room.
+template <class Buffer>
+std::byte* pack(const Buffer& buffer, std::byte* to) {
+  if (buffer.bytes() > 0) std::memcpy(to, buffer.data(), buffer.bytes());
+  return to + buffer.bytes();
+}
+/// The inverse.
+template <class Buffer>
+const std::byte* unpack(const std::byte* from, Buffer& buffer) {
+  if (buffer.bytes() > 0) std::memcpy(buffer.data(), from, buffer.bytes());
+  return from + buffer.bytes();
 }
 
 template <class T>

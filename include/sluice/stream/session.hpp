@@ -22,6 +22,7 @@
 
 #include "sluice/attention/cluster_cache.hpp"
 #include "sluice/attention/draft_tree.hpp"
+#include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/retrieval_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
@@ -89,11 +90,17 @@ struct UpdateResult {
 /// | PageSelectKvCache  | yes              | yes           | yes         | the common prefix |
 /// | TokenSelectKvCache | yes              | yes           | yes         | the common prefix |
 /// | ClusterSelectKvCache | yes            | yes           | yes         | the common prefix |
+/// | LazyLayerKvCache   | yes (all rows)   | yes           | no          | nothing           |
 /// | RetrievalKvCache   | no               | no            | no          | nothing           |
 ///
 /// What a cache does not do throws Error(kUnsupported) that says why. Scored caches that score by
 /// surprisal (SirLLM) are given that of every token, those read and those written; proxy queries
 /// (StreamMem) are the caller's to feed, which needs Decoder::forward().
+///
+/// Layers that become lazy (LightTransfer) are chosen by a prompt. That is the first chunk that is
+/// read, of up to max_prompt tokens, or with LazyLayerConfig::prompt_in_chunks all that is read
+/// before end_prompt() or the first step(). What is kept depends on all of the prompt, so update()
+/// reads a text anew.
 ///
 /// Everything is allocated by the constructor; no verb but fork(), save() and restore() allocates.
 /// One thread at a time uses a session; different sessions of one model are independent, except a
@@ -215,6 +222,7 @@ class Session {
   /// Throws and allocates nothing.
   std::optional<Token> step() {
     if (!is_ready()) return std::nullopt;
+    if constexpr (kHasPrompt) cache_.end_prompt();
     feed_pending();
     const Token token = sampler_.sample(current_logits());
     write(token);
@@ -232,7 +240,7 @@ class Session {
   /// with kRecompute, and for a tree with branches over raw keys. The stream is then as it was.
   std::span<const Token> step(const DraftTree& draft) {
     if constexpr (!requires(std::span<const std::int64_t> path) { cache_.keep_path(1, path); })
-      unsupported("verify drafts", "rows of a rejected path would have been scored or spilled");
+      unsupported("verify drafts", "what a rejected path has left there cannot be taken out");
     else
       return verify(draft);
   }
@@ -436,6 +444,12 @@ class Session {
     }
   }
 
+  /// Ends the prompt that says which layers become lazy (LazyLayerKvCache::end_prompt); step() does
+  /// it by itself. \throws Error(kOrder) if nothing was read.
+  void end_prompt() requires(requires(Cache& cache) { cache.end_prompt(); }) {
+    cache_.end_prompt();
+  }
+
   /// Turns to a question: what is read and written until end_question() sees the init tokens and
   /// the frames that answer it best, or those given (RetrievalKvCache::begin_question). Feeds a
   /// pending token first. \throws what RetrievalKvCache::begin_question throws.
@@ -462,6 +476,7 @@ class Session {
 
  private:
   static constexpr bool kHasCheckpoints = requires { typename Cache::Checkpoint; };
+  static constexpr bool kHasPrompt = requires(Cache & cache) { cache.end_prompt(); };
   static constexpr std::int64_t kSurprisalRows = 8;  // formed at once
   /// Stands for a checkpoint where there are none.
   struct NoCheckpoint {
@@ -598,7 +613,10 @@ class Session {
   /// A recomputed window scores one token at a time: each has a window of its own.
   std::int64_t chunk_limit(const MatrixView<float>& scratch) const {
     if (recomputes()) return scratch.rows > 0 ? 1 : options_.cache.window_size;
-    return cache_.max_chunk();
+    if constexpr (requires { cache_.next_chunk(); })
+      return cache_.next_chunk();
+    else
+      return cache_.max_chunk();
   }
 
   /// Whether `pending` tokens and tokens[first ..] can follow the first `fed` tokens of the cache.
@@ -713,7 +731,7 @@ class Session {
 
   /// How to keep the most of the first `limit` tokens.
   GoBack way_back(std::int64_t limit) const {
-    if (!kHasCheckpoints || recomputes() || limit <= 0) return {};
+    if (!kHasCheckpoints || kHasPrompt || recomputes() || limit <= 0) return {};
     const std::int64_t fed = cache_.total();
     limit = std::min(limit, fed);
     if (fed - limit <= max_truncate()) return {limit, nullptr};
@@ -982,6 +1000,9 @@ using TokenSelectSession = Session<Key, Value, TokenSelectKvCache<Key, Value>>;
 /// A session that keeps everything and reads the clusters of keys that its queries need.
 template <RotaryElement Key = f16, RotaryElement Value = Key>
 using ClusterSelectSession = Session<Key, Value, ClusterSelectKvCache<Key, Value>>;
+/// A session of which layers become lazy by its prompt.
+template <RotaryElement Key = f16, RotaryElement Value = Key>
+using LazyLayerSession = Session<Key, Value, LazyLayerKvCache<Key, Value>>;
 /// A session whose frames go to the host and come back for questions.
 template <RotaryElement Key = f16, RotaryElement Value = Key>
 using RetrievalSession = Session<Key, Value, RetrievalKvCache<Key, Value>>;
