@@ -7,6 +7,7 @@
 #include "options.hpp"
 #include "runner.hpp"
 
+#include "sluice/attention/lazy_layer_cache.hpp"
 #include "sluice/attention/scored_cache.hpp"
 #include "sluice/attention/selective_cache.hpp"
 #include "sluice/cache/score_policy.hpp"
@@ -46,7 +47,8 @@ sluice::ScorePolicy score_policy(const Options& options) {
     }
     case Choosing::kNone:
     case Choosing::kQuest:
-    case Choosing::kTidalDecode: break;
+    case Choosing::kTidalDecode:
+    case Choosing::kLightTransfer: break;
   }
   policy.growth = growth;
   policy.position_rule = options.cache.position_rule;
@@ -77,6 +79,20 @@ int run_choosing(const sluice::LoadedModel& model, const Options& options) {
                                      .budget = options.cache.window_size};
     if (layers > 13) selection.publishing_layers.push_back(13);
     return run(model, options, decoder.make_token_select_cache<f16>(selection, capacity, chunk));
+  }
+  if (options.choosing == Choosing::kLightTransfer) {
+    // How long the prompt is shows when it ends: any length up to the capacity, as it comes.
+    const std::int64_t window = options.cache.window_size;
+    return run(model, options,
+               decoder.make_lazy_layer_cache<f16>({
+                   .num_full_layers = decoder.config().num_layers() / 2,
+                   .num_sink_tokens = options.cache.num_sink_tokens,
+                   .recent_size = window - 1,
+                   .capacity = capacity,
+                   .max_prompt = capacity,
+                   .max_chunk = std::min(chunk, window),
+                   .prompt_in_chunks = true,
+               }));
   }
   return run(model, options, decoder.make_scored_cache<f16>(score_policy(options)));
 }

@@ -45,6 +45,7 @@ std::string_view to_string(Choosing policy) {
     case Choosing::kSirLlm: return "sir-llm";
     case Choosing::kQuest: return "quest";
     case Choosing::kTidalDecode: return "tidal-decode";
+    case Choosing::kLightTransfer: return "light-transfer";
   }
   return "unknown";
 }
@@ -108,9 +109,10 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
                "up to --capacity), recompute (the window rebuilt for every token),\n"
                "per-head (what --heads says of each KV head); snap-kv, h2o, sir-llm\n"
                "(--window entries a head, chosen by attention or surprisal); quest,\n"
-               "tidal-decode (all, of which a token reads --window)")
+               "tidal-decode (all, of which a token reads --window); light-transfer (all in\n"
+               "half of the layers, in others sinks and --window, by what the prompt shows)")
       ->check(CLI::IsMember({"sink-window", "window", "full", "recompute", "per-head", "snap-kv",
-                             "h2o", "sir-llm", "quest", "tidal-decode"}));
+                             "h2o", "sir-llm", "quest", "tidal-decode", "light-transfer"}));
   CLI::Option* const heads_option =
       option("--heads", o.heads,
              "head map of per-head: a .json of our form, a DuoAttention folder or .tsv");
@@ -245,7 +247,7 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
     if (policy == sluice::to_string(value)) o.cache.policy = value;
 
   for (const Choosing value : {Choosing::kSnapKv, Choosing::kH2O, Choosing::kSirLlm,
-                               Choosing::kQuest, Choosing::kTidalDecode})
+                               Choosing::kQuest, Choosing::kTidalDecode, Choosing::kLightTransfer})
     if (policy == to_string(value)) o.choosing = value;
   const bool chooses = o.choosing != Choosing::kNone;
   if (chooses) o.cache.policy = sluice::CachePolicy::kFull;
@@ -256,6 +258,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   if (chooses && o.cache.window_size < 64)
     return fail("--window: expected at least 64 with --policy " + policy + ", found " +
                 std::to_string(o.cache.window_size));
+  if (o.choosing == Choosing::kLightTransfer && perplexity_option->count() > 0)
+    return fail("--policy: expected one that needs no prompt with --perplexity, found " + policy);
   if (chooses && position == "in-cache" && keeps_all(o.choosing))
     o.cache.position_rule = sluice::PositionRule::kInText;  // a full cache knows no other
 
@@ -279,7 +283,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
     if (given->count() > 0 && !acts)
       o.notes.push_back(given->get_name() + " has no effect with --policy " + policy);
   };
-  idle(sinks_option, kept == CachePolicy::kSinkWindow || o.choosing == Choosing::kSirLlm);
+  idle(sinks_option, kept == CachePolicy::kSinkWindow || o.choosing == Choosing::kSirLlm ||
+                         o.choosing == Choosing::kLightTransfer);
   idle(window_option, chooses || (kept != CachePolicy::kFull && kept != CachePolicy::kPerHead));
   idle(capacity_option, chooses ? keeps_all(o.choosing)
                                 : kept == CachePolicy::kFull || kept == CachePolicy::kPerHead);

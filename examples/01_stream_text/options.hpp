@@ -20,11 +20,12 @@ enum class KvType { kF32, kF16, kBF16, kQ8_0, kQ4_0 };
 enum class Format { kText, kJson };
 
 /// Policies that look at queries or likelihoods, beside those of CachePolicy.
-enum class Choosing { kNone, kSnapKv, kH2O, kSirLlm, kQuest, kTidalDecode };
+enum class Choosing { kNone, kSnapKv, kH2O, kSirLlm, kQuest, kTidalDecode, kLightTransfer };
 std::string_view to_string(Choosing policy);
-/// Whether it keeps everything and reads little of it, or keeps --window entries a head.
+/// Whether it keeps everything, at least in some layers, or --window entries a head.
 inline bool keeps_all(Choosing policy) {
-  return policy == Choosing::kQuest || policy == Choosing::kTidalDecode;
+  return policy == Choosing::kQuest || policy == Choosing::kTidalDecode ||
+         policy == Choosing::kLightTransfer;
 }
 
 inline constexpr std::int64_t kForEver = -1;

@@ -28,6 +28,11 @@ using support::resident_bytes;
 
 std::string cache_text(const Options& options) {
   const sluice::CacheOptions& cache = options.cache;
+  if (options.choosing == Choosing::kLightTransfer)
+    return std::string(to_string(options.choosing)) + ", half of the layers up to " +
+           std::to_string(cache.capacity) + " tokens, others " +
+           std::to_string(cache.num_sink_tokens) + " sinks + " + std::to_string(cache.window_size) +
+           " keys";
   if (options.choosing != Choosing::kNone)
     return std::string(to_string(options.choosing)) + ", " + std::to_string(cache.window_size) +
            (keeps_all(options.choosing) ? " entries read of up to " + std::to_string(cache.capacity)

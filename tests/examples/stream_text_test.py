@@ -353,7 +353,7 @@ class StreamTextTest(unittest.TestCase):
     def test_policies_that_choose_are_saved_too(self):
         snapshot = FOLDER / "choosing.bin"
         text = "The clocks were striking thirteen, and nobody had counted them before. " * 4
-        for policy in ("snap-kv", "h2o", "sir-llm", "quest", "tidal-decode"):
+        for policy in ("snap-kv", "h2o", "sir-llm", "quest", "tidal-decode", "light-transfer"):
             with self.subTest(policy=policy):
                 common = ("--policy", policy, "--window", "64", "--capacity", "900", "--format",
                           "json", *GREEDY)
@@ -366,6 +366,8 @@ class StreamTextTest(unittest.TestCase):
                 self.assertIn(policy.encode(), whole.stderr)
                 self.assertFails(run("--load", snapshot, "-p", "x", *common, "--window", "72"), 1,
                                  "choosing.bin")
+        self.assertFails(run("-p", text, "--perplexity", "--policy", "light-transfer"), 2,
+                         "--policy", "light-transfer")
 
     def test_head_maps(self):
         path = FOLDER / "map.json"
