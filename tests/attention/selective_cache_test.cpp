@@ -129,8 +129,9 @@ TEST(PageSelection, TiesAndNansGoToTheOlder) {
   EXPECT_EQ(pick(9), (List{0, 1, 2, 3, 4, 5}));
 }
 
-/// Random appends, commits, roll-backs and truncations: bounds are those of the keys that are
-/// there, no score exceeds its page's bound, and what is picked is what sorting would pick.
+/// Random appends, commits, roll-backs, truncations and paths of drafts: bounds are those of the
+/// keys that are there, no score exceeds its page's bound, and what is picked is what sorting would
+/// pick.
 TEST(PageSelection, RandomHistories) {
   for (std::uint64_t seed = 1; seed <= 12; ++seed) {
     Random random(seed);
@@ -233,11 +234,24 @@ TEST(PageSelection, RandomHistories) {
           ASSERT_EQ(list(cache.picked(0, h)), expected) << "seed " << seed << " step " << step;
         }
       }
-      switch (random.below(5)) {
+      switch (random.below(7)) {
         case 0: cache.rollback(); break;
         case 1:
           cache.truncate(between(random, 0, std::min<std::int64_t>(9, cache.max_truncate())));
           break;
+        case 2: {
+          const std::int64_t open = cache.total() - cache.committed();
+          std::vector<std::int64_t> path;
+          for (std::int64_t i = 0; i < open; ++i) {
+            if (random.below(2) == 0) continue;
+            stored[static_cast<std::size_t>(cache.committed() + std::ssize(path))] =
+                stored[static_cast<std::size_t>(cache.committed() + i)];
+            path.push_back(i);
+          }
+          cache.keep_path(open, path);
+          break;
+        }
+        case 3: break;  // another chunk before the commit
         default: cache.commit();
       }
       stored.resize(static_cast<std::size_t>(cache.total()));

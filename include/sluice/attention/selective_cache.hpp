@@ -294,6 +294,11 @@ class PageSelectKvCache : public detail::SelectiveCache<PageSelectKvCache<Key, V
     Base::commit();
     for (std::int64_t l = 0; l < this->shape().num_layers; ++l) extend_bounds(l);
   }
+  /// As Base's. Bounds know uncommitted rows where one of them has selected, and those may move.
+  void keep_path(std::int64_t tokens, std::span<const std::int64_t> path) {
+    for (PageBounds<Key>& bounds : bounds_) bounds.truncate(this->total() - tokens);
+    Base::keep_path(tokens, path);
+  }
 
   /// A state that revert() returns to: rows stay where they are, what is picked is copied.
   struct Checkpoint {
