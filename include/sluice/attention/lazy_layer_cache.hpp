@@ -150,6 +150,20 @@ class LazyLayerKvCache {
   using SegmentType = Segment<Key, Value>;
   static constexpr int kMaxSegments = Retention::kMaxSegments;
 
+ private:
+  /// Who holds what: all of the state but rows.
+  struct Books {
+    Retention full;
+    Retention lazy;
+    std::vector<std::int64_t> blocks;  // [num_layers]: of full layers, kNoBlock, or kLazy
+    std::vector<double> ratios;        // [num_layers]
+    std::vector<std::int64_t> free{};  // blocks that no layer has
+    bool ended = false;                // a prompt in chunks
+    std::size_t kept = 0;
+    std::size_t kept_peak = 0;
+  };
+
+ public:
   /// rotaries: [num_layers], each null or outliving the cache. num_qo_heads and sm_scale: the
   /// model's. \throws Error(kConfig, kShape) naming the extent that does not fit.
   LazyLayerKvCache(const KvShape& shape, std::int64_t num_qo_heads, float sm_scale,
@@ -159,11 +173,10 @@ class LazyLayerKvCache {
         num_qo_heads_(num_qo_heads),
         sm_scale_(sm_scale),
         rotaries_(rotaries.begin(), rotaries.end()),
-        full_(full_config(config)),
-        lazy_(lazy_config(config)),
-        queue_(std::min(config.num_full_layers, shape.num_layers)),
-        blocks_(static_cast<std::size_t>(shape.num_layers), kNoBlock),
-        ratios_(static_cast<std::size_t>(shape.num_layers)) {
+        books_{Retention(full_config(config)), Retention(lazy_config(config)),
+               std::vector<std::int64_t>(static_cast<std::size_t>(shape.num_layers), kNoBlock),
+               std::vector<double>(static_cast<std::size_t>(shape.num_layers))},
+        queue_(std::min(config.num_full_layers, shape.num_layers)) {
     const std::int64_t full_layers = std::min(config.num_full_layers, shape.num_layers);
     if (config.prompt_in_chunks) {
       large_blocks_ = full_layers;
@@ -178,19 +191,19 @@ class LazyLayerKvCache {
       // One block serves the layer at work, unless no layer is to be lazy.
       large_blocks_ = num_blocks_ = std::min(full_layers + 1, shape.num_layers);
     }
-    const std::int64_t rows =
-        block_row(num_blocks_) + shape.num_layers * shape.num_kv_heads * lazy_.config().capacity;
+    const std::int64_t rows = block_row(num_blocks_) +
+                              shape.num_layers * shape.num_kv_heads * books_.lazy.config().capacity;
     keys_ = Buffer<Key>(size(rows * shape.head_dim));
     values_ = Buffer<Value>(size(rows * shape.value_dim));
-    free_.reserve(size(num_blocks_));
+    books_.free.reserve(size(num_blocks_));
     reset();
   }
 
   const KvShape& shape() const { return shape_; }
   const LazyLayerConfig& config() const { return config_; }
-  std::int64_t total() const { return full_.total(); }
-  std::int64_t committed() const { return full_.committed(); }
-  Position write_position(std::int64_t index) const { return full_.write_position(index); }
+  std::int64_t total() const { return books_.full.total(); }
+  std::int64_t committed() const { return books_.full.committed(); }
+  Position write_position(std::int64_t index) const { return books_.full.write_position(index); }
   bool takes_positions() const { return false; }
   /// Of the prompt, for workspaces; later chunks are at most config().max_chunk.
   std::int64_t max_chunk() const {
@@ -203,16 +216,18 @@ class LazyLayerKvCache {
   std::int64_t room_behind(std::int64_t fed) const {
     return (fed == 0 || prompt_open() ? config_.max_prompt : config_.capacity) - fed;
   }
-  std::int64_t max_entries() const { return full_.config().capacity; }
+  std::int64_t max_entries() const { return books_.full.config().capacity; }
   /// Bytes of keys and values: the full layers' and a window for each layer.
   std::size_t bytes() const { return keys_.bytes() + values_.bytes(); }
   /// Bytes of keys and values that are kept now, and the most that ever were at once.
-  std::size_t bytes_kept() const { return kept_now_; }
-  std::size_t peak_bytes_kept() const { return kept_peak_; }
-  bool is_lazy(std::int64_t layer) const { return blocks_[size(layer)] == kLazy; }
-  std::int64_t num_lazy() const { return std::count(blocks_.begin(), blocks_.end(), kLazy); }
+  std::size_t bytes_kept() const { return books_.kept; }
+  std::size_t peak_bytes_kept() const { return books_.kept_peak; }
+  bool is_lazy(std::int64_t layer) const { return books_.blocks[size(layer)] == kLazy; }
+  std::int64_t num_lazy() const {
+    return std::count(books_.blocks.begin(), books_.blocks.end(), kLazy);
+  }
   /// The ratio that was measured last; 0 before.
-  double ratio(std::int64_t layer) const { return ratios_[size(layer)]; }
+  double ratio(std::int64_t layer) const { return books_.ratios[size(layer)]; }
   /// Whether ratios are measured after the prompt too, at every chunk.
   void measure(bool always) { measures_ = always; }
 
@@ -226,22 +241,22 @@ class LazyLayerKvCache {
   /// Precondition: status(tokens) == kOk.
   void append(std::int64_t tokens) {
     SLUICE_ASSERT(status(tokens) == CacheStatus::kOk);
-    full_.append(tokens);
+    books_.full.append(tokens);
     if (!prompt_open() || config_.prompt_in_chunks) {
-      lazy_.append(tokens);
+      books_.lazy.append(tokens);
       return;
     }
     // Where a lazy layer will have the prompt's tokens is known before the layer is.
     for (std::int64_t left = tokens; left > 0;) {
-      const std::int64_t part = std::min(left, lazy_.config().max_chunk);
-      lazy_.append(part);
-      lazy_.commit();
+      const std::int64_t part = std::min(left, books_.lazy.config().max_chunk);
+      books_.lazy.append(part);
+      books_.lazy.commit();
       left -= part;
     }
   }
   void commit() {
-    full_.commit();
-    lazy_.commit();
+    books_.full.commit();
+    books_.lazy.commit();
     count_kept();
   }
   void rollback() {
@@ -249,24 +264,26 @@ class LazyLayerKvCache {
       reset();
       return;
     }
-    full_.rollback();
-    lazy_.rollback();
+    books_.full.rollback();
+    books_.lazy.rollback();
     count_kept();
   }
   void reset() {
-    full_.reset();
-    lazy_.reset();
+    books_.full.reset();
+    books_.lazy.reset();
     queue_.clear();
-    free_.clear();
-    for (std::int64_t block = num_blocks_; block > 0; --block) free_.push_back(block - 1);
-    std::fill(blocks_.begin(), blocks_.end(), kNoBlock);
-    ended_ = false;
-    std::fill(ratios_.begin(), ratios_.end(), 0.0);
-    kept_now_ = kept_peak_ = 0;
+    books_.free.clear();
+    for (std::int64_t block = num_blocks_; block > 0; --block) books_.free.push_back(block - 1);
+    std::fill(books_.blocks.begin(), books_.blocks.end(), kNoBlock);
+    books_.ended = false;
+    std::fill(books_.ratios.begin(), books_.ratios.end(), 0.0);
+    books_.kept = books_.kept_peak = 0;
   }
 
   /// Whether what is appended belongs to the prompt.
-  bool prompt_open() const { return config_.prompt_in_chunks ? !ended_ : full_.committed() == 0; }
+  bool prompt_open() const {
+    return config_.prompt_in_chunks ? !books_.ended : books_.full.committed() == 0;
+  }
   /// Ends a prompt in chunks: measures each layer's ratio over the prompt's last queries and leaves
   /// the num_full_layers least lazy layers full. Does nothing where the prompt has ended.
   /// \throws Error(kOrder) with uncommitted tokens, or none at all; nothing changes.
@@ -290,17 +307,17 @@ class LazyLayerKvCache {
       std::array<SegmentType, kMaxSegments> all;
       [[maybe_unused]] const int count = segments(layer, rows, all);
       SLUICE_ASSERT(count == 1);
-      ratios_[size(layer)] = lazy_ratio(
+      books_.ratios[size(layer)] = lazy_ratio(
           query, all[0], sm_scale_, rotaries_[size(layer)], shape_.num_kv_heads, last_lse_.data(),
           config_.num_sink_tokens, config_.recent_size, config_.num_queries);
     }
-    ended_ = true;
+    books_.ended = true;
     if (config_.num_full_layers >= shape_.num_layers) return;
     for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer)
-      if (const std::optional<std::int64_t> lazy = queue_.push(ratios_[size(layer)], layer))
+      if (const std::optional<std::int64_t> lazy = queue_.push(books_.ratios[size(layer)], layer))
         cut(*lazy);
     for (std::int64_t layer = 0; layer < shape_.num_layers; ++layer)
-      if (blocks_[size(layer)] >= large_blocks_) grow(layer);
+      if (books_.blocks[size(layer)] >= large_blocks_) grow(layer);
   }
 
   /// Makes a full layer lazy. \throws Error(kOrder) with uncommitted tokens, or before the prompt
@@ -315,58 +332,41 @@ class LazyLayerKvCache {
   }
 
   /// A state that revert() returns to: a copy of everything.
-  struct Checkpoint {
-    Retention full;
-    Retention lazy;
-    std::vector<std::int64_t> blocks;
-    std::vector<std::int64_t> free;
-    std::vector<double> ratios;
-    bool ended = false;
-    std::size_t kept_peak = 0;
-    Buffer<std::byte> content;
-    std::size_t bytes() const { return content.bytes(); }
-    std::int64_t total() const { return full.total(); }
+  class Checkpoint {
+   public:
+    std::size_t bytes() const { return content_.bytes(); }
+    std::int64_t total() const { return books_.full.total(); }
     std::int64_t max_truncate() const { return 0; }
+
+   private:
+    friend LazyLayerKvCache;
+    Checkpoint(const Books& books, std::size_t bytes) : books_(books), content_(bytes) {
+      books_.free.reserve(books.blocks.size());
+    }
+
+    Books books_;
+    Buffer<std::byte> content_;
   };
-  /// As KvCache's. A copy of what is being measured of an open prompt belongs to it.
+  /// As KvCache's. What is being measured of an open prompt belongs to it.
   Checkpoint make_checkpoint() const {
     std::size_t bytes = 0;
     each_buffer(*this, [&](const auto& buffer) { bytes += buffer.bytes(); });
-    Checkpoint checkpoint{full_, lazy_, blocks_, {}, ratios_, ended_, 0, Buffer<std::byte>(bytes)};
-    checkpoint.free.reserve(free_.capacity());
-    return checkpoint;
+    return {books_, bytes};
   }
   void capture(Checkpoint& checkpoint) const {
     SLUICE_ASSERT(total() == committed());
-    checkpoint.full = full_;
-    checkpoint.lazy = lazy_;
-    checkpoint.blocks = blocks_;
-    checkpoint.free = free_;
-    checkpoint.ratios = ratios_;
-    checkpoint.ended = ended_;
-    checkpoint.kept_peak = kept_peak_;
-    std::byte* to = checkpoint.content.data();
+    checkpoint.books_ = books_;
+    std::byte* to = checkpoint.content_.data();
     each_buffer(*this, [&](const auto& buffer) { to = detail::pack(buffer, to); });
   }
   void revert(const Checkpoint& checkpoint) {
-    full_ = checkpoint.full;
-    lazy_ = checkpoint.lazy;
-    blocks_ = checkpoint.blocks;
-    free_ = checkpoint.free;
-    ratios_ = checkpoint.ratios;
-    ended_ = checkpoint.ended;
-    const std::byte* from = checkpoint.content.data();
+    take_over(checkpoint.books_);
+    const std::byte* from = checkpoint.content_.data();
     each_buffer(*this, [&](auto& buffer) { from = detail::unpack(from, buffer); });
-    settle(checkpoint.kept_peak);
   }
   void copy_from(const LazyLayerKvCache& other) {
     SLUICE_ASSERT(other.total() == other.committed());
-    full_ = other.full_;
-    lazy_ = other.lazy_;
-    blocks_ = other.blocks_;
-    free_ = other.free_;
-    ratios_ = other.ratios_;
-    ended_ = other.ended_;
+    take_over(other.books_);
     const auto copy = [](const auto& from, auto& to) {
       std::copy_n(from.data(), from.size(), to.data());
     };
@@ -374,7 +374,6 @@ class LazyLayerKvCache {
     copy(other.values_, values_);
     copy(other.seen_queries_, seen_queries_);
     copy(other.seen_lse_, seen_lse_);
-    settle(other.kept_peak_);
   }
   LazyLayerKvCache sibling() const {
     return LazyLayerKvCache(shape_, num_qo_heads_, sm_scale_, config_, rotaries_);
@@ -385,12 +384,12 @@ class LazyLayerKvCache {
   void save(ByteWriter& writer) const {
     detail::write_shape<Key, Value>(writer, shape_);
     for (const auto& [field, value] : identity()) writer.write<std::int64_t>(value);
-    full_.save(writer);
-    lazy_.save(writer);
-    writer.write_span(std::span<const std::int64_t>(blocks_));
-    writer.write_span(std::span<const double>(ratios_));
-    writer.write(static_cast<std::uint8_t>(ended_));
-    writer.write(static_cast<std::uint64_t>(kept_peak_));
+    books_.full.save(writer);
+    books_.lazy.save(writer);
+    writer.write_span(std::span<const std::int64_t>(books_.blocks));
+    writer.write_span(std::span<const double>(books_.ratios));
+    writer.write(static_cast<std::uint8_t>(books_.ended));
+    writer.write(static_cast<std::uint64_t>(books_.kept_peak));
     each_buffer(*this, [&](const auto& buffer) { detail::put_elements(writer, buffer.span()); });
   }
   /// Takes over a saved state. \throws Error(kFormat) naming the field; the cache is then reset.
@@ -400,18 +399,19 @@ class LazyLayerKvCache {
       detail::expect_shape<Key, Value>(reader, shape_);
       for (const auto& [field, value] : identity())
         reader.read_expected<std::int64_t>(field, value);
-      full_.restore(reader);
-      lazy_.restore(reader);
+      books_.full.restore(reader);
+      books_.lazy.restore(reader);
       const std::size_t begin = reader.offset();
-      reader.read_span<std::int64_t>("blocks", std::span(blocks_));
-      reader.read_span<double>("ratios", std::span(ratios_));
-      ended_ = reader.read<std::uint8_t>("ended") != 0;
+      reader.read_span<std::int64_t>("blocks", std::span(books_.blocks));
+      reader.read_span<double>("ratios", std::span(books_.ratios));
+      books_.ended = reader.read<std::uint8_t>("ended") != 0;
       const auto peak = reader.read<std::uint64_t>("peak bytes");
       if (!take_blocks())
         reader.fail_at(begin, "inconsistent snapshot", "blocks", "one for each full layer",
                        "others");
       each_buffer(*this, [&](auto& buffer) { detail::get_elements(reader, buffer.span()); });
-      settle(static_cast<std::size_t>(peak));
+      books_.kept_peak = static_cast<std::size_t>(peak);
+      count_kept();
     } catch (...) {
       reset();
       throw;
@@ -441,7 +441,7 @@ class LazyLayerKvCache {
   HeadClassView head_class(std::int64_t layer, int = 0) const {
     HeadClassView view;
     if (!is_lazy(layer)) return view;
-    view.window_size = lazy_.window();
+    view.window_size = books_.lazy.window();
     view.num_sink_tokens = config_.num_sink_tokens;
     return view;
   }
@@ -469,14 +469,14 @@ class LazyLayerKvCache {
   /// A layer gets its block before its rows are stored: to be called after append(), for each layer
   /// in order.
   void begin_layer(std::int64_t layer) {
-    std::int64_t& block = blocks_[size(layer)];
+    std::int64_t& block = books_.blocks[size(layer)];
     if (block != kNoBlock) {
       count_kept();
       return;
     }
-    SLUICE_ASSERT(!free_.empty());
-    block = free_.back();
-    free_.pop_back();
+    SLUICE_ASSERT(!books_.free.empty());
+    block = books_.free.back();
+    books_.free.pop_back();
     count_kept();
   }
 
@@ -500,7 +500,7 @@ class LazyLayerKvCache {
       }
       return;
     }
-    double& ratio = ratios_[size(seen.layer)];
+    double& ratio = books_.ratios[size(seen.layer)];
     ratio = lazy_ratio(seen.query, seen.segments[0], sm_scale_, rotaries_[size(seen.layer)],
                        shape_.num_kv_heads, seen.lse, config_.num_sink_tokens, config_.recent_size,
                        config_.num_queries);
@@ -594,28 +594,27 @@ class LazyLayerKvCache {
     visit(self.seen_lse_);
   }
 
-  /// What follows from a state that was taken over. The queue holds layers only while a prompt
-  /// passes, and no state is taken then.
-  void settle(std::size_t kept_peak) {
+  /// The queue holds layers only while a prompt passes, and no state is captured then.
+  void take_over(const Books& books) {
+    books_ = books;
     queue_.clear();
-    kept_peak_ = kept_peak;
-    count_kept();
   }
   /// Frees the blocks that no layer has. Returns whether the layers' blocks, read from a file, are
   /// such as a stream could have.
   bool take_blocks() {
-    free_.clear();
-    for (std::int64_t block = num_blocks_; block > 0; --block) free_.push_back(block - 1);
-    if (full_.total() != lazy_.total() || (ended_ && !config_.prompt_in_chunks)) return false;
+    books_.free.clear();
+    for (std::int64_t block = num_blocks_; block > 0; --block) books_.free.push_back(block - 1);
+    if (books_.full.total() != books_.lazy.total() || (books_.ended && !config_.prompt_in_chunks))
+      return false;
     const bool open = prompt_open();
     if (total() > (open ? config_.max_prompt : config_.capacity)) return false;
-    for (const std::int64_t block : blocks_) {
+    for (const std::int64_t block : books_.blocks) {
       if (block < kLazy || (block == kLazy && open) || (block == kNoBlock && total() > 0))
         return false;
       if (block < 0) continue;
-      const auto taken = std::find(free_.begin(), free_.end(), block);
-      if (taken == free_.end() || (block >= large_blocks_ && !open)) return false;
-      free_.erase(taken);
+      const auto taken = std::find(books_.free.begin(), books_.free.end(), block);
+      if (taken == books_.free.end() || (block >= large_blocks_ && !open)) return false;
+      books_.free.erase(taken);
     }
     return true;
   }
@@ -639,22 +638,22 @@ class LazyLayerKvCache {
   }
   Place place(std::int64_t layer) const {
     if (is_lazy(layer))
-      return {&lazy_,
-              block_row(num_blocks_) + layer * shape_.num_kv_heads * lazy_.config().capacity,
-              lazy_.config().capacity};
-    const std::int64_t block = blocks_[size(layer)];
+      return {&books_.lazy,
+              block_row(num_blocks_) + layer * shape_.num_kv_heads * books_.lazy.config().capacity,
+              books_.lazy.config().capacity};
+    const std::int64_t block = books_.blocks[size(layer)];
     SLUICE_ASSERT(block >= 0);
-    return {&full_, block_row(block),
+    return {&books_.full, block_row(block),
             block < large_blocks_ ? config_.capacity : config_.max_prompt};
   }
 
   /// Moves a layer that stays full from a block of the prompt's size to one that has become free.
   void grow(std::int64_t layer) {
-    const auto large = std::find_if(free_.begin(), free_.end(),
+    const auto large = std::find_if(books_.free.begin(), books_.free.end(),
                                     [&](std::int64_t block) { return block < large_blocks_; });
-    SLUICE_ASSERT(large != free_.end());
+    SLUICE_ASSERT(large != books_.free.end());
     const Place from = place(layer);
-    std::swap(blocks_[size(layer)], *large);
+    std::swap(books_.blocks[size(layer)], *large);
     const Place to = place(layer);
     for (std::int64_t h = 0; h < shape_.num_kv_heads; ++h) {
       std::copy_n(keys_.data() + from.row(h, 0) * shape_.head_dim, total() * shape_.head_dim,
@@ -667,8 +666,8 @@ class LazyLayerKvCache {
   /// Copies what a lazy layer keeps to its own rows and gives the layer's block back.
   void cut(std::int64_t layer) {
     const Place from = place(layer);
-    const std::int64_t block = blocks_[size(layer)];
-    blocks_[size(layer)] = kLazy;
+    const std::int64_t block = books_.blocks[size(layer)];
+    books_.blocks[size(layer)] = kLazy;
     const Place to = place(layer);
     const std::int64_t sinks = config_.num_sink_tokens;
     const std::int64_t ring = to.capacity - sinks;
@@ -684,7 +683,7 @@ class LazyLayerKvCache {
     for (std::int64_t token = std::max(sinks, total() - config_.recent_size); token < total();
          ++token)
       copy(token, sinks + (token - sinks) % ring);
-    free_.push_back(block);
+    books_.free.push_back(block);
     count_kept();
   }
 
@@ -693,12 +692,12 @@ class LazyLayerKvCache {
                      (static_cast<std::size_t>(shape_.head_dim) * sizeof(Key) +
                       static_cast<std::size_t>(shape_.value_dim) * sizeof(Value));
     std::size_t rows = 0;
-    for (const std::int64_t block : blocks_) {
-      if (block == kLazy) rows += size(lazy_.size());
+    for (const std::int64_t block : books_.blocks) {
+      if (block == kLazy) rows += size(books_.lazy.size());
       if (block >= 0) rows += size(total());
     }
-    kept_now_ = rows * row;
-    kept_peak_ = std::max(kept_peak_, kept_now_);
+    books_.kept = rows * row;
+    books_.kept_peak = std::max(books_.kept_peak, books_.kept);
   }
 
   template <class T>
@@ -711,15 +710,10 @@ class LazyLayerKvCache {
   std::int64_t num_qo_heads_;
   float sm_scale_;
   std::vector<const Rotary*> rotaries_;
-  Retention full_;
-  Retention lazy_;
+  Books books_;
   LazyQueue queue_;
-  std::vector<std::int64_t> blocks_;  // [num_layers]: of full layers, kNoBlock, or kLazy
-  std::vector<double> ratios_;        // [num_layers]
-  std::vector<std::int64_t> free_;    // blocks that no layer has
   std::int64_t num_blocks_ = 0;
   std::int64_t large_blocks_ = 0;  // those in front, with room for the whole stream
-  bool ended_ = false;             // a prompt in chunks
   std::int64_t ring_ = 0;          // rows of each layer that are remembered while it is open
   Buffer<float> seen_queries_;     // [layers, ring, num_qo_heads, head_dim]
   Buffer<float> seen_lse_;         // [layers, ring, num_qo_heads]
@@ -727,8 +721,6 @@ class LazyLayerKvCache {
   Buffer<float> last_lse_;         // [num_queries, num_qo_heads]
   Buffer<Key> keys_;      // [blocks, kv heads, capacity, head_dim], [layers, kv heads, window, ..]
   Buffer<Value> values_;  // likewise
-  std::size_t kept_now_ = 0;
-  std::size_t kept_peak_ = 0;
   bool measures_ = false;
 };
 

@@ -79,6 +79,37 @@ struct UpdateResult {
   std::int64_t computed = 0;       ///< tokens that were fed
 };
 
+namespace detail {
+
+/// What accept() and update() ask between chunks when they are given nothing.
+struct NeverStop {
+  bool operator()() const { return false; }
+};
+
+/// How many tokens `tokens` and a stream begin with in common. history: the stream's first tokens,
+/// as far as they are remembered.
+inline std::int64_t common_prefix(std::span<const Token> history, std::span<const Token> tokens) {
+  return std::ranges::mismatch(history, tokens).in1 - history.begin();
+}
+
+/// \throws Error(kShape) naming the first token outside a vocabulary of `vocab` tokens.
+inline void check_vocabulary(std::span<const Token> tokens, std::int64_t vocab, const char* where) {
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    if (tokens[i] < 0 || tokens[i] >= vocab)
+      throw Error(ErrorCode::kShape,
+                  {"token outside the vocabulary", where, "tokens[" + std::to_string(i) + "]",
+                   "0 to " + std::to_string(vocab - 1), std::to_string(tokens[i])});
+}
+/// \throws Error(kCapacity) if `coming` tokens are more than a full cache has room for.
+inline void check_room(std::int64_t coming, std::int64_t room, const char* where) {
+  if (coming > room)
+    throw Error(ErrorCode::kCapacity,
+                {"the full cache cannot hold that many tokens", where, "tokens",
+                 "at most " + std::to_string(room), std::to_string(coming)});
+}
+
+}  // namespace detail
+
 /// A stream over a shared model. Key and Value are the cache's element types; Cache is a KvCache, a
 /// PagedKvCache, whose pages sessions share, or one of the caches that look at queries:
 ///
@@ -137,17 +168,13 @@ class Session {
 
   /// Reads tokens, any number: longer than a chunk they are fed in chunks, which changes nothing in
   /// the result. Logits are formed when they are asked for (a recomputed window is rebuilt then).
+  /// It can be cancelled: asks stop() between chunks, before each but the first, and reads no
+  /// further once it says true. Returns how many tokens were read: the stream is then what
+  /// accept(tokens.first(read)) leaves, ready to go on in any direction.
   /// \throws Error(kShape) for a token outside the vocabulary, Error(kCapacity) when a full cache
   /// cannot hold them all. Nothing was read then.
-  void accept(std::span<const Token> tokens) {
-    accept(tokens, [] { return false; });
-  }
-
-  /// accept() that can be cancelled: asks stop() between chunks, before each but the first, and
-  /// reads no further once it says true. Returns how many tokens were read: the stream is then what
-  /// accept(tokens.first(read)) leaves, ready to go on in any direction.
-  template <std::predicate Stop>
-  std::int64_t accept(std::span<const Token> tokens, Stop&& stop) {
+  template <std::predicate Stop = detail::NeverStop>
+  std::int64_t accept(std::span<const Token> tokens, Stop&& stop = Stop()) {
     check(tokens, 0, cache_.total(), pending_ ? 1 : 0);
     return read(
         tokens, MatrixView<float>(), [](std::size_t, double) {}, stop);
@@ -159,19 +186,14 @@ class Session {
   template <class Visit>
   void accept_scored(std::span<const Token> tokens, MatrixView<float> scratch, Visit&& visit) {
     check(tokens, 0, cache_.total(), pending_ ? 1 : 0);
-    read(tokens, scratch, visit, [] { return false; });
+    read(tokens, scratch, visit, detail::NeverStop());
   }
 
   /// How many tokens the stream and `tokens` begin with in common, as far as the session remembers
   /// (SessionOptions::history). A session's tokens are text, so equal ids are equal inputs.
   std::int64_t common_prefix(std::span<const Token> tokens) const {
-    const std::int64_t most =
-        std::min({static_cast<std::int64_t>(tokens.size()), remembered(), position_});
-    std::int64_t length = 0;
-    while (length < most &&
-           history_[static_cast<std::size_t>(length)] == tokens[static_cast<std::size_t>(length)])
-      ++length;
-    return length;
+    return detail::common_prefix(
+        history_.span().first(static_cast<std::size_t>(std::min(remembered(), position_))), tokens);
   }
 
   /// Makes `tokens` the stream: what reset() and accept(tokens) leave, to the rounding between one
@@ -184,8 +206,8 @@ class Session {
   /// keep nothing takes over pages of the same beginning that others of its store have computed.
   /// Checkpoints of more tokens than were kept
   /// expire. \throws what accept() throws: the stream is then as it was.
-  template <std::predicate Stop>
-  UpdateResult update(std::span<const Token> tokens, Stop&& stop) {
+  template <std::predicate Stop = detail::NeverStop>
+  UpdateResult update(std::span<const Token> tokens, Stop&& stop = Stop()) {
     UpdateResult result;
     result.common_prefix = common_prefix(tokens);
     const std::int64_t limit =
@@ -208,9 +230,6 @@ class Session {
     result.computed = read(
         rest, MatrixView<float>(), [](std::size_t, double) {}, stop);
     return result;
-  }
-  UpdateResult update(std::span<const Token> tokens) {
-    return update(tokens, [] { return false; });
   }
 
   /// Whether step() can write: something was read, and a full cache has room.
@@ -622,22 +641,10 @@ class Session {
   /// Whether `pending` tokens and tokens[first ..] can follow the first `fed` tokens of the cache.
   void check(std::span<const Token> tokens, std::int64_t first, std::int64_t fed,
              std::int64_t pending) const {
-    check_vocabulary(tokens, "Session::accept");
-    if (!options_.cache.is_bounded()) return;
-    const std::int64_t coming = static_cast<std::int64_t>(tokens.size()) - first + pending;
-    const std::int64_t room = room_behind(fed);
-    if (coming > room)
-      throw Error(ErrorCode::kCapacity,
-                  {"the full cache cannot hold that many tokens", "Session::accept", "tokens",
-                   "at most " + std::to_string(room), std::to_string(coming)});
-  }
-  void check_vocabulary(std::span<const Token> tokens, const char* where) const {
-    const std::int64_t vocab = model_->config().vocab_size;
-    for (std::size_t i = 0; i < tokens.size(); ++i)
-      if (tokens[i] < 0 || tokens[i] >= vocab)
-        throw Error(ErrorCode::kShape,
-                    {"token outside the vocabulary", where, "tokens[" + std::to_string(i) + "]",
-                     "0 to " + std::to_string(vocab - 1), std::to_string(tokens[i])});
+    detail::check_vocabulary(tokens, model_->config().vocab_size, "Session::accept");
+    if (options_.cache.is_bounded())
+      detail::check_room(static_cast<std::int64_t>(tokens.size()) - first + pending,
+                         room_behind(fed), "Session::accept");
   }
   void check(const DraftTree& draft) const {
     const auto fail = [](ErrorCode code, const char* what, const char* field,
@@ -651,7 +658,7 @@ class Session {
       fail(ErrorCode::kOrder, "the draft does not begin with the token written last", "node 0",
            pending_ ? std::to_string(*pending_) : "a token written by step()",
            draft.size() == 0 ? "an empty draft" : std::to_string(draft.token(0)));
-    check_vocabulary(draft.tokens(), "Session::step");
+    detail::check_vocabulary(draft.tokens(), model_->config().vocab_size, "Session::step");
     if (cache_.status(draft.size()) != CacheStatus::kOk)
       fail(ErrorCode::kCapacity, "the draft does not fit the chunk or the cache", "nodes",
            "at most " + std::to_string(cache_.max_chunk()) + ", and room in a full cache",

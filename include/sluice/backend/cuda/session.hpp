@@ -260,11 +260,8 @@ class CudaSession {
   const StreamMetrics& metrics() const { return metrics_; }
   std::int64_t position() const { return position_; }
 
-  void accept(std::span<const Token> tokens) {
-    accept(tokens, [] { return false; });
-  }
-  template <std::predicate Stop>
-  std::int64_t accept(std::span<const Token> tokens, Stop&& stop) {
+  template <std::predicate Stop = detail::NeverStop>
+  std::int64_t accept(std::span<const Token> tokens, Stop&& stop = Stop()) {
     check(tokens, 0, device_.total(), pending_ ? 1 : 0);
     return read(
         tokens, false, [](std::size_t, double) {}, stop);
@@ -274,18 +271,16 @@ class CudaSession {
   template <class Visit>
   void accept_scored(std::span<const Token> tokens, MatrixView<float> scratch, Visit&& visit) {
     check(tokens, 0, device_.total(), pending_ ? 1 : 0);
-    read(tokens, scratch.rows > 0, visit, [] { return false; });
+    read(tokens, scratch.rows > 0, visit, detail::NeverStop());
   }
 
   std::int64_t common_prefix(std::span<const Token> tokens) const {
-    const std::int64_t most =
-        std::min({static_cast<std::int64_t>(tokens.size()), options_.history, position_});
-    const auto end = history_.span().begin() + most;
-    return std::mismatch(history_.span().begin(), end, tokens.begin()).first -
-           history_.span().begin();
+    return detail::common_prefix(
+        history_.span().first(static_cast<std::size_t>(std::min(options_.history, position_))),
+        tokens);
   }
-  template <std::predicate Stop>
-  UpdateResult update(std::span<const Token> tokens, Stop&& stop) {
+  template <std::predicate Stop = detail::NeverStop>
+  UpdateResult update(std::span<const Token> tokens, Stop&& stop = Stop()) {
     UpdateResult result;
     result.common_prefix = common_prefix(tokens);
     const std::int64_t kept =
@@ -304,9 +299,6 @@ class CudaSession {
     result.computed = read(
         tokens.subspan(static_cast<std::size_t>(kept)), false, [](std::size_t, double) {}, stop);
     return result;
-  }
-  UpdateResult update(std::span<const Token> tokens) {
-    return update(tokens, [] { return false; });
   }
 
   bool is_ready() const {
@@ -410,20 +402,10 @@ class CudaSession {
 
   void check(std::span<const Token> tokens, std::int64_t first, std::int64_t fed,
              std::int64_t pending) const {
-    const std::int64_t vocab = model().config().vocab_size;
-    for (std::size_t i = 0; i < tokens.size(); ++i)
-      if (tokens[i] < 0 || tokens[i] >= vocab)
-        throw Error(ErrorCode::kShape,
-                    {"token outside the vocabulary", "CudaSession::accept",
-                     "tokens[" + std::to_string(i) + "]", "0 to " + std::to_string(vocab - 1),
-                     std::to_string(tokens[i])});
-    if (!options_.cache.is_bounded()) return;
-    const std::int64_t coming = static_cast<std::int64_t>(tokens.size()) - first + pending;
-    const std::int64_t room = retention_.capacity - fed;
-    if (coming > room)
-      throw Error(ErrorCode::kCapacity,
-                  {"the full cache cannot hold that many tokens", "CudaSession::accept", "tokens",
-                   "at most " + std::to_string(room), std::to_string(coming)});
+    detail::check_vocabulary(tokens, model().config().vocab_size, "CudaSession::accept");
+    if (options_.cache.is_bounded())
+      detail::check_room(static_cast<std::int64_t>(tokens.size()) - first + pending,
+                         retention_.capacity - fed, "CudaSession::accept");
   }
 
   template <class Visit, class Stop>
