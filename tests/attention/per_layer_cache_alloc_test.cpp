@@ -107,15 +107,22 @@ TEST(PerLayerCacheAllocations, LazyLayersWhosePromptComesInChunks) {
                                .max_chunk = 4,
                                .prompt_in_chunks = true},
                               m.rotaries);
+  LazyLayerKvCache<f16> copy = cache.sibling();
+  LazyLayerKvCache<f16>::Checkpoint checkpoint = cache.make_checkpoint();
   const std::int64_t before = test::allocation_count();
   for (int round = 0; round < 3; ++round) {
     for (int step = 0; step < 60; ++step) {
+      if (step % 7 == 0) {  // before the prompt's end and after it, and back over it
+        if (step >= 28) cache.revert(checkpoint);
+        cache.capture(checkpoint);
+        copy.copy_from(cache);
+      }
       feed(cache, m.rows, m.lse, m.table, 1 + step % 4);
       if (step % 5 == 0)
         cache.rollback();
       else
         cache.commit();
-      if (step == 20) cache.end_prompt();
+      if (step == 24 || step == 40) cache.end_prompt();
     }
     cache.reset();
   }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "sluice/core/random.hpp"
@@ -66,7 +67,11 @@ void expect_transactions_without_allocation(AnySession& session, const char* whe
     session.rollback_to(id);
     text[random.below(text.size())] = static_cast<Token>(random.below(128));
     session.update(text, [] { return false; });
-    if constexpr (requires { session.cache().policy().source; }) continue;  // verifies no drafts
+    using Cache = std::remove_cvref_t<decltype(session.cache())>;
+    constexpr bool verifies = requires(Cache & cache, std::span<const std::int64_t> path) {
+      cache.keep_path(1, path);
+    };
+    if constexpr (!verifies) continue;
     if (session.options().cache.policy != CachePolicy::kRecompute) {
       draft.clear();
       draft.add(session.step().value(), DraftTree::kNoNode);
@@ -107,6 +112,19 @@ TEST(SessionAllocations, AreZeroInTransactions) {
       decoder->make_page_select_cache<f16>(
           {.page_size = 4, .logical_page_size = 4, .budget = 4, .dense_layers = 1}, 200, 4));
   expect_transactions_without_allocation(selecting, "pages that queries pick");
+  for (const bool in_chunks : {false, true}) {
+    LazyLayerSession<f16> lazy(
+        decoder, options,
+        decoder->make_lazy_layer_cache<f16>({.num_full_layers = 1,
+                                             .num_sink_tokens = 2,
+                                             .recent_size = 12,
+                                             .num_queries = 8,
+                                             .capacity = 200,
+                                             .max_prompt = 160,
+                                             .max_chunk = 4,
+                                             .prompt_in_chunks = in_chunks}));
+    expect_transactions_without_allocation(lazy, "lazy layers");
+  }
 }
 
 TEST(SessionAllocations, AreZeroAfterConstruction) {
