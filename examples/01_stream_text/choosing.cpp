@@ -90,7 +90,7 @@ int run_choosing(const sluice::LoadedModel& model, const Options& options) {
                    .recent_size = window - 1,
                    .capacity = capacity,
                    .max_prompt = capacity,
-                   .max_chunk = std::min(chunk, window),
+                   .max_chunk = chunk,
                    .prompt_in_chunks = true,
                }));
   }

@@ -258,6 +258,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   if (chooses && o.cache.window_size < 64)
     return fail("--window: expected at least 64 with --policy " + policy + ", found " +
                 std::to_string(o.cache.window_size));
+  if (o.choosing == Choosing::kLightTransfer)
+    o.cache.chunk_size = std::min(o.cache.chunk(), o.cache.window_size);
   if (o.choosing == Choosing::kLightTransfer && perplexity_option->count() > 0)
     return fail("--policy: expected one that needs no prompt with --perplexity, found " + policy);
   if (chooses && position == "in-cache" && keeps_all(o.choosing))

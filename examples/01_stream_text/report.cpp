@@ -136,7 +136,13 @@ std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
     case KvType::kQ8_0: bytes = 34; break;
     case KvType::kQ4_0: bytes = 18; break;
   }
-  return support::cache_bytes(model, held, 1) * bytes / 32;
+  std::int64_t elements = support::cache_bytes(model, held, 1);
+  if (options.choosing == Choosing::kLightTransfer) {
+    // Every layer has the prompt's room and that of a window.
+    held.policy = CachePolicy::kSinkWindow;
+    elements += support::cache_bytes(model, held, 1);
+  }
+  return elements * bytes / 32;
 }
 
 void print_setting(const sluice::LoadedModel& model, const Options& options) {
