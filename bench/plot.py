@@ -132,7 +132,7 @@ GPU = {
 }
 # Read over: nothing is drawn of them.
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
-          "streaminnc_misaligned", "frame_encoder", "rounding", "jitter", "listen_overlap",
+          "streaminnc_misaligned", "frame_encoder", "rounding", "jitter", "pieces", "listen_overlap",
           "listen_overlap_mean", "listen_minute", "listen_endless", "machine", "matrix_vector",
           "decoder_prefill", "decoder_endless", "segment_attention", "duplex_cuda", "watch",
           "watch_part")
