@@ -283,16 +283,8 @@ struct VecI {
 
 /// Its argument, which the compiler is made to hold in a register. Without this it repeats a load
 /// that several products share as a memory operand of each, and loads become the bottleneck.
-[[gnu::always_inline]] inline VecF in_register(VecF a) {
-#if SLUICE_SIMD_AVX512
-  asm("" : "+v"(a.v));
-#elif SLUICE_SIMD_AVX || SLUICE_SIMD_SSE
-  asm("" : "+x"(a.v));
-#endif
-  return a;
-}
-
-[[gnu::always_inline]] inline VecI in_register(VecI a) {
+template <class Vec>  // VecF or VecI
+[[gnu::always_inline]] inline Vec in_register(Vec a) {
 #if SLUICE_SIMD_AVX512
   asm("" : "+v"(a.v));
 #elif SLUICE_SIMD_AVX || SLUICE_SIMD_SSE
