@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 import unittest
+
+import signals
 import wave
 
 PROGRAM = MODEL = FOLDER = None
@@ -257,17 +259,16 @@ class Listen(unittest.TestCase):
         self.assertAlmostEqual(report["dropped_ms"], 40 * report["dropped_rows"], delta=40)
         self.assertEqual(found[-2]["audio_ms"], 9000)  # the audio's clock goes on
 
-    def interrupted(self, *arguments, stdin=subprocess.DEVNULL, until=0.8, read=True):
+    def interrupted(self, *arguments, stdin=subprocess.DEVNULL):
         """What is left on stdout and stderr when a signal ends it, which takes no longer than the
         work at hand."""
         with subprocess.Popen([PROGRAM, "-m", MODEL, *map(str, arguments)], stdin=stdin,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             try:
-                time.sleep(until)
+                signals.wait_until_caught(process, signal.SIGINT)
+                time.sleep(0.5)  # for the wait, which is what the signal ends
                 self.assertIsNone(process.poll())
                 process.send_signal(signal.SIGINT)
-                if not read:
-                    process.wait(timeout=20)
                 out, errors = process.communicate(timeout=20)
             finally:
                 process.kill()
@@ -295,7 +296,10 @@ class Listen(unittest.TestCase):
     def test_a_signal_does_not_wait_for_a_reader(self):
         path = wav("long.wav", 60 * self.samples)
         for more in ([], ["--sequential"]):  # more events than a pipe holds
-            out, _ = self.interrupted("--json", *more, path, until=2, read=False)
+            with subprocess.Popen([PROGRAM, "-m", MODEL, "--json", *more, str(path)],
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+                self.assertEqual(signals.signal_unread(process, signal.SIGINT), 130)
+                out, _ = process.communicate()
             self.assertGreater(len(out), 4096)
 
     def test_a_terminal_gives_no_sound(self):

@@ -115,7 +115,8 @@ class Policies(unittest.TestCase):
         self.assertIn("absent.tsv", done.stderr.decode())
 
     def test_wrong_flags(self):
-        for arguments in (["-m", ""], ["-b", "4"], ["-p", "everything"], ["-n", "one"], ["--sparsity", "2"]):
+        for arguments in (["-m", ""], ["-b", "4"], ["-p", "everything"], ["-n", "one"],
+                          ["--sparsity", "2"]):
             done = run(*arguments)
             self.assertEqual(done.returncode, 2, arguments)
             self.assertEqual(done.stdout, b"")

@@ -18,6 +18,8 @@ import tempfile
 import time
 import unittest
 
+import signals
+
 PROGRAM = CUDA_PROGRAM = MODEL = ENCODER = FOLDER = None
 FRAME = 64 * 64 * 3  # 4 x 4 tokens of 2 x 2 patches of 8 pixels
 
@@ -130,7 +132,8 @@ class Watch(unittest.TestCase):
         with subprocess.Popen([PROGRAM, *map(str, arguments)], stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE) as process:
             try:
-                time.sleep(0.7)
+                signals.wait_until_caught(process, signal.SIGINT)
+                time.sleep(0.5)  # for the wait, which is what the signal ends
                 self.assertIsNone(process.poll())
                 process.send_signal(signal.SIGINT)
                 _, errors = process.communicate(timeout=20)

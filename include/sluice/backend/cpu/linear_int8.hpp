@@ -185,16 +185,14 @@ struct ActivationScale {
   }
 };
 
-// Rounds one block of 32 activations for each lane: lane i's values are at x + i * x_stride, its
-// levels go to levels + i * level_stride, its scale to lane i of the result. Lanes from `count` on
-// repeat the last one. 1 <= count <= kWidth.
-[[gnu::always_inline]] inline simd::VecF quantise_activations(const float* x, std::int64_t x_stride,
-                                                              std::int64_t count,
-                                                              std::int8_t* levels,
-                                                              std::int64_t level_stride) {
+// Rounds one block of 32 activations for each lane: lane i's values are at x + 32 i, its levels go
+// to levels + 32 i, its scale to lane i of the result. Lanes from `count` on repeat the last one.
+// 1 <= count <= kWidth.
+[[gnu::always_inline]] inline simd::VecF quantise_activations(const float* x, std::int64_t count,
+                                                              std::int8_t* levels) {
   simd::VecF square[simd::kWidth];
   for (int i = 0; i < simd::kWidth; ++i) {
-    const float* values = x + std::min<std::int64_t>(i, count - 1) * x_stride;
+    const float* values = x + std::min<std::int64_t>(i, count - 1) * 32;
     // The bits of magnitudes compare as integers, where a NaN is larger than all others.
     simd::VecI largest = simd::broadcast(std::int32_t{0});
 #pragma GCC unroll 8
@@ -209,13 +207,12 @@ struct ActivationScale {
   alignas(64) float inverses[simd::kWidth];
   simd::store(inverses, scale.inverse);
   for (int i = 0; i < simd::kWidth; ++i) {
-    const float* values = x + std::min<std::int64_t>(i, count - 1) * x_stride;
+    const float* values = x + std::min<std::int64_t>(i, count - 1) * 32;
     const simd::VecF inverse = simd::broadcast(inverses[i]);
 #pragma GCC unroll 8
     for (int k = 0; k < 32; k += simd::kWidth)
-      simd::store_low_bytes(
-          levels + i * level_stride + k,
-          simd::bits_as_int(ActivationScale::rounded(simd::load(values + k), inverse)));
+      simd::store_low_bytes(levels + 32 * i + k, simd::bits_as_int(ActivationScale::rounded(
+                                                     simd::load(values + k), inverse)));
   }
   return scale.scale;
 }

@@ -222,7 +222,7 @@ void prepare_int8(const float* x, std::int64_t cols, float* prepared, float* rou
       std::memset(levels + 32 * b, 0, static_cast<std::size_t>(padded - 32 * b));
       break;
     }
-    simd::store(scales + b, quantise_activations(x + 32 * b, 32, count, levels + 32 * b, 32));
+    simd::store(scales + b, quantise_activations(x + 32 * b, count, levels + 32 * b));
     // Lanes without a block repeat the last one; without a scale they count for nothing.
     for (std::int64_t i = count; i < simd::kWidth; ++i) scales[b + i] = 0.0F;
   }
