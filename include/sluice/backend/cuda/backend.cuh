@@ -111,6 +111,12 @@ __device__ inline void let_next_kernel_start() {
 #endif
 }
 
+// Attributes of a kernel belong to the address of its host stub. nvcc gives every translation unit
+// that instantiates a kernel template a stub of its own, while the linker keeps one copy of an
+// inline function that names it, of whichever unit. So an attribute may be set on one unit's kernel
+// and another unit's launched, without it. Whoever sets attributes keeps the address that they were
+// set on, and launches that.
+
 /// Asks for the largest share of a multiprocessor's memory as shared memory. Kernels that are to
 /// run side by side must agree: a multiprocessor is divided anew only when it is empty.
 template <class Kernel>

@@ -356,17 +356,18 @@ class ChunkAttentionPlan {
     rotated_ = Buffer<std::uint16_t, cuda>(
         static_cast<std::size_t>(2 * max_tokens * shape.num_qo_heads * kHeadDim));
     rows_ = Buffer<float, cuda>(static_cast<std::size_t>(max_tokens) * 4 * step.frequencies.size());
-    check_cuda(cudaFuncSetAttribute(detail::chunk_attention_kernel<Element, kHeadDim>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "cudaFuncSetAttribute");
+    check_cuda(
+        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
     if constexpr (kHeadDim == detail::kItemDim) {
       if (kernel != ChunkKernel::kMma && step.num_sink_tokens <= detail::kItemSinks)
         multiprocessors_ = detail::hopper_multiprocessors();
-      if (multiprocessors_ > 0)
-        check_cuda(cudaFuncSetAttribute(detail::hopper_attention_kernel<Element>,
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+      if (multiprocessors_ > 0) {
+        hopper_kernel_ = detail::hopper_attention_kernel<Element>;
+        check_cuda(cudaFuncSetAttribute(hopper_kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         detail::kItemSharedBytes),
                    "cudaFuncSetAttribute");
+      }
     }
     if (kernel == ChunkKernel::kHopper && multiprocessors_ == 0)
       throw Error(ErrorCode::kConfig,
@@ -411,8 +412,7 @@ class ChunkAttentionPlan {
     }
     const dim3 grid(static_cast<unsigned>((tokens + detail::kChunkTile - 1) / detail::kChunkTile),
                     static_cast<unsigned>(shape_.num_qo_heads));
-    detail::chunk_attention_kernel<Element, kHeadDim>
-        <<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(p);
+    kernel_<<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(p);
     check_cuda(cudaGetLastError(), "chunk_attention_kernel");
   }
 
@@ -464,8 +464,7 @@ class ChunkAttentionPlan {
     const std::int64_t items =
         (p.tokens + detail::kItemQueries - 1) / detail::kItemQueries * shape_.num_qo_heads;
     const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors_));
-    detail::hopper_attention_kernel<Element>
-        <<<blocks, detail::kItemThreads, detail::kItemSharedBytes, stream>>>(params);
+    hopper_kernel_<<<blocks, detail::kItemThreads, detail::kItemSharedBytes, stream>>>(params);
     check_cuda(cudaGetLastError(), "hopper_attention_kernel");
   }
 
@@ -500,6 +499,9 @@ class ChunkAttentionPlan {
             .scale_log2 = sm_scale * 1.44269504088896340736F};
   }
 
+  // What the attributes are set on (backend.cuh).
+  void (*kernel_)(detail::ChunkAttentionParams) = detail::chunk_attention_kernel<Element, kHeadDim>;
+  void (*hopper_kernel_)(detail::HopperAttentionParams) = nullptr;
   DecodeAttentionShape shape_;
   std::int64_t max_tokens_ = 0;
   int multiprocessors_ = 0;  // of a GPU that runs the Hopper kernel; 0: mma

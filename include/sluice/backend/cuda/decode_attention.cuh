@@ -875,11 +875,11 @@ class DecodeAttentionPlan {
     shared_bytes_ =
         std::max(input_bytes, parts_bytes(schedule_.warps) +
                                   (schedule_.cluster > 1 ? parts_bytes(schedule_.cluster) : 0));
-    check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize,
+    check_cuda(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes_)),
                "cudaFuncSetAttribute");
     if (schedule_.cluster > 8)  // more than every chip must offer
-      check_cuda(cudaFuncSetAttribute(kernel(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+      check_cuda(cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
                  "cudaFuncSetAttribute");
     if (schedule_.cluster > 8 && chosen && clusters_at_once() < 1) schedule_.cluster = 8;
   }
@@ -951,13 +951,10 @@ class DecodeAttentionPlan {
                                                .output_type = x.output_type,
                                                .scale_log2 = sm_scale * 1.44269504088896340736F};
     Launch launch(*this, stream);
-    check_cuda(cudaLaunchKernelEx(&launch.config, kernel(), params), "decode_attention_kernel");
+    check_cuda(cudaLaunchKernelEx(&launch.config, kernel_, params), "decode_attention_kernel");
   }
 
  private:
-  using Kernel = void (*)(detail::DecodeAttentionParams);
-  static Kernel kernel() { return detail::decode_attention_kernel<Element, kHeadDim>; }
-
   struct Launch {
     Launch(const DecodeAttentionPlan& plan, cudaStream_t stream) {
       config.gridDim = dim3(static_cast<unsigned>(plan.schedule_.splits),
@@ -990,12 +987,15 @@ class DecodeAttentionPlan {
   int clusters_at_once() const {
     const Launch launch(*this, nullptr);
     int count = 0;
-    if (cudaOccupancyMaxActiveClusters(&count, kernel(), &launch.config) == cudaSuccess)
+    if (cudaOccupancyMaxActiveClusters(&count, kernel_, &launch.config) == cudaSuccess)
       return count;
     static_cast<void>(cudaGetLastError());
     return 0;
   }
 
+  // What the attributes are set on (backend.cuh).
+  void (*kernel_)(detail::DecodeAttentionParams) =
+      detail::decode_attention_kernel<Element, kHeadDim>;
   DecodeAttentionShape shape_;
   bool overlap_;
   int group_ = 1;

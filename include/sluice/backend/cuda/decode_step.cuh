@@ -154,7 +154,7 @@ class DecodeStep {
     }
     frequencies_ =
         Buffer<detail::TurnFrequency, cuda>(std::span<const detail::TurnFrequency>(turns));
-    detail::prefer_shared_memory(detail::decode_step_kernel<detail::kDecodeStepThreads>);
+    detail::prefer_shared_memory(kernel_);
     run(0, nullptr, false);
     check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
   }
@@ -244,11 +244,12 @@ class DecodeStep {
     launch.stream = stream;
     launch.attrs = &attribute;
     launch.numAttrs = overlap ? 1 : 0;
-    check_cuda(
-        cudaLaunchKernelEx(&launch, detail::decode_step_kernel<detail::kDecodeStepThreads>, params),
-        "decode_step_kernel");
+    check_cuda(cudaLaunchKernelEx(&launch, kernel_, params), "decode_step_kernel");
   }
 
+  // What the attribute is set on (backend.cuh).
+  void (*kernel_)(detail::DecodeStepParams) =
+      detail::decode_step_kernel<detail::kDecodeStepThreads>;
   DecodeStepConfig config_;
   int num_pairs_;
   Buffer<std::int64_t, cuda> totals_;

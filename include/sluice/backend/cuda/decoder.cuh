@@ -293,7 +293,7 @@ class CudaDecoder {
       chunk_hidden_ = Buffer<float, cuda>(size(options.max_chunk, s.hidden_size));
       chunk_tokens_ = Buffer<std::int32_t, cuda>(size(options.max_chunk, 1));
     }
-    detail::prefer_shared_memory(detail::choose_token_kernel<Element>);
+    detail::prefer_shared_memory(choose_kernel_);
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // buffers are zero
   }
 
@@ -332,8 +332,8 @@ class CudaDecoder {
         cudaMemcpyAsync(tokens_.data(), token, sizeof(*token), cudaMemcpyHostToDevice, stream),
         "cudaMemcpyAsync");
     // Not launched early: what stands before it is no kernel.
-    detail::launch_kernel("choose_token_kernel", detail::choose_token_kernel<Element>, dim3(1),
-                          detail::kRowThreads, stream, false, choice_params(0, 0));
+    detail::launch_kernel("choose_token_kernel", choose_kernel_, dim3(1), detail::kRowThreads,
+                          stream, false, choice_params(0, 0));
   }
 
   /// One step of all sessions. May be captured. \throws Error(kDevice).
@@ -523,8 +523,8 @@ class CudaDecoder {
             .hidden_size = static_cast<int>(shape().hidden_size)};
   }
   void choose(const detail::TokenChoiceParams& p, unsigned rows, cudaStream_t stream) {
-    detail::launch_kernel("choose_token_kernel", detail::choose_token_kernel<Element>, dim3(rows),
-                          detail::kRowThreads, stream, overlap_, p);
+    detail::launch_kernel("choose_token_kernel", choose_kernel_, dim3(rows), detail::kRowThreads,
+                          stream, overlap_, p);
   }
 
   /// The tensors of a layer's step, from fused rows of queries, keys and values.
@@ -705,6 +705,8 @@ class CudaDecoder {
     }
   }
 
+  // What the attribute is set on (backend.cuh).
+  void (*choose_kernel_)(detail::TokenChoiceParams) = detail::choose_token_kernel<Element>;
   const CudaDecoderWeights<Element>* weights_;
   CudaDecoderOptions options_;
   DecodeStep step_;

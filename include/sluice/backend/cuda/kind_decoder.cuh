@@ -166,7 +166,7 @@ class CudaKindDecoder {
       slot.memory = std::make_unique<PinnedBytes>(step_bytes_);
       check_cuda(cudaEventCreateWithFlags(&slot.copied, cudaEventDisableTiming), "cudaEventCreate");
     }
-    detail::prefer_shared_memory(detail::choose_token_kernel<Element>);
+    detail::prefer_shared_memory(choose_kernel_);
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // buffers are zero
   }
   ~CudaKindDecoder() {
@@ -468,8 +468,8 @@ class CudaKindDecoder {
         .parts = vector_.blocks(),
         .vocab_size = static_cast<int>(s.vocab_size),
         .hidden_size = static_cast<int>(s.hidden_size)};
-    detail::launch_kernel("choose_token_kernel", detail::choose_token_kernel<Element>, dim3(1),
-                          detail::kRowThreads, stream_, vector_.overlap(), p);
+    detail::launch_kernel("choose_token_kernel", choose_kernel_, dim3(1), detail::kRowThreads,
+                          stream_, vector_.overlap(), p);
   }
 
   void run_step() {
@@ -515,6 +515,8 @@ class CudaKindDecoder {
   MatrixVectorPlan<Element> vector_;
   MatrixProducts<Element> products_;
   cudaStream_t stream_;
+  // What the attribute is set on (backend.cuh).
+  void (*choose_kernel_)(detail::TokenChoiceParams) = detail::choose_token_kernel<Element>;
   std::int64_t layer_stride_ = 0;
   std::int64_t raw_layer_stride_ = 0;
   std::int64_t max_tiles_ = 0;

@@ -13,6 +13,8 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -330,12 +332,13 @@ class MatrixVectorPlan {
         cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
     overlap_ = overlap && major >= 9;
-    each_kernel([&](auto kernel) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      most_shared_ - kStaticBytes),
-                 "cudaFuncSetAttribute");
-      detail::prefer_shared_memory(kernel);
-    });
+    for (const std::array<Kernel, 2>& both : kernels_)
+      for (const Kernel kernel : both) {
+        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        most_shared_ - kStaticBytes),
+                   "cudaFuncSetAttribute");
+        detail::prefer_shared_memory(kernel);
+      }
   }
 
   /// Blocks of every launch: candidates that kChoose leaves.
@@ -389,35 +392,25 @@ class MatrixVectorPlan {
     launch.stream = stream;
     launch.attrs = &attribute;
     launch.numAttrs = overlap_ ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&launch, kernel(epilogue, task.norm != nullptr), params),
-               "matrix_vector_kernel");
+    const Kernel kernel =
+        kernels_[static_cast<std::size_t>(epilogue)][task.norm != nullptr ? 1 : 0];
+    check_cuda(cudaLaunchKernelEx(&launch, kernel, params), "matrix_vector_kernel");
   }
 
  private:
   using Kernel = void (*)(detail::MatrixVectorParams);
   static constexpr int kStaticBytes = 1024;  // what the kernels declare besides, rounded up
 
-  template <bool kNorm>
-  static Kernel kernel_of(VectorEpilogue epilogue) {
-    using enum VectorEpilogue;
-    switch (epilogue) {
-      case kStore: return detail::matrix_vector_kernel<Element, kStore, kNorm>;
-      case kAdd: return detail::matrix_vector_kernel<Element, kAdd, kNorm>;
-      case kGatedSilu: return detail::matrix_vector_kernel<Element, kGatedSilu, kNorm>;
-      case kChoose: return detail::matrix_vector_kernel<Element, kChoose, kNorm>;
-    }
-    return nullptr;
-  }
-  static Kernel kernel(VectorEpilogue epilogue, bool norm) {
-    return norm ? kernel_of<true>(epilogue) : kernel_of<false>(epilogue);
-  }
-  template <class F>
-  static void each_kernel(F&& f) {
-    using enum VectorEpilogue;
-    for (const VectorEpilogue epilogue : {kStore, kAdd, kGatedSilu, kChoose})
-      for (const bool norm : {false, true}) f(kernel(epilogue, norm));
+  template <VectorEpilogue kEpilogue>
+  static std::array<Kernel, 2> kernels_of() {
+    return {detail::matrix_vector_kernel<Element, kEpilogue, false>,
+            detail::matrix_vector_kernel<Element, kEpilogue, true>};
   }
 
+  // By epilogue, without and with a norm: those that the attributes are set on (backend.cuh).
+  std::array<std::array<Kernel, 2>, 4> kernels_ = {
+      kernels_of<VectorEpilogue::kStore>(), kernels_of<VectorEpilogue::kAdd>(),
+      kernels_of<VectorEpilogue::kGatedSilu>(), kernels_of<VectorEpilogue::kChoose>()};
   bool overlap_ = false;
   int blocks_ = 0;
   int most_shared_ = 0;

@@ -992,7 +992,7 @@ class SegmentAttentionPlan {
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
     check_cuda(
-        cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
     splits_ = splits > 0 ? splits : choose(units, shape.max_keys, Block::kBlocks * multiprocessors);
     head_class_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(classes));
@@ -1060,7 +1060,7 @@ class SegmentAttentionPlan {
     const dim3 grid(static_cast<unsigned>(splits_),
                     static_cast<unsigned>(shape_.num_kv_heads * column_blocks_),
                     static_cast<unsigned>(shape_.batch_size));
-    kernel()<<<grid, Block::kWarps * detail::kWarpSize, kSharedBytes, stream>>>(params);
+    kernel_<<<grid, Block::kWarps * detail::kWarpSize, kSharedBytes, stream>>>(params);
     check_cuda(cudaGetLastError(), "segment_attention_kernel");
   }
 
@@ -1068,11 +1068,10 @@ class SegmentAttentionPlan {
   static constexpr int kColumns = detail::kDecodeHeads * kColumnTiles;
   using Block = detail::SegmentBlock<Element, kHeadDim, kColumnTiles>;
   static constexpr int kSharedBytes = detail::kSegmentSharedBytes<kHeadDim, Block::kWarps>;
-  using Kernel = void (*)(detail::SegmentAttentionParams<Element, Variant>);
-  static Kernel kernel() {
-    return detail::segment_attention_kernel<Element, kHeadDim, kColumnTiles, Variant>;
-  }
 
+  // What the attribute is set on (backend.cuh).
+  void (*kernel_)(detail::SegmentAttentionParams<Element, Variant>) =
+      detail::segment_attention_kernel<Element, kHeadDim, kColumnTiles, Variant>;
   SegmentAttentionShape shape_;
   double attention_factor_;
   bool interleaved_ = false;

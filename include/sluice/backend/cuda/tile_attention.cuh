@@ -427,9 +427,9 @@ class TileAttentionPlan {
         std::max<std::size_t>(8 * rows, static_cast<std::size_t>(num_qo_heads) * kMostSplits));
     partial_out_ = Buffer<float, cuda>(static_cast<std::size_t>(parts_) * kHeadDim);
     partial_state_ = Buffer<float2, cuda>(static_cast<std::size_t>(parts_));
-    check_cuda(cudaFuncSetAttribute(detail::tile_attention_kernel<Element, kHeadDim>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "cudaFuncSetAttribute");
+    check_cuda(
+        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "cudaFuncSetAttribute");
     int device = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
     check_cuda(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device),
@@ -478,8 +478,7 @@ class TileAttentionPlan {
                               std::int64_t{kMostSplits}, parts_ / (tokens * num_qo_heads_)}));
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(num_kv_heads_),
                     static_cast<unsigned>(a.splits));
-    detail::tile_attention_kernel<Element, kHeadDim>
-        <<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(a);
+    kernel_<<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(a);
     check_cuda(cudaGetLastError(), "tile_attention_kernel");
     if (a.splits == 1) return;
     detail::tile_merge_kernel<Element, kHeadDim>
@@ -506,6 +505,8 @@ class TileAttentionPlan {
     p.first_w = first_w_;
   }
 
+  // What the attribute is set on (backend.cuh).
+  void (*kernel_)(detail::TileAttentionParams) = detail::tile_attention_kernel<Element, kHeadDim>;
   int num_qo_heads_;
   int num_kv_heads_;
   int first_h_;
