@@ -784,7 +784,7 @@ def draw_recompute_cuda(records, folder):
     """Left: a token by the cache's size, recomputed and not. Right: the ratios."""
     records = sorted(records, key=lambda record: record["entries"])
     made, (times, ratios) = figure(columns=2, width=5.2)
-    every = []
+    every, shares = [], []
     for (field, label), colour in zip(RECOMPUTE_CUDA.items(), (THIRD, FOURTH, SECOND, ACCENT)):
         points = [(r["entries"], r[field]) for r in records if r.get(field) is not None]
         if points:
@@ -794,19 +794,25 @@ def draw_recompute_cuda(records, folder):
                   if field != "sink_window_ms" and r.get(field) and r.get("sink_window_ms")]
         if points:
             ratios.plot(*zip(*points), "o-", color=colour, linewidth=1.8, markersize=4)
-            for place in points:
-                ratios.annotate(f"{place[1]:.3g}", place, xytext=(0, 5), fontsize=8,
-                                textcoords="offset points", ha="center")
+            shares += [ratio for _, ratio in points]
+            # The outer curves alone: where sizes are small, labels of all would lie on each other.
+            above = colour == THIRD
+            if above or colour == SECOND:
+                for place in points:
+                    ratios.annotate(f"{place[1]:.3g}", place, xytext=(0, 5 if above else -13),
+                                    fontsize=8, textcoords="offset points", ha="center")
     log_axis(times, every)
     times.set_ylim(top=6 * max(every))
-    ratios.set_ylim(bottom=0)
+    if shares:
+        log_axis(ratios, shares)
+        ratios.set_ylim(bottom=0.6 * min(shares), top=2 * max(shares))
     for axis in (times, ratios):
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(FuncFormatter(thousands))
         axis.set_xlabel("cache size in tokens")
         tidy(axis)
     times.set_ylabel("ms a token (log scale)")
-    ratios.set_ylabel("times as long as with sinks + window")
+    ratios.set_ylabel("times as long as with sinks + window (log scale)")
     times.legend(fontsize=7, frameon=False, loc="upper left")
     save(made, folder, "recompute_cuda", records)
 

@@ -80,7 +80,8 @@ struct Measured {
   sluice::DeadlineReport deadlines;
   sluice::PacedSourceCounts frames;
   sluice::WorkShedder::Counts shed;
-  std::int64_t watched = 0;
+  std::int64_t watched = 0;             // pictures
+  std::int64_t frames_per_picture = 1;  // that the encoder takes at once
   double seconds = 0;
 };
 
@@ -101,13 +102,16 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
   const auto summary = [](const sluice::LatencyHistogram& h) {
     return sluice::summarise(h);
   };
-  const double fps = static_cast<double>(m.watched) / m.seconds;
+  const double pictures_per_s = static_cast<double>(m.watched) / m.seconds;
+  const double fps = pictures_per_s * static_cast<double>(m.frames_per_picture);
   if (options.json) {
     Json line{{"kind", "report"},
               {"device", watcher.device()},
               {"geometry", options.model.empty() ? options.geometry : options.model},
               {"pictures_watched", m.watched},
               {"seconds", m.seconds},
+              {"frames_per_picture", m.frames_per_picture},
+              {"pictures_per_s", pictures_per_s},
               {"sustained_fps", fps},
               {"encode", support::latency_json(summary(m.encode))},
               {"read", support::latency_json(summary(m.read))},
@@ -134,11 +138,15 @@ void report(const Options& options, const Measured& m, const Watcher& watcher) {
     const sluice::LatencySummary s = summary(h);
     return format("| %s | %.2f | %.2f | %.2f |\n", name, s.p50_ms, s.p99_ms, s.max_ms);
   };
-  std::string text = format("%lld pictures in %.2f s: %.1f a second\n\n",
-                            static_cast<long long>(m.watched), m.seconds, fps) +
-                     "| milliseconds | median | p99 | largest |\n|---|---|---|---|\n" +
-                     row("encode", m.encode) + row("read into the cache", m.read) +
-                     row("a token", m.token);
+  std::string text =
+      format(
+          "%lld pictures in %.2f s: %.1f frames a second%s\n\n", static_cast<long long>(m.watched),
+          m.seconds, fps,
+          m.frames_per_picture == 1
+              ? ""
+              : format(", %lld a picture", static_cast<long long>(m.frames_per_picture)).c_str()) +
+      "| milliseconds | median | p99 | largest |\n|---|---|---|---|\n" + row("encode", m.encode) +
+      row("read into the cache", m.read) + row("a token", m.token);
   if (options.real_time)
     text +=
         row("due to first token", m.first_token) + row("due to reply done", m.whole) +
@@ -227,12 +235,15 @@ int run(const Options& options) {
                             {.speed = options.real_time ? 1.0 : 0.0,
                              .late = support::late_policy_of(options.late),
                              .queue_length = options.queue,
+                             // Late is what is taken when the next one is there.
+                             .late_after_ns = static_cast<std::int64_t>(1e9 / options.fps),
                              .stop_when = stops});
   std::vector<std::int64_t> amounts{options.reply};
   while (amounts.back() > 0) amounts.push_back(amounts.back() / 2);
   sluice::WorkShedder shedder({.policy = support::shedding_of(options.shed), .amounts = amounts});
 
   Measured m;
+  m.frames_per_picture = vision.grid_frames;
   std::optional<sluice::DeadlineMeter> meter;
   sluice::Picture picture = paced.make_frame();
   const std::int64_t start = sluice::monotonic_ns();
