@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "sluice/cache/kv_element.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/signal.hpp"
@@ -31,6 +32,8 @@
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/duplex_engine.hpp"
 #include "sluice/stream/duplex_metrics.hpp"
+#include "sluice/stream/duplex_options.hpp"
+#include "sluice/stream/duplex_sides.hpp"
 #include "sluice/stream/policy.hpp"
 
 namespace sluice {
@@ -56,24 +59,27 @@ enum class FeedStatus : std::uint8_t {
 /// Same units and same answers of the policy: same tokens and logits, bit for bit, with threads or
 /// without (DuplexOptions::concurrent), for any number of threads a side, unless coalesce_units
 /// > 1.
-template <ReadWritePolicy Policy, KvElement Key = f16, KvElement Value = Key,
-          GroupLayout Layout = GroupedLayout>
-class Duplex {
+///
+/// What computes is a type, Sides: Duplex below is this on the CPU, DuplexOn
+/// (stream/duplex_backend.hpp) this on the backend of a tag.
+template <ReadWritePolicy Policy, DuplexSides Sides>
+class BasicDuplex {
  public:
-  using Engine = DuplexEngine<Policy, Key, Value, Layout>;
+  using Engine = DuplexEngine<Policy, Sides>;
 
   /// Allocates everything and, if concurrent, starts the two threads.
-  /// \throws Error(kConfig) naming the option that makes no sense.
-  Duplex(std::shared_ptr<const Decoder> model, const DuplexOptions& options, Policy policy,
-         Layout layout = default_layout())
+  /// \throws Error(kConfig) naming the option that makes no sense; Error(kUnsupported) naming what
+  /// the backend does not do.
+  BasicDuplex(std::shared_ptr<const typename Engine::Model> model, const DuplexOptions& options,
+              Policy policy, typename Engine::Layout layout)
       : engine_(std::move(model), options, std::move(policy), std::move(layout)) {
     if (!options.concurrent) return;
     source_thread_ = std::jthread([this] { guard([this] { run_source(); }); });
     target_thread_ = std::jthread([this] { guard([this] { run_target(); }); });
   }
-  ~Duplex() { stop(); }
-  Duplex(const Duplex&) = delete;
-  Duplex& operator=(const Duplex&) = delete;
+  ~BasicDuplex() { stop(); }
+  BasicDuplex(const BasicDuplex&) = delete;
+  BasicDuplex& operator=(const BasicDuplex&) = delete;
 
   const Engine& engine() const { return engine_; }
   const DuplexOptions& options() const { return engine_.options(); }
@@ -161,7 +167,7 @@ class Duplex {
     using iterator_concept = std::input_iterator_tag;
 
     Iterator() = default;
-    explicit Iterator(Duplex* duplex) : duplex_(duplex), output_(duplex->next()) {}
+    explicit Iterator(BasicDuplex* duplex) : duplex_(duplex), output_(duplex->next()) {}
     const DuplexOutput& operator*() const { return *output_; }
     Iterator& operator++() {
       output_ = duplex_->next();
@@ -173,7 +179,7 @@ class Duplex {
     }
 
    private:
-    Duplex* duplex_ = nullptr;
+    BasicDuplex* duplex_ = nullptr;
     std::optional<DuplexOutput> output_;
   };
   Iterator begin() { return Iterator(this); }
@@ -204,13 +210,6 @@ class Duplex {
 
  private:
   using Progress = typename Engine::Progress;
-
-  static Layout default_layout() {
-    if constexpr (std::is_same_v<Layout, GroupedLayout>)
-      return GroupedLayout::group_positions();
-    else
-      return Layout();
-  }
 
   bool stopping() const noexcept { return stopping_.load(std::memory_order_acquire); }
 
@@ -266,8 +265,8 @@ class Duplex {
   }
   void check(MatrixView<const float> unit) const {
     if (options().queue_embeddings == 0)
-      throw Error(ErrorCode::kConfig, {"no room for embeddings", "Duplex::feed_embeddings", "queue_embeddings",
-                                       "at least max_unit_tokens", "0"});
+      throw Error(ErrorCode::kConfig, {"no room for embeddings", "Duplex::feed_embeddings",
+                                       "queue_embeddings", "at least max_unit_tokens", "0"});
     check_count(unit.rows, " rows");
     const std::int64_t width = engine_.model().config().hidden_size;
     if (unit.cols != width) does_not_fit("columns", std::to_string(width), unit.cols);
@@ -409,6 +408,31 @@ class Duplex {
   std::exception_ptr error_;    // under error_mutex_
   std::jthread source_thread_;  // last: joined before the members above go
   std::jthread target_thread_;
+};
+
+namespace detail {
+
+/// Where each group counts for itself from 0.
+template <GroupLayout Layout>
+Layout default_layout() {
+  if constexpr (std::is_same_v<Layout, GroupedLayout>)
+    return GroupedLayout::group_positions();
+  else
+    return Layout();
+}
+
+}  // namespace detail
+
+/// BasicDuplex on the CPU. Key and Value are the elements of both groups' caches.
+template <ReadWritePolicy Policy, KvElement Key = f16, KvElement Value = Key,
+          GroupLayout Layout = GroupedLayout>
+class Duplex : public BasicDuplex<Policy, CpuDuplexSides<Key, Value, Layout>> {
+ public:
+  /// \throws Error(kConfig) naming the option that makes no sense.
+  Duplex(std::shared_ptr<const Decoder> model, const DuplexOptions& options, Policy policy,
+         Layout layout = detail::default_layout<Layout>())
+      : BasicDuplex<Policy, CpuDuplexSides<Key, Value, Layout>>(
+            std::move(model), options, std::move(policy), std::move(layout)) {}
 };
 
 }  // namespace sluice

@@ -1,90 +1,40 @@
 // SPDX-License-Identifier: MIT
 /// The two sides of a stream that reads while it writes, as steps: the source side reads units into
 /// the source group, the target side asks its policy and writes into the target group. Duplex
-/// (duplex.hpp) runs them on two threads or on one.
+/// (duplex.hpp) runs them on two threads or on one. What computes is a type of its own, one for
+/// each backend.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "sluice/backend/cpu/linear_workspace.hpp"
-#include "sluice/cache/group.hpp"
+#include "sluice/cache/segment_rule.hpp"
 #include "sluice/core/config.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
 #include "sluice/core/spsc_ring.hpp"
-#include "sluice/core/threads.hpp"
 #include "sluice/core/token.hpp"
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/model/decoder.hpp"
-#include "sluice/position/group_layout.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/duplex_metrics.hpp"
+#include "sluice/stream/duplex_options.hpp"
 #include "sluice/stream/policy.hpp"
 #include "sluice/stream/sampler.hpp"
 #include "sluice/stream/unit_queue.hpp"
 
 namespace sluice {
-
-/// What a Duplex is made of.
-struct DuplexOptions {
-  /// What each group retains; origins come from the layout. Both are endless by default, sinks and
-  /// a window each: exact until the window is full. CachePolicy::kFull keeps everything up to a
-  /// capacity, as the published systems do, and takes the memory for it at once; kRecompute is
-  /// refused.
-  CacheOptions source;
-  CacheOptions target;
-  /// Fed before the first target token is predicted (an assistant turn's opening); at least one.
-  std::vector<Token> target_prefix;
-  /// The prefix tokens see each other in both directions, as in group position encoding's released
-  /// inference (its training is causal).
-  bool bidirectional_prefix = false;
-  SamplerOptions sampler;
-  /// When a candidate among these would become part of the target (kWrite, or kRead that keeps it),
-  /// the target ends without it. A policy that rather reads on answers kRead and drops it:
-  /// hypotheses that end with an end token do.
-  std::vector<Token> end_tokens;
-  std::int64_t max_target_tokens = std::int64_t{1} << 62;
-  /// The most tokens of one source unit.
-  std::int64_t max_unit_tokens = 256;
-  /// Source that was fed and not yet read: feed() blocks beyond it.
-  std::int64_t queue_units = 1024;
-  std::int64_t queue_tokens = 8192;
-  /// The same for units fed as embeddings (frames of an encoder), in rows; 0: units are tokens
-  /// alone. Both kinds may be mixed: a question between frames.
-  std::int64_t queue_embeddings = 0;
-  /// How far the source may be read ahead of what the target has seen. 0: 4 * max_unit_tokens.
-  std::int64_t max_lead_tokens = 0;
-  std::int64_t max_lead_units = 1024;
-  /// Units that one forward of the source may take together when they are waiting. Above 1 a late
-  /// source catches up faster, and results depend on timing to rounding: 1 is bit for bit
-  /// repeatable.
-  std::int64_t coalesce_units = 1;
-  /// Outputs that wait for their reader: the target pauses beyond it. At least 4.
-  std::int64_t output_capacity = 1024;
-  /// Target tokens whose delay is kept for AL and LAAL.
-  std::int64_t delay_capacity = 65536;
-  int source_threads = 1;
-  int target_threads = 1;
-  /// One team for both sides, in place of one each (source_threads and target_threads are not used
-  /// then), and for whoever else holds it: its members help the side that forks first, and the
-  /// other when that one waits for source, so that two cores need no more than two threads.
-  std::shared_ptr<ThreadTeam> team{};
-  /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
-  Activations activations = Activations::kFloat32;
-  /// Two threads, or everything on the caller's (the sequential loop of the published systems).
-  bool concurrent = true;
-};
 
 /// What the target side hands to its reader.
 struct DuplexOutput {
@@ -128,14 +78,38 @@ constexpr std::string_view to_string(DuplexEnd end) {
   return "unknown";
 }
 
+/// Two groups of a model on some backend and what feeds them, with the members of CpuDuplexSides
+/// (duplex_sides.hpp), whose comments say what each does.
+template <class T>
+concept DuplexSides = requires(T& sides, const T& seen, const typename T::Model& model,
+                               const DecoderInput& input, std::span<const Token> tokens,
+                               std::int64_t count, const MassProbe& probe, Sampler& sampler) {
+  typename T::PositionLayout;
+  { T::kInArrivalOrder } -> std::convertible_to<bool>;
+  { T::decoder_of(model) } -> std::same_as<const Decoder&>;
+  { seen.model() } -> std::same_as<const Decoder&>;
+  { seen.cache_bytes() } -> std::same_as<std::size_t>;
+  { seen.source_total() } -> std::same_as<std::int64_t>;
+  { seen.source_room() } -> std::same_as<std::int64_t>;
+  sides.read_source(input);
+  sides.hold(count);
+  sides.close();
+  { seen.target_status(count) } -> std::same_as<CacheStatus>;
+  sides.feed_target(tokens, count, probe);
+  { sides.choose(sampler) } -> std::same_as<Token>;
+  { seen.logits() } -> std::same_as<std::span<const float>>;
+  { seen.newest_source_mass() } -> std::same_as<float>;
+  sides.take_back(count);
+};
+
 /// State and steps. One thread at a time calls the source's functions, one those of the target;
 /// they may be the same. No step allocates, locks, or makes a virtual call; it throws only what the
-/// policy throws.
+/// policy throws, and on a device what the device refuses.
 ///
 /// The target sees a source snapshot: the units that its READs have shown it, whole units only,
 /// fixed until the next READ. Keys and values of a unit depend on the source alone, so the same
 /// answers of the policy give the same bits whenever the source side ran.
-template <ReadWritePolicy Policy, KvElement Key, KvElement Value, GroupLayout Layout>
+template <ReadWritePolicy Policy, DuplexSides Sides>
 class DuplexEngine {
  public:
   /// How far a step got.
@@ -146,50 +120,44 @@ class DuplexEngine {
     kEnded,        ///< nothing more will be done
   };
 
-  DuplexEngine(std::shared_ptr<const Decoder> model, const DuplexOptions& options, Policy policy,
+  using Model = typename Sides::Model;
+  using Layout = typename Sides::PositionLayout;
+
+  DuplexEngine(std::shared_ptr<const Model> model, const DuplexOptions& options, Policy policy,
                Layout layout)
-      : model_(std::move(model)),
-        options_(checked(options, *model_)),
+      : options_(checked(options, Sides::decoder_of(*model))),
         policy_(std::move(policy)),
-        layout_(std::move(layout)),
-        source_(model_->make_group<Key, Value>("source", kSourceGroup, source_plan())),
-        target_(model_->make_group<Key, Value>("target", kTargetGroup, target_plan())),
-        reader_(source_->open_reader()),
-        source_team_(team_of(options, options.source_threads)),
-        target_team_(team_of(options, options.target_threads)),
-        source_workspace_(*model_, source_->cache().max_chunk(), source_->cache().max_entries(),
-                          source_team_->size(), DecoderWorkspace::kDefaultSegments,
-                          options.activations),
-        target_workspace_(*model_, target_->cache().max_chunk(),
-                          source_->cache().max_entries() + target_->cache().max_entries(),
-                          target_team_->size(), DecoderWorkspace::kDefaultSegments,
-                          options.activations),
-        sampler_(options.sampler, model_->config().vocab_size),
+        needs_(needs_of(policy_, Sides::decoder_of(*model))),
+        sides_(std::move(model), options, needs_, std::move(layout)),
+        sampler_(options.sampler, this->model().config().vocab_size),
         queue_(options.queue_units, options.queue_tokens, options.queue_embeddings,
-               options.queue_embeddings > 0 ? model_->config().hidden_size : 0),
+               options.queue_embeddings > 0 ? this->model().config().hidden_size : 0),
         units_(static_cast<std::size_t>(options.max_lead_units)),
         unit_tokens_(static_cast<std::size_t>(options.max_unit_tokens * options.coalesce_units)),
         unit_rows_(options.queue_embeddings > 0
                        ? unit_tokens_.size() *
-                             static_cast<std::size_t>(model_->config().hidden_size)
-                       : 0),
-        positions_(explicit_positions()
-                       ? static_cast<std::size_t>(
-                             std::max(source_->cache().max_chunk(), target_->cache().max_chunk()))
+                             static_cast<std::size_t>(this->model().config().hidden_size)
                        : 0),
         outputs_(options.output_capacity),
         provisional_(static_cast<std::size_t>(max_provisional() + 1)),
-        logits_(static_cast<std::size_t>(model_->config().vocab_size)),
         metrics_(options.delay_capacity),
-        last_kept_(options.target_prefix.back()) {
-    check_caches();
-    check_probe();
+        last_kept_(options.target_prefix.back()) {}
+
+  /// What a constructor would throw because of the options or the policy, whatever the backend.
+  /// \throws Error(kConfig) naming what makes no sense.
+  static void check(const DuplexOptions& options, const Policy& policy, const Decoder& model) {
+    static_cast<void>(checked(options, model));
+    static_cast<void>(needs_of(policy, model));
   }
 
-  const Decoder& model() const { return *model_; }
+  const Decoder& model() const { return sides_.model(); }
   const DuplexOptions& options() const { return options_; }
-  const Group<Key, Value>& source() const { return *source_; }
-  const Group<Key, Value>& target() const { return *target_; }
+  const Sides& sides() const { return sides_; }
+  /// The groups, on a backend that has them as such.
+  const auto& source() const { return sides_.source(); }
+  const auto& target() const { return sides_.target(); }
+  /// Memory of keys and values.
+  std::size_t cache_bytes() const { return sides_.cache_bytes(); }
   DuplexMetrics& metrics() { return metrics_; }
   const DuplexMetrics& metrics() const { return metrics_; }
   UnitQueue& queue() { return queue_; }
@@ -211,12 +179,12 @@ class DuplexEngine {
     const std::int64_t published = units_published_.load(std::memory_order_relaxed);
     const std::int64_t unit_room =
         options_.max_lead_units - (published - units_seen_.load(std::memory_order_acquire));
-    const std::int64_t token_room = source_->room();
+    const std::int64_t token_room = sides_.source_room();
     std::int64_t units = 0;
     std::int64_t tokens = 0;
     std::array<UnitEnd, kMostCoalesced> ends;
     const bool embedded = unit->embedded;
-    const std::int64_t width = model_->config().hidden_size;
+    const std::int64_t width = model().config().hidden_size;
     while (unit != nullptr && unit->embedded == embedded && units < options_.coalesce_units &&
            units < unit_room && tokens + unit->tokens <= token_room) {
       if (embedded)
@@ -224,8 +192,8 @@ class DuplexEngine {
       else
         queue_.copy_front(unit_tokens_.span().subspan(static_cast<std::size_t>(tokens)));
       tokens += unit->tokens;
-      ends[static_cast<std::size_t>(units++)] = {source_->cache().total() + tokens,
-                                                 unit->arrival_ns, unit->last};
+      ends[static_cast<std::size_t>(units++)] = {sides_.source_total() + tokens, unit->arrival_ns,
+                                                 unit->last};
       queue_.pop();
       unit = queue_.front();
     }
@@ -236,8 +204,7 @@ class DuplexEngine {
       input.embeddings = {unit_rows_.data(), tokens, width};
     else
       input.tokens = unit_tokens_.span().first(static_cast<std::size_t>(tokens));
-    feed_group(*source_, input, GroupReader<Key, Value>{.own_group = kSourceGroup},
-               source_workspace_, *source_team_);
+    sides_.read_source(input);
     const std::int64_t end = monotonic_ns();
     metrics_.on_source_work(end - begin, end, tokens);
     for (std::int64_t u = 0; u < units; ++u)
@@ -275,7 +242,7 @@ class DuplexEngine {
   DuplexEnd end() const { return end_; }
   Progress finish(DuplexEnd end) {
     if (end_ == DuplexEnd::kRunning) end_ = end;
-    source_->close_reader(reader_);
+    sides_.close();
     return Progress::kEnded;
   }
 
@@ -291,7 +258,7 @@ class DuplexEngine {
     state.provisional = provisional_.span().first(static_cast<std::size_t>(num_provisional_));
     state.tokens_since_read = since_read_;
     state.candidate = candidate_;
-    if (candidate_) state.logits = logits_.span();
+    if (candidate_) state.logits = sides_.logits();
     state.newest_source_mass = newest_source_mass_;
     return state;
   }
@@ -306,14 +273,6 @@ class DuplexEngine {
     std::int64_t arrival_ns = 0;
     bool last = false;
   };
-
-  /// GroupedLayout counts each group from its origin, as caches do by themselves. Any other
-  /// layout's answers are stored token by token, and depend on the order of arrival.
-  static constexpr bool explicit_positions() { return !std::is_same_v<Layout, GroupedLayout>; }
-
-  static std::shared_ptr<ThreadTeam> team_of(const DuplexOptions& options, int threads) {
-    return options.team ? options.team : std::make_shared<ThreadTeam>(threads);
-  }
 
   static const DuplexOptions& checked(const DuplexOptions& options, const Decoder& model) {
     const auto fail = [](const char* field, const std::string& expected, std::int64_t found) {
@@ -366,87 +325,29 @@ class DuplexEngine {
       throw Error(ErrorCode::kConfig, {"both sides' heads must fall into the same classes",
                                        "DuplexOptions", "source.heads and target.heads",
                                        "heads that retain alike on both sides", "others"});
-    if (explicit_positions() && options.concurrent)
+    if (Sides::kInArrivalOrder && options.concurrent)
       throw Error(ErrorCode::kConfig, {"positions of this layout depend on the order of arrival",
                                        "DuplexOptions", "concurrent", "false", "true"});
     return options;
   }
 
-  std::int64_t max_provisional() const {
-    if constexpr (requires { policy_.max_provisional(); })
-      return policy_.max_provisional();
-    else
-      return 0;
-  }
-
-  CachePlan source_plan() const {
-    CacheOptions cache = options_.source;
-    cache.lead = std::max(cache.lead, options_.max_lead_tokens != 0 ? options_.max_lead_tokens
-                                                                    : 4 * options_.max_unit_tokens);
-    if (cache.chunk_size == 0)
-      cache.chunk_size =
-          std::min(cache.chunk(), options_.max_unit_tokens * options_.coalesce_units);
-    return plan(cache, kSourceGroup);
-  }
-  CachePlan target_plan() const {
-    CacheOptions cache = options_.target;
-    // A hypothesis and the token before it must be recoverable from a window.
-    cache.lead = std::max(cache.lead, max_provisional() + 1);
-    if (cache.chunk_size == 0)
-      cache.chunk_size = static_cast<std::int64_t>(options_.target_prefix.size());
-    return plan(cache, kTargetGroup);
-  }
-  CachePlan plan(CacheOptions cache, int group) const {
-    if constexpr (!explicit_positions()) {
-      if (layout_.num_groups() <= kTargetGroup)
-        throw Error(ErrorCode::kConfig, {"a source and a target", "GroupedLayout", "origins",
-                                         "2 groups", std::to_string(layout_.num_groups())});
-      cache.origin = layout_.origin(group);
-    }
-    return plan_cache(model_->config(), cache);
-  }
-
-  void check_caches() const {
-    if (static_cast<std::int64_t>(options_.target_prefix.size()) > target_->cache().max_chunk())
+  /// \throws Error(kConfig) for a layer to be probed that the model has not.
+  static DuplexNeeds needs_of(const Policy& policy, const Decoder& model) {
+    const DuplexNeeds needs = DuplexNeeds::of(policy, model.config());
+    const std::int64_t layers = model.config().num_layers();
+    const std::int64_t layer = needs.probe.layer;
+    if (needs.probe.newest > 0 && (layer < 0 || layer >= layers))
       throw Error(ErrorCode::kConfig,
-                  {"the prefix is fed in one step", "DuplexOptions", "target_prefix",
-                   "at most the target's chunk, " + std::to_string(target_->cache().max_chunk()),
-                   std::to_string(options_.target_prefix.size())});
-    if (!explicit_positions()) return;
-    for (const Group<Key, Value>* group : {source_.get(), target_.get()})
-      if (!group->cache().takes_positions())
-        throw Error(ErrorCode::kConfig,
-                    {"this layout needs rotated keys in text positions", "DuplexOptions",
-                     group->name() + ".position_rule", "in-text", "in-cache or raw keys"});
+                  {"the model has no such layer", "the policy", "probe_layer",
+                   std::to_string(-layers) + " to " + std::to_string(layers - 1),
+                   std::to_string(layer < 0 ? layer - layers : layer)});
+    return needs;
   }
+  std::int64_t max_provisional() const { return needs_.max_provisional; }
 
   bool is_end_token(Token token) const {
     return std::find(options_.end_tokens.begin(), options_.end_tokens.end(), token) !=
            options_.end_tokens.end();
-  }
-
-  /// Appends tokens or embeddings to a group in chunks and publishes them.
-  void feed_group(Group<Key, Value>& group, const DecoderInput& whole,
-                  const GroupReader<Key, Value>& reader, DecoderWorkspace& workspace,
-                  ThreadTeam& team) {
-    for (std::int64_t done = 0; done < whole.count();) {
-      const std::int64_t count = std::min(whole.count() - done, group.cache().max_chunk());
-      DecoderInput input;
-      if (whole.embeddings.rows > 0)
-        input.embeddings = whole.embeddings.middle_rows(done, count);
-      else
-        input.tokens =
-            whole.tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count));
-      if constexpr (explicit_positions()) {
-        for (std::int64_t t = 0; t < count; ++t)
-          positions_[static_cast<std::size_t>(t)] = on_all_axes(layout_.place(group.id(), 1));
-        input.positions = positions_.span().first(static_cast<std::size_t>(count));
-      }
-      model_->forward(input, group.cache(), reader, workspace, team);
-      group.cache().commit();
-      done += count;
-    }
-    group.publish();
   }
 
   /// Takes the next unit into the snapshot. False: it is not there, and may yet come.
@@ -464,7 +365,7 @@ class DuplexEngine {
     ++units_read_;
     since_read_ = 0;
     reading_ = false;
-    source_->hold(reader_, tokens_read_);
+    sides_.hold(tokens_read_);
     units_seen_.store(units_read_, std::memory_order_release);
     metrics_.on_read(unit.arrival_ns);
     return true;
@@ -473,48 +374,16 @@ class DuplexEngine {
   /// Feeds what is due (the prefix, a written token, one to be fed again) and predicts the next.
   Progress feed_target() {
     const auto count = static_cast<std::int64_t>(to_feed_.size());
-    if (target_->cache().status(count) != CacheStatus::kOk) return finish(DuplexEnd::kTargetFull);
-    const std::array<GroupView<Key, Value>, 1> sees{source_->view(tokens_read_)};
-    GroupReader<Key, Value> reader{.own_group = kTargetGroup, .sees = sees};
-    reader.bidirectional = options_.bidirectional_prefix && count > 1;
-    reader.probe = probe();
+    if (sides_.target_status(count) != CacheStatus::kOk) return finish(DuplexEnd::kTargetFull);
+    const MassProbe probe = DuplexNeeds::of(policy_, model().config()).probe;
     const std::int64_t begin = monotonic_ns();
-    feed_group(*target_, DecoderInput{to_feed_}, reader, target_workspace_, *target_team_);
+    sides_.feed_target(to_feed_, tokens_read_, probe);
     to_feed_ = {};
-    model_->logits(target_workspace_.hidden_states().rows - 1,
-                   {logits_.data(), 1, static_cast<std::int64_t>(logits_.size())},
-                   target_workspace_, *target_team_);
-    if (reader.probe.newest > 0 && count == 1) {
-      float sum = 0;
-      for (const float share : target_workspace_.attention_mass()) sum += share;
-      newest_source_mass_ = sum / static_cast<float>(model_->config().num_qo_heads);
-    }
-    candidate_ = sampler_.sample(logits_.span());
+    if (probe.newest > 0 && count == 1) newest_source_mass_ = sides_.newest_source_mass();
+    candidate_ = sides_.choose(sampler_);
     const std::int64_t end = monotonic_ns();
     metrics_.on_target_work(end - begin, end);
     return Progress::kStepped;
-  }
-
-  MassProbe probe() const {
-    MassProbe probe;
-    if constexpr (requires { policy_.newest_source_tokens(); }) {
-      probe.newest = policy_.newest_source_tokens();
-      probe.group = kSourceGroup;
-      std::int64_t layer = -1;
-      if constexpr (requires { policy_.probe_layer(); }) layer = policy_.probe_layer();
-      probe.layer = layer < 0 ? model_->config().num_layers() + layer : layer;
-    }
-    return probe;
-  }
-
-  void check_probe() const {
-    const MassProbe asked = probe();
-    const std::int64_t layers = model_->config().num_layers();
-    if (asked.newest > 0 && (asked.layer < 0 || asked.layer >= layers))
-      throw Error(ErrorCode::kConfig,
-                  {"the model has no such layer", "the policy", "probe_layer",
-                   std::to_string(-layers) + " to " + std::to_string(layers - 1),
-                   std::to_string(asked.layer < 0 ? asked.layer - layers : asked.layer)});
   }
 
   Progress write(const Decision& decision) {
@@ -562,7 +431,7 @@ class DuplexEngine {
     }
     // The candidate and what is not confirmed go; the last token that stays is fed again.
     const std::int64_t dropped = settle(decision.confirm);
-    take_back(dropped + 1);
+    sides_.take_back(dropped + 1);
     refed_[0] = last_kept_;
     to_feed_ = refed_;
     candidate_.reset();
@@ -608,14 +477,6 @@ class DuplexEngine {
     return dropped;
   }
 
-  /// Removes keys and values of the newest target tokens.
-  void take_back(std::int64_t tokens) {
-    target_->cache().truncate(tokens);
-    target_->publish();
-    if constexpr (explicit_positions())
-      layout_.retract(kTargetGroup, static_cast<Position>(tokens));
-  }
-
   void put(DuplexOutput output) {
     output.units_read = units_read_;
     output.tokens_read = tokens_read_;
@@ -625,26 +486,17 @@ class DuplexEngine {
     ++outputs_put_;
   }
 
-  std::shared_ptr<const Decoder> model_;
   DuplexOptions options_;
   Policy policy_;
-  Layout layout_;
-  std::unique_ptr<Group<Key, Value>> source_;
-  std::unique_ptr<Group<Key, Value>> target_;
-  int reader_;
-  std::shared_ptr<ThreadTeam> source_team_;
-  std::shared_ptr<ThreadTeam> target_team_;
-  DecoderWorkspace source_workspace_;
-  DecoderWorkspace target_workspace_;
+  DuplexNeeds needs_;
+  Sides sides_;
   Sampler sampler_;
   UnitQueue queue_;
-  Buffer<UnitEnd> units_;        // [max_lead_units], unit u at u % max_lead_units
-  Buffer<Token> unit_tokens_;    // the source side's
-  Buffer<float> unit_rows_;      // the same for embeddings, [max tokens, hidden_size]
-  Buffer<Position3> positions_;  // of a chunk, for layouts that depend on the order
+  Buffer<UnitEnd> units_;      // [max_lead_units], unit u at u % max_lead_units
+  Buffer<Token> unit_tokens_;  // the source side's
+  Buffer<float> unit_rows_;    // the same for embeddings, [max tokens, hidden_size]
   SpscRing<DuplexOutput> outputs_;
   Buffer<Token> provisional_;
-  Buffer<float> logits_;  // [vocab_size]
   DuplexMetrics metrics_;
 
   alignas(64) std::atomic<bool> input_ended_{false};

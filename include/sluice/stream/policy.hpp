@@ -95,7 +95,8 @@ struct PolicyState {
   std::int64_t tokens_since_read = 0;  ///< target tokens since the last READ, provisional ones too
   /// The token predicted next; empty before the first kWrite, which feeds the target's prefix.
   std::optional<Token> candidate;
-  /// Logits that the candidate was drawn from. [vocab_size]; empty without a candidate.
+  /// Logits that the candidate was drawn from. [vocab_size]; empty without a candidate, and on a
+  /// GPU for policies whose needs_logits() is false.
   std::span<const float> logits;
   /// Share of attention on the newest source tokens when the candidate was predicted, mean over
   /// query heads: for policies with newest_source_tokens() > 0.
@@ -106,9 +107,10 @@ struct PolicyState {
 /// `std::int64_t probe_layer() const` (negative: from the last; one that the model lacks is refused
 /// when a stream begins) ask for newest_source_mass;
 /// `std::int64_t max_provisional() const` says how many tokens may be provisional at once (0 if
-/// absent). decide() runs on the target's thread; what it throws ends the stream and reaches the
-/// caller. It must not allocate if the step is not to. The policies below have a reset() for
-/// callers that use one again; a stream never calls it.
+/// absent); `bool needs_logits() const`, false, that the logits need not be brought to the host.
+/// Both are asked once, at the beginning of a stream. decide() runs on the target's thread; what it
+/// throws ends the stream and reaches the caller. It must not allocate if the step is not to. The
+/// policies below have a reset() for callers that use one again; a stream never calls it.
 template <class T>
 concept ReadWritePolicy = requires(T policy, const PolicyState& state) {
   { policy.decide(state) } -> std::same_as<Decision>;
@@ -233,6 +235,7 @@ class WaitK {
   }
 
   void reset() { in_unit_ = 0; }
+  bool needs_logits() const { return false; }
 
  private:
   std::int64_t k_;
@@ -283,6 +286,7 @@ class HypothesisPolicy {
   }
 
   std::int64_t max_provisional() const { return longest_; }
+  bool needs_logits() const { return false; }
 
  private:
   std::int64_t longest_;
@@ -396,6 +400,7 @@ class AttentionGuided {
                                                                    : Decision::read();
   }
 
+  bool needs_logits() const { return false; }
   std::int64_t newest_source_tokens() const { return newest_; }
   std::int64_t probe_layer() const { return layer_; }
 
