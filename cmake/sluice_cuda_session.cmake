@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 #
-# sluice::cuda_session: the device's half of backend/cuda/session.hpp in a static library, so that
-# programs stay with the host compiler. It is built when something links it, for the architectures
+# sluice::cuda_session: the device's half of backend/cuda/session.hpp and duplex_session.hpp in a
+# static library, so that programs stay with the host compiler. It is built when something links it, for the architectures
 # in CMAKE_CUDA_ARCHITECTURES. It is not installed: it belongs to one toolkit and its GPUs.
 include_guard()
 find_package(CUDAToolkit REQUIRED)
@@ -10,9 +10,10 @@ set(cuda_session_sources "")
 foreach(element IN ITEMS bf16 f16)
   set(source ${PROJECT_BINARY_DIR}/cuda_session/${element}.cu)
   file(CONFIGURE OUTPUT ${source} CONTENT
-"#include <sluice/backend/cuda/device_session.cuh>
+"#include <sluice/backend/cuda/device_duplex.cuh>
 template class sluice::CudaDeviceModel<sluice::${element}>;
 template class sluice::CudaDeviceSession<sluice::${element}>;
+template class sluice::CudaDeviceDuplex<sluice::${element}>;
 ")
   list(APPEND cuda_session_sources ${source})
 endforeach()

@@ -9,6 +9,7 @@
 #include "sluice/backend/cuda/decode_step.cuh"
 #include "sluice/backend/cuda/decoder.cuh"
 #include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/device_duplex.cuh"
 #include "sluice/backend/cuda/device_session.cuh"
 #include "sluice/backend/cuda/duplex.cuh"
 #include "sluice/backend/cuda/hopper_attention.cuh"

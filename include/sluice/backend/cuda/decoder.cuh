@@ -19,6 +19,7 @@
 #include "sluice/backend/cuda/decode_step.cuh"
 #include "sluice/backend/cuda/decoder_kernels.cuh"
 #include "sluice/backend/cuda/decoder_shape.hpp"
+#include "sluice/backend/cuda/group_list.hpp"
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
@@ -137,15 +138,16 @@ struct CudaDecoderOptions {
   bool overlap = true;  ///< launches fetch weights and cache rows ahead of their turn
 };
 
-/// Another stream's cache, the first tokens of which every step of a decoder sees beside its own.
-/// The cache keeps everything (a full cache), so that rows stay where they are.
+/// Another stream's cache, the first tokens of which every step of a decoder sees beside its own:
+/// what Retention::snapshot_rules says, the sinks and the window that ends at the snapshot. A
+/// writer of a windowed cache must not go further beyond a snapshot that is read than the capacity
+/// exceeds sinks and window (Group::room()).
 template <class Element>
 struct CudaGroupView {
   const Element* keys = nullptr;  ///< [layers, num_kv_heads, capacity, head_dim], rotated
   const Element* values = nullptr;
   std::int64_t layer_stride = 0;
-  std::int64_t capacity = 0;
-  double origin = 0;  ///< position of its token 0
+  GroupExtents extents;
   /// Added to the reader's own position (which stops at the last rank of its window): 0 where
   /// groups count for themselves.
   double shift = 0;
@@ -158,67 +160,53 @@ namespace detail {
 template <class Element>
 struct GroupListsParams {
   CudaGroupView<Element> source;
-  const Element* keys;  // the decoder's own, as the view's
-  const Element* values;
-  std::int64_t layer_stride;
+  CudaGroupView<Element> own;  // without a snapshot
   const std::int64_t* totals;
   device::Segment<Element>* segments;  // [layers, kGroupSegments]
   std::int32_t* counts;                // [layers]
   device::SegmentReader* readers;      // [layers]
-  std::int64_t sinks;
-  std::int64_t window;
-  std::int64_t capacity;
-  std::int64_t ceiling;  // highest index at which sinks, and other groups, are read
-  double origin;
   int head_dim;
 };
 
-inline constexpr int kGroupSegments = 4;  // source, sinks, the ring's two runs
-inline constexpr std::int64_t kNoCeilingIndex = std::numeric_limits<std::int64_t>::max();
+inline constexpr int kGroupSegments = 2 * kGroupRuns;  // source, own
 
-/// The list of a step for each layer: what Retention::snapshot_rules and Retention::rules say, from
-/// counters on the device. A block per layer.
+/// The list of a step for each layer, from counters on the device. A block per layer, a thread per
+/// run.
 template <class Element>
 __global__ void __launch_bounds__(kWarpSize)
     group_lists_kernel(const __grid_constant__ GroupListsParams<Element> p) {
-  if (threadIdx.x != 0) return;
+  const int lane = static_cast<int>(threadIdx.x);
   const std::int64_t layer = blockIdx.x;
   const std::int64_t total = *p.totals;  // index of the step's token
-  device::Segment<Element>* const list = p.segments + layer * kGroupSegments;
-  const bool full = p.window > p.capacity && total >= p.capacity;
-  int count = 0;
-  const auto add = [&](const CudaGroupView<Element>& cache, std::int64_t index, std::int64_t slot,
-                       std::int64_t tokens, std::int64_t ceiling, double shift,
-                       const std::int64_t* visible) {
+  const GroupExtents& own = p.own.extents;
+  const bool full = !own.is_limited() && total >= own.capacity;
+  const bool of_source = lane < kGroupRuns;
+  SegmentRule run;
+  if (total >= 0 && !full && lane < kGroupSegments)
+    run = of_source ? snapshot_run(p.source.extents, *p.source.snapshot, p.source.shift,
+                                   own.ceiling() + p.source.shift, lane)
+                    : own_run(own, total, lane - kGroupRuns);
+  const unsigned present = __ballot_sync(0xffffffffU, run.count > 0);
+  if (run.count > 0) {
+    const CudaGroupView<Element>& cache = of_source ? p.source : p.own;
+    const std::int64_t at = layer * cache.layer_stride + run.first_slot * p.head_dim;
     device::Segment<Element> s;
-    s.first_index = index;
-    s.count = s.visible = tokens;
-    s.visible_tokens = visible;
-    s.first_position = cache.origin + static_cast<double>(index);
-    s.shift = shift;
-    if (ceiling < kNoCeilingIndex) s.ceiling = p.origin + static_cast<double>(ceiling) + shift;
-    s.group = visible != nullptr ? 0 : 1;
-    s.keys = cache.keys + layer * cache.layer_stride + slot * p.head_dim;
-    s.values = cache.values + layer * cache.layer_stride + slot * p.head_dim;
-    s.key_head_stride = s.value_head_stride = cache.capacity * p.head_dim;
+    s.first_index = run.first_index;
+    s.count = s.visible = run.count;
+    s.first_position = run.first_position;
+    s.shift = run.shift;
+    s.ceiling = run.ceiling;
+    s.group = of_source ? 0 : 1;
+    s.keys = cache.keys + at;
+    s.values = cache.values + at;
+    s.key_head_stride = s.value_head_stride = cache.extents.capacity * p.head_dim;
     s.key_token_stride = s.value_token_stride = p.head_dim;
-    list[count++] = s;
-  };
-  if (total >= 0 && !full) {
-    add(p.source, 0, 0, p.source.capacity, p.ceiling, p.source.shift, p.source.snapshot);
-    const CudaGroupView<Element> own{p.keys,   p.values, p.layer_stride, p.capacity,
-                                     p.origin, 0,        nullptr};
-    if (p.sinks > 0) add(own, 0, 0, min(p.sinks, total + 1), p.ceiling, 0, nullptr);
-    const std::int64_t ring = p.capacity - p.sinks;
-    for (std::int64_t index = max(p.sinks, total - p.window + 1); index <= total;) {
-      const std::int64_t slot = p.sinks + (index - p.sinks) % ring;
-      const std::int64_t tokens = min(total + 1 - index, p.capacity - slot);
-      add(own, index, slot, tokens, kNoCeilingIndex, 0, nullptr);
-      index += tokens;
-    }
+    p.segments[layer * kGroupSegments + __popc(present & ((1U << lane) - 1))] = s;
   }
-  p.counts[layer] = count;
-  p.readers[layer] = {total, p.origin + static_cast<double>(total), total >= 0 ? 1 : 0, 0};
+  if (lane == 0) {
+    p.counts[layer] = __popc(present);
+    p.readers[layer] = {total, own.origin + static_cast<double>(total), total >= 0 ? 1 : 0, 0};
+  }
 }
 
 /// Rotates a token's keys and stores them and its values: a block per KV head.
@@ -399,6 +387,17 @@ class CudaDecoder {
                     std::int64_t length, cudaStream_t stream) {
     run_chunk(session, base, tokens, length, stream);
   }
+  /// The same for inputs that are no tokens (frames of an encoder). rows: [length, hidden_size] in
+  /// device memory, or in page-locked host memory, which is read when the stream gets there.
+  void append_chunk_rows(std::int64_t session, std::int64_t base, const float* rows,
+                         std::int64_t length, cudaStream_t stream) {
+    check_cuda(
+        cudaMemcpyAsync(chunk_hidden_.data(), rows,
+                        static_cast<std::size_t>(length * shape().hidden_size) * sizeof(float),
+                        cudaMemcpyDefault, stream),
+        "cudaMemcpyAsync");
+    run_chunk_layers(session, base, length, stream);
+  }
 
   /// Logits behind tokens [first, first + rows) of the last chunk that was read, inputs of the
   /// product rounded. to: [rows, vocab_size], device memory. Waits for nothing.
@@ -411,17 +410,18 @@ class CudaDecoder {
                       to, false, stream);
   }
 
-  /// This decoder's first session as others see it. \throws Error(kConfig) unless it keeps
-  /// everything.
+  /// This decoder's first session as others see it.
   CudaGroupView<Element> view(const std::int64_t* snapshot, double shift = 0) const {
-    if (options_.step.window_size < DecodeStepConfig::kUnlimitedWindow)
-      throw Error(ErrorCode::kConfig,
-                  {"a group that another decoder sees keeps everything", "CudaDecoder::view",
-                   "window_size", "unlimited", std::to_string(options_.step.window_size)});
-    return {keys_.data(),         values_.data(), layer_stride_, options_.step.capacity,
-            options_.step.origin, shift,          snapshot};
+    const DecodeStepConfig& c = options_.step;
+    return {.keys = keys_.data(),
+            .values = values_.data(),
+            .layer_stride = layer_stride_,
+            .extents = {c.num_sink_tokens, c.window_size, c.capacity, c.position_rule, c.origin},
+            .shift = shift,
+            .snapshot = snapshot};
   }
-  /// From now on every step sees the first *source.snapshot tokens of another cache beside its own.
+  /// From now on every step sees the first *source.snapshot tokens of another cache beside its own,
+  /// or what its window keeps of them.
   /// The other decoder must outlive this one. Allocates. \throws Error(kConfig) with several
   /// sessions; Error(kDevice).
   void see(const CudaGroupView<Element>& source) {
@@ -434,7 +434,7 @@ class CudaDecoder {
     extents.num_qo_heads = s.num_qo_heads;
     extents.num_kv_heads = s.num_kv_heads;
     extents.max_segments = detail::kGroupSegments;
-    extents.max_keys = source.capacity + options_.step.capacity;
+    extents.max_keys = source.extents.most_seen() + view(nullptr).extents.most_seen();
     segment_attention_.emplace(
         extents,
         SegmentRotation{frequencies_, options_.step.attention_factor, options_.step.interleaved});
@@ -584,18 +584,11 @@ class CudaDecoder {
 
   void write_lists(cudaStream_t stream) {
     const detail::GroupListsParams<Element> params{.source = source_,
-                                                   .keys = keys_.data(),
-                                                   .values = values_.data(),
-                                                   .layer_stride = layer_stride_,
+                                                   .own = view(nullptr),
                                                    .totals = step_.totals_data(),
                                                    .segments = lists_->segments(),
                                                    .counts = lists_->counts(),
                                                    .readers = lists_->readers(),
-                                                   .sinks = step_.config().num_sink_tokens,
-                                                   .window = step_.config().window_size,
-                                                   .capacity = step_.config().capacity,
-                                                   .ceiling = step_.ceiling(),
-                                                   .origin = step_.config().origin,
                                                    .head_dim = kHeadDim};
     detail::group_lists_kernel<Element>
         <<<static_cast<unsigned>(shape().num_layers), detail::kWarpSize, 0, stream>>>(params);
@@ -676,13 +669,19 @@ class CudaDecoder {
 
   void run_chunk(std::int64_t session, std::int64_t base, const std::int32_t* tokens,
                  std::int64_t length, cudaStream_t stream) {
-    const CudaDecoderShape& s = shape();
-    float* const hidden = chunk_hidden_.data();
     detail::launch_kernel("embedding_kernel", detail::embedding_kernel<Element>,
                           dim3(static_cast<unsigned>(length)), detail::kRowThreads, stream,
                           overlap_, tokens,
                           reinterpret_cast<const std::uint16_t*>(weights_->embedding.data()),
-                          hidden, static_cast<int>(s.hidden_size));
+                          chunk_hidden_.data(), static_cast<int>(shape().hidden_size));
+    run_chunk_layers(session, base, length, stream);
+  }
+
+  /// The layers of a chunk whose inputs are in chunk_hidden_.
+  void run_chunk_layers(std::int64_t session, std::int64_t base, std::int64_t length,
+                        cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    float* const hidden = chunk_hidden_.data();
     chunk_->rotate(step_, base, length, stream);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];

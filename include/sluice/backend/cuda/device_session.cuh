@@ -70,11 +70,19 @@ class PageLocked {
   T* data_ = nullptr;
 };
 
+/// Whose kernels go first where a multiprocessor falls free.
+enum class StreamPriority { kLeast, kGreatest };
+
 /// A stream that waits for no other.
 class OwnStream {
  public:
-  OwnStream() {
-    check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  explicit OwnStream(StreamPriority priority = StreamPriority::kLeast) {
+    int least = 0;
+    int greatest = 0;
+    check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriority");
+    check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking,
+                                            priority == StreamPriority::kLeast ? least : greatest),
+               "cudaStreamCreate");
   }
   ~OwnStream() { static_cast<void>(cudaStreamDestroy(stream_)); }
   OwnStream(const OwnStream&) = delete;

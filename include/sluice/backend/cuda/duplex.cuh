@@ -184,6 +184,9 @@ class CudaDuplex {
     };
     require(o.source.step.batch_size == 1, "source.step.batch_size", "1", o.source.step.batch_size);
     require(o.target.step.batch_size == 1, "target.step.batch_size", "1", o.target.step.batch_size);
+    // Nobody holds the reader back here.
+    require(o.source.step.window_size >= DecodeStepConfig::kUnlimitedWindow,
+            "source.step.window_size", "unlimited", o.source.step.window_size);
     require(o.source.max_chunk >= 1, "source.max_chunk", "at least 1", o.source.max_chunk);
     require(o.policy.wait >= 1, "policy.wait", "at least 1", o.policy.wait);
     require(o.policy.read >= 0, "policy.read", "at least 0", o.policy.read);
