@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-/// What device_session.hpp declares, as plain float64 loops on the host: with it the host's half of
-/// a session on a GPU is tested where there is no GPU. Rows lie in the slots that the device's lie
-/// in, so what has been written over is gone here too. It says that there are two devices.
+/// What device_session.hpp and device_duplex.hpp declare, as plain float64 loops on the host: with
+/// it the host's half of a session or a duplex on a GPU is tested where there is no GPU. Rows lie
+/// in the slots that the device's lie in, so what has been written over is gone here too. It says
+/// that there are two devices.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -9,10 +10,12 @@
 #include <limits>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <sluice/backend/cuda/device_duplex.hpp>
 #include <sluice/backend/cuda/device_session.hpp>
 #include <sluice/core/error.hpp>
 
@@ -141,20 +144,33 @@ std::size_t CudaDeviceModel<Element>::bytes() const {
   return sizeof(Element) * (content_->embedding.size() + content_->output.size());
 }
 
-template <class Element>
-struct CudaDeviceSession<Element>::State {
-  State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& c)
-      : m(model.content()), config(c) {
-    const auto rows = static_cast<std::size_t>(m.shape.num_layers * c.capacity);
+namespace {
+
+/// What a stream keeps: members of RetentionConfig.
+struct PlainExtents {
+  std::int64_t sinks, window, capacity;
+  PositionRule position_rule;
+  Position origin;
+
+  bool is_limited() const { return window < std::numeric_limits<std::int64_t>::max() / 4; }
+  /// Whether the token `index` is among what the token `reader` sees, or saw.
+  bool shows(std::int64_t index, std::int64_t reader) const {
+    return index < sinks || index > reader - window;
+  }
+};
+
+template <class Element, class Content>
+struct PlainStream {
+  PlainStream(const Content& model, const PlainExtents& extents) : m(model), x(extents) {
+    const auto rows = static_cast<std::size_t>(m.shape.num_layers * x.capacity);
     keys.assign(rows, Row(static_cast<std::size_t>(m.shape.kv_size())));
     values = keys;
   }
 
   std::size_t place(std::int64_t layer, std::int64_t index) const {
-    const std::int64_t ring = config.capacity - config.num_sink_tokens;
-    const std::int64_t beyond = index - config.num_sink_tokens;
-    const std::int64_t slot = beyond < 0 ? index : config.num_sink_tokens + beyond % ring;
-    return static_cast<std::size_t>(layer * config.capacity + slot);
+    const std::int64_t beyond = index - x.sinks;
+    const std::int64_t slot = beyond < 0 ? index : x.sinks + beyond % (x.capacity - x.sinks);
+    return static_cast<std::size_t>(layer * x.capacity + slot);
   }
   /// One head of a row.
   Row head_of(const Row& row, std::int64_t head) const {
@@ -162,87 +178,99 @@ struct CudaDeviceSession<Element>::State {
     return Row(begin, begin + m.shape.head_dim);
   }
 
-  Row attended(std::int64_t layer, const Row& query) const {
+  /// Attention of the token `total` over this stream and the first `visible` tokens of another.
+  Row attended(std::int64_t layer, const Row& query, const PlainStream* source,
+               std::int64_t visible) const {
     const CudaDecoderShape& s = m.shape;
-    const bool limited = config.window_size < std::numeric_limits<std::int64_t>::max() / 4;
-    const std::int64_t ceiling = limited && config.position_rule == PositionRule::kInCache
-                                     ? config.num_sink_tokens + config.window_size - 1
-                                     : std::numeric_limits<std::int64_t>::max();
+    // Where a reader stands in the cache, in tokens: the last of its window at most.
+    const bool ranks = x.is_limited() && x.position_rule == PositionRule::kInCache;
+    const double rank =
+        static_cast<double>(ranks ? std::min(total, x.sinks + x.window - 1) : total);
     Row out;
     for (std::int64_t head = 0; head < s.num_qo_heads; ++head) {
       const std::int64_t kv = head / (s.num_qo_heads / s.num_kv_heads);
-      const auto turned = [&](std::int64_t index) {
-        return rotated(head_of(query, head), m.rotation,
-                       config.origin + static_cast<double>(index));
-      };
-      const Row own = turned(total);
-      const Row for_sinks = turned(std::min(total, ceiling));
-      std::vector<std::int64_t> seen;
-      for (std::int64_t i = 0; i <= total; ++i)
-        if (i < config.num_sink_tokens || i > total - config.window_size) seen.push_back(i);
       std::vector<double> scores;
-      for (const std::int64_t i : seen) {
-        const Row key = head_of(keys[place(layer, i)], kv);
-        const Row& q = i < config.num_sink_tokens ? for_sinks : own;
+      std::vector<const Row*> seen;
+      Row q;
+      double turned_to = std::numeric_limits<double>::quiet_NaN();
+      const auto see = [&](const PlainStream& stream, std::int64_t index, double position) {
+        if (position != turned_to) q = rotated(head_of(query, head), m.rotation, position);
+        turned_to = position;
+        const Row key = stream.head_of(stream.keys[stream.place(layer, index)], kv);
         double score = 0;
         for (std::size_t d = 0; d < key.size(); ++d) score += q[d] * key[d];
         scores.push_back(score * s.sm_scale);
+        seen.push_back(&stream.values[stream.place(layer, index)]);
+      };
+      for (std::int64_t i = 0; source != nullptr && i < visible; ++i) {
+        const PlainExtents& of = source->x;
+        if (!of.shows(i, visible - 1)) continue;
+        // In the cache the oldest token of the window follows the sinks.
+        const std::int64_t gone = of.position_rule == PositionRule::kInCache && i >= of.sinks
+                                      ? std::max<std::int64_t>(visible - of.window - of.sinks, 0)
+                                      : 0;
+        see(*source, i, x.origin + rank + static_cast<double>(gone));
       }
+      for (std::int64_t i = 0; i <= total; ++i)
+        if (x.shows(i, total))
+          see(*this, i, x.origin + (i < x.sinks ? rank : static_cast<double>(total)));
       const double top = *std::max_element(scores.begin(), scores.end());
       Row sum(static_cast<std::size_t>(s.head_dim));
       double weights = 0;
       for (std::size_t j = 0; j < seen.size(); ++j) {
         const double weight = std::exp(scores[j] - top);
         weights += weight;
-        const Row value = head_of(values[place(layer, seen[j])], kv);
+        const Row value = head_of(*seen[j], kv);
         for (std::size_t d = 0; d < sum.size(); ++d) sum[d] += weight * value[d];
       }
-      for (const double x : sum) out.push_back(x / weights);
+      for (const double y : sum) out.push_back(y / weights);
     }
     return out;
   }
 
-  /// One token; logits of the next.
-  std::vector<float> step(Token token) {
+  Row embedding(Token token) const {
+    const auto begin = m.embedding.begin() + token * m.shape.hidden_size;
+    return {begin, begin + m.shape.hidden_size};
+  }
+
+  /// One token's row of embeddings; logits of the next.
+  std::vector<float> step(Row y, const PlainStream* source = nullptr, std::int64_t visible = 0) {
     const CudaDecoderShape& s = m.shape;
     const auto round = [](Row row) {
-      for (double& x : row)
-        x = static_cast<double>(static_cast<float>(Element(static_cast<float>(x))));
+      for (double& value : row)
+        value = static_cast<double>(static_cast<float>(Element(static_cast<float>(value))));
       return row;
     };
-    Row x(m.embedding.begin() + token * s.hidden_size,
-          m.embedding.begin() + (token + 1) * s.hidden_size);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const PlainLayer& w = m.layers[static_cast<std::size_t>(l)];
-      const Row in = normed(x, w.attention_norm, s.norm_eps);
+      const Row in = normed(y, w.attention_norm, s.norm_eps);
       const Row key = product(w.key, in);
       Row turned;
       for (std::int64_t head = 0; head < s.num_kv_heads; ++head)
         for (const double k :
-             rotated(head_of(key, head), m.rotation, config.origin + static_cast<double>(total)))
+             rotated(head_of(key, head), m.rotation, x.origin + static_cast<double>(total)))
           turned.push_back(k);
       keys[place(l, total)] = round(std::move(turned));
       values[place(l, total)] = round(product(w.value, in));
-      add(x, product(w.output, attended(l, product(w.query, in))));
-      const Row inner = normed(x, w.feed_forward_norm, s.norm_eps);
+      add(y, product(w.output, attended(l, product(w.query, in), source, visible)));
+      const Row inner = normed(y, w.feed_forward_norm, s.norm_eps);
       Row gate = product(w.gate, inner);
       const Row up = product(w.up, inner);
       for (std::size_t i = 0; i < gate.size(); ++i) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
-      add(x, product(w.down, gate));
+      add(y, product(w.down, gate));
     }
     ++total;
-    const Row out = product(m.tied ? m.embedding : m.output, normed(x, m.output_norm, s.norm_eps));
+    const Row out = product(m.tied ? m.embedding : m.output, normed(y, m.output_norm, s.norm_eps));
     return {out.begin(), out.end()};
   }
 
-  const typename CudaDeviceModel<Element>::Content& m;
-  CudaDeviceSessionConfig config;
-  std::int64_t total = 0;
-  std::vector<Row> keys, values;           // [layers, capacity], rows of all heads
-  std::vector<std::vector<float>> logits;  // of the last chunk's tokens
-};
+  std::size_t bytes() const { return 2 * sizeof(Element) * keys.size() * keys.front().size(); }
 
-namespace {
+  const Content& m;
+  PlainExtents x;
+  std::int64_t total = 0;
+  std::vector<Row> keys, values;  // [layers, capacity], rows of all heads
+};
 
 double nll_of(std::span<const float> logits, Token next) {
   double sum = 0;
@@ -250,7 +278,21 @@ double nll_of(std::span<const float> logits, Token next) {
   return std::log(sum) - static_cast<double>(logits[static_cast<std::size_t>(next)]);
 }
 
+template <class Config>
+PlainExtents extents_of(const Config& c) {
+  return {c.num_sink_tokens, c.window_size, c.capacity, c.position_rule, c.origin};
+}
+
 }  // namespace
+
+template <class Element>
+struct CudaDeviceSession<Element>::State {
+  State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
+      : stream(model.content(), extents_of(config)) {}
+
+  PlainStream<Element, typename CudaDeviceModel<Element>::Content> stream;
+  std::vector<std::vector<float>> logits;  // of the last chunk's tokens
+};
 
 template <class Element>
 CudaDeviceSession<Element>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
@@ -265,16 +307,17 @@ CudaDeviceSession<Element>& CudaDeviceSession<Element>::operator=(
     CudaDeviceSession&& other) noexcept = default;
 template <class Element>
 std::int64_t CudaDeviceSession<Element>::total() const {
-  return state_->total;
+  return state_->stream.total;
 }
 template <class Element>
 void CudaDeviceSession<Element>::set_total(std::int64_t total) {
-  state_->total = total;
+  state_->stream.total = total;
 }
 template <class Element>
 void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
   state_->logits.clear();
-  for (const Token token : tokens) state_->logits.push_back(state_->step(token));
+  auto& stream = state_->stream;
+  for (const Token token : tokens) state_->logits.push_back(stream.step(stream.embedding(token)));
 }
 template <class Element>
 void CudaDeviceSession<Element>::step(Token token) {
@@ -300,12 +343,77 @@ void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::s
 }
 template <class Element>
 std::size_t CudaDeviceSession<Element>::cache_bytes() const {
-  return 2 * sizeof(Element) * state_->keys.size() * state_->keys.front().size();
+  return state_->stream.bytes();
+}
+
+// --- Reading while writing -----------------------------------------------------------------------
+
+template <class Element>
+struct CudaDeviceDuplex<Element>::State {
+  State(const CudaDeviceModel<Element>& model, const CudaDeviceDuplexConfig& c)
+      : config(c),
+        source(model.content(), extents_of(c.source)),
+        target(model.content(), extents_of(c.target)) {}
+
+  CudaDeviceDuplexConfig config;
+  PlainStream<Element, typename CudaDeviceModel<Element>::Content> source, target;
+  std::vector<float> logits;
+};
+
+template <class Element>
+CudaDeviceDuplex<Element>::CudaDeviceDuplex(const CudaDeviceModel<Element>& model,
+                                            const CudaDeviceDuplexConfig& config)
+    : state_(new State(model, config)) {}
+template <class Element>
+CudaDeviceDuplex<Element>::~CudaDeviceDuplex() = default;
+
+template <class Element>
+void CudaDeviceDuplex<Element>::read(std::span<const Token> tokens) {
+  if (static_cast<std::int64_t>(tokens.size()) > state_->config.max_tokens)
+    throw std::logic_error("more tokens than were announced");
+  auto& source = state_->source;
+  for (const Token token : tokens) source.step(source.embedding(token));
+}
+template <class Element>
+void CudaDeviceDuplex<Element>::read(std::span<const float> rows) {
+  auto& source = state_->source;
+  const auto width = static_cast<std::size_t>(source.m.shape.hidden_size);
+  if (rows.size() > static_cast<std::size_t>(state_->config.max_rows) * width)
+    throw std::logic_error("more rows than were announced");
+  for (std::size_t at = 0; at < rows.size(); at += width) {
+    const std::span<const float> row = rows.subspan(at, width);
+    source.step(Row(row.begin(), row.end()));
+  }
+}
+template <class Element>
+void CudaDeviceDuplex<Element>::step(Token token, std::int64_t visible) {
+  auto& target = state_->target;
+  state_->logits = target.step(target.embedding(token), &state_->source, visible);
+}
+template <class Element>
+void CudaDeviceDuplex<Element>::set_target_total(std::int64_t total) {
+  state_->target.total = total;
+}
+template <class Element>
+Token CudaDeviceDuplex<Element>::best() const {
+  const std::vector<float>& last = state_->logits;
+  return static_cast<Token>(std::max_element(last.begin(), last.end()) - last.begin());
+}
+template <class Element>
+std::span<const float> CudaDeviceDuplex<Element>::logits() const {
+  if (!state_->config.logits) return {};
+  return state_->logits;
+}
+template <class Element>
+std::size_t CudaDeviceDuplex<Element>::cache_bytes() const {
+  return state_->source.bytes() + state_->target.bytes();
 }
 
 template class CudaDeviceModel<bf16>;
 template class CudaDeviceModel<f16>;
 template class CudaDeviceSession<bf16>;
 template class CudaDeviceSession<f16>;
+template class CudaDeviceDuplex<bf16>;
+template class CudaDeviceDuplex<f16>;
 
 }  // namespace sluice
