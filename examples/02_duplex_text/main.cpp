@@ -10,6 +10,7 @@
 #include <system_error>
 #include <variant>
 
+#include "backend.hpp"
 #include "options.hpp"
 #include "runner.hpp"
 #include "steering.hpp"
@@ -46,6 +47,8 @@ std::optional<std::string> find_model() {
 }
 
 int run(Options options) {
+  options.backend = BackendTraits::kName;
+  BackendTraits::require_device();
   if (!options.model) options.model = find_model();
   sluice::LoadedModel model;
   if (options.model) {

@@ -59,6 +59,7 @@ struct Options {
   sluice::SamplerOptions sampler;
   std::int64_t reference_words = 0;  // 0: as many as were written
 
+  std::string_view backend = "cpu";  // that the program is compiled for
   int source_threads = 1;
   int target_threads = 1;
   int shared_threads = 0;  // of one team for both sides; 0: a team each

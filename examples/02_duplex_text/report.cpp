@@ -97,10 +97,12 @@ void print_setting(const sluice::LoadedModel& model, const Options& options,
             << "layout   " << layout_text(options) << '\n'
             << "policy   " << policy_text(options) << "; source units: " << to_string(options.unit)
             << "s, at most " << options.max_unit_tokens << " tokens\n"
-            << "running  ";
+            << "running  " << options.backend << ", ";
   if (options.shared_threads > 0)
     std::cerr << (duplex.concurrent ? "both sides" : "in turns") << " with one team of "
               << options.shared_threads << (options.shared_threads == 1 ? " thread" : " threads");
+  else if (duplex.concurrent && options.backend != "cpu")
+    std::cerr << "both sides at once";
   else if (duplex.concurrent)
     std::cerr << "source " << options.source_threads << " + target " << options.target_threads
               << (options.target_threads == 1 ? " thread" : " threads");
@@ -213,6 +215,7 @@ Json report_json(const sluice::LoadedModel& model, const Options& options, const
         {"unit", to_string(options.unit)},
         {"max_unit_tokens", options.max_unit_tokens},
         {"words_per_minute", options.words_per_minute},
+        {"backend", options.backend},
         {"concurrent", !options.sequential},
         {"source_threads", options.source_threads},
         {"target_threads", options.target_threads},

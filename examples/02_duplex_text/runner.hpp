@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <concepts>
 #include <cstdint>
 #include <iostream>
 #include <memory>
@@ -14,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend.hpp"
 #include "feeder.hpp"
 #include "options.hpp"
 #include "report.hpp"
@@ -39,7 +41,7 @@ namespace duplex_text {
 template <class Layout>
 class Runner {
  public:
-  using Stream = sluice::Duplex<Steering, sluice::f16, sluice::f16, Layout>;
+  using Stream = sluice::DuplexOn<Backend, Steering, sluice::f16, Layout>;
 
   /// Prints the setting and makes the stream.
   /// \throws sluice::Error(kConfig) for options that do not fit together or the model.
@@ -51,9 +53,11 @@ class Runner {
         steering_(make_steering(options, *model.tokenizer, turns.prompt.empty() ? 0 : 1)),
         transcript_(*model.tokenizer) {
     const sluice::DuplexOptions duplex = duplex_options();
-    const std::int64_t bytes = support::cache_bytes(*model.decoder, duplex.source, 2) +
-                               support::cache_bytes(*model.decoder, duplex.target, 2);
-    support::require_memory(bytes, "--groups " + groups_text(options));
+    if constexpr (std::same_as<Backend, sluice::cpu>) {
+      const std::int64_t bytes = support::cache_bytes(*model.decoder, duplex.source, 2) +
+                                 support::cache_bytes(*model.decoder, duplex.target, 2);
+      support::require_memory(bytes, "--groups " + groups_text(options));
+    }
     stream_ = std::make_unique<Stream>(model.decoder, duplex, steering_, std::move(layout));
     print_setting(model, options, duplex, cache_bytes());
   }
@@ -178,8 +182,7 @@ class Runner {
   }
 
   std::int64_t cache_bytes() const {
-    return static_cast<std::int64_t>(stream_->engine().source().cache().bytes() +
-                                     stream_->engine().target().cache().bytes());
+    return static_cast<std::int64_t>(stream_->engine().cache_bytes());
   }
 
   const sluice::LoadedModel& model_;

@@ -106,6 +106,10 @@ std::int64_t Steering::probe_layer() const {
   return policy == nullptr ? -1 : policy->probe_layer();
 }
 
+bool Steering::needs_logits() const {
+  return std::holds_alternative<sluice::SpeakOrSilence>(policy_);
+}
+
 Steering make_steering(const Options& options, const sluice::Tokenizer& tokenizer,
                        std::int64_t prompt_units) {
   std::vector<sluice::Token> ends;

@@ -31,6 +31,7 @@ class Steering {
   std::int64_t max_provisional() const;
   std::int64_t newest_source_tokens() const;
   std::int64_t probe_layer() const;
+  bool needs_logits() const;
 
   /// Set once an end token has ended the target. Shared by copies; any thread.
   std::shared_ptr<const std::atomic<bool>> ended_by_token() const { return ended_by_token_; }
