@@ -15,11 +15,14 @@
 ///   endless  N source and N target tokens through bounded groups: latency and resident memory by
 ///            tenths.
 ///
-/// The model is the GGUF file that SLUICE_MODEL names, else random weights of a geometry.
+/// The model is the GGUF file that SLUICE_MODEL names, else random weights of a geometry. The
+/// backend is the tag that the program is compiled for; threads and the switch experiment are the
+/// CPU's.
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <concepts>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,10 +41,12 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/model/load_gguf.hpp"
-#include "sluice/stream/duplex.hpp"
+#include "sluice/stream/backend_traits.hpp"
+#include "sluice/stream/duplex_backend.hpp"
 #include "sluice/stream/lagging.hpp"
 #include "sluice/stream/session.hpp"
 #include "support/arguments.hpp"
+#include "support/backend.hpp"
 #include "support/json_record.hpp"
 #include "support/random_decoder.hpp"
 
@@ -52,10 +57,13 @@ using bench::number;
 using bench::numbers;
 using bench::Record;
 using bench::split;
+using bench::Tag;
+
+constexpr bool kOnCpu = std::same_as<Tag, cpu>;
 
 constexpr const char* kHelp = R"(usage: duplex_bench [EXPERIMENT...] [option=value...]
 
-experiments (all if none is named): overlap switch endless
+experiments (all if none is named): overlap switch endless; on a GPU: overlap endless
 
   pairs=M:K,...     source tokens a unit : target tokens a unit   (default 2:4,4:4,8:4,16:4,32:4)
   units=N           units of a stream                              (default 32)
@@ -85,7 +93,7 @@ Options parse(std::span<char*> arguments) {
     const std::size_t equal = argument.find('=');
     const std::string name = argument.substr(0, equal);
     const std::string value = equal == std::string::npos ? "" : argument.substr(equal + 1);
-    if (name == "overlap" || name == "switch" || name == "endless") {
+    if (name == "overlap" || (name == "switch" && kOnCpu) || name == "endless") {
       options.experiments.push_back(name);
     } else if (name == "pairs") {
       options.pairs.clear();
@@ -108,13 +116,18 @@ Options parse(std::span<char*> arguments) {
       throw std::invalid_argument("unknown argument '" + argument + "'");
     }
   }
-  if (options.experiments.empty()) options.experiments = {"overlap", "switch", "endless"};
+  if (options.experiments.empty()) {
+    options.experiments = {"overlap", "endless"};
+    if (kOnCpu) options.experiments.insert(options.experiments.begin() + 1, "switch");
+  }
   return options;
 }
 
 struct Model {
   std::string name;
   std::shared_ptr<const Decoder> decoder;
+  std::shared_ptr<const ModelOn<Tag>> placed =
+      place_model<Tag>(decoder);  ///< where streams read it
 };
 
 Model load(const Options& options) {
@@ -168,7 +181,7 @@ Timing group_stream(const Model& model, std::int64_t m, std::int64_t k, std::int
   options.output_capacity = k * units + 8;
   options.source_threads = options.target_threads = threads;
   options.concurrent = concurrent;
-  Duplex<WaitK<FixedUnits>> duplex(model.decoder, options, WaitK(1, FixedUnits{k}, 0));
+  DuplexOn<Tag, WaitK<FixedUnits>> duplex(model.placed, options, WaitK(1, FixedUnits{k}, 0));
   const std::vector<Token> source = random_tokens(*model.decoder, m * units, 7);
   const std::int64_t begin = monotonic_ns();
   for (std::int64_t u = 0; u < units; ++u)
@@ -188,7 +201,7 @@ Timing one_cache_stream(const Model& model, std::int64_t m, std::int64_t k, std:
   options.cache.policy = CachePolicy::kFull;
   options.cache.capacity = (m + k) * units + 8;
   options.num_threads = threads;
-  Session<f16> session(model.decoder, options);
+  SessionOn<Tag> session(model.placed, options);
   const std::vector<Token> source = random_tokens(*model.decoder, m * units, 7);
   std::vector<Token> target{kPrefix};
   std::vector<Token> all;
@@ -232,7 +245,9 @@ void overlap(const Model& model, const Options& options) {
     };
     const std::int64_t source_unit = m;
     const std::int64_t target_unit = k;
-    for (const int threads : {1, 2})
+    // Nobody's threads compute on a GPU.
+    const int most_threads = kOnCpu ? 2 : 1;
+    for (int threads = 1; threads <= most_threads; ++threads)
       add("sequential", threads, [&model, source_unit, target_unit, units, threads] {
         return group_stream(model, source_unit, target_unit, units, false, threads);
       });
@@ -240,9 +255,10 @@ void overlap(const Model& model, const Options& options) {
       return group_stream(model, source_unit, target_unit, units, true, 1);
     });
     for (const bool anew : {false, true})
-      add(anew ? "re-encoding" : "interleaved", 2, [&model, source_unit, target_unit, units, anew] {
-        return one_cache_stream(model, source_unit, target_unit, units, anew, 2);
-      });
+      add(anew ? "re-encoding" : "interleaved", most_threads,
+          [&model, source_unit, target_unit, units, anew, most_threads] {
+            return one_cache_stream(model, source_unit, target_unit, units, anew, most_threads);
+          });
     for (std::int64_t round = 0; round < options.rounds; ++round)
       for (Way& way : ways) {
         // It takes tens of times as long and varies little.
@@ -263,6 +279,7 @@ void overlap(const Model& model, const Options& options) {
       const double wall = of(way, &Timing::wall_ms);
       Record record("overlap");
       record.field("model", model.name)
+          .field("backend", std::string(backend_traits<Tag>::kName))
           .field("source_tokens_per_unit", m)
           .field("target_tokens_per_unit", k)
           .field("units", units)
@@ -282,8 +299,9 @@ void overlap(const Model& model, const Options& options) {
           speedups.push_back(ways[0].timings[i].wall_ms / way.timings[i].wall_ms);
         record.field("speedup_min", *std::min_element(speedups.begin(), speedups.end()))
             .field("speedup_max", *std::max_element(speedups.begin(), speedups.end()))
-            .field("speedup_over_sequential_x2", of(ways[1], &Timing::wall_ms) / wall)
             .field("overlap_efficiency", overlap_efficiency(sequential, wall, source, target));
+        if (kOnCpu)
+          record.field("speedup_over_sequential_x2", of(ways[1], &Timing::wall_ms) / wall);
       }
     }
   }
@@ -391,7 +409,8 @@ void endless(const Model& model, const Options& options) {
   duplex_options.target = duplex_options.source;
   duplex_options.max_target_tokens = units * unit;
   duplex_options.max_unit_tokens = unit;
-  Duplex<WaitK<FixedUnits>> duplex(model.decoder, duplex_options, WaitK(1, FixedUnits{unit}, 0));
+  DuplexOn<Tag, WaitK<FixedUnits>> duplex(model.placed, duplex_options,
+                                          WaitK(1, FixedUnits{unit}, 0));
   std::jthread feeder([&] {
     Random random(5);
     std::vector<Token> tokens(static_cast<std::size_t>(unit));
@@ -424,10 +443,9 @@ void endless(const Model& model, const Options& options) {
     latency.reset();
   }
   const DuplexReport report = duplex.report();
-  const KvCache<f16>& source = duplex.engine().source().cache();
-  const KvCache<f16>& target = duplex.engine().target().cache();
-  Record("endless")
-      .field("model", model.name + " duplex")
+  Record record("endless");
+  record.field("model", model.name + " duplex")
+      .field("backend", std::string(backend_traits<Tag>::kName))
       .field("policy", std::string("sink-window"))
       .field("sinks", std::int64_t{4})
       .field("window", std::int64_t{508})
@@ -436,10 +454,15 @@ void endless(const Model& model, const Options& options) {
       .field("wall_ms", report.wall_ms)
       .field("source_ms", report.source_busy_ms)
       .field("target_ms", report.target_busy_ms)
-      .field("cache_bytes", static_cast<std::int64_t>(source.bytes() + target.bytes()))
-      .field("bytes_moved", source.bytes_moved() + target.bytes_moved())
+      .field("cache_bytes", static_cast<std::int64_t>(duplex.engine().cache_bytes()))
       .field("end", std::string(to_string(duplex.end_reason())))
       .json("bins", bins + "]");
+  const auto note_moves = [&]([[maybe_unused]] const auto& engine) {
+    if constexpr (kOnCpu)
+      record.field("bytes_moved",
+                   engine.source().cache().bytes_moved() + engine.target().cache().bytes_moved());
+  };
+  note_moves(duplex.engine());
 }
 
 }  // namespace
@@ -453,7 +476,7 @@ int main(int argc, char** argv) {
         return 0;
       }
       if (argument == "--benchmark_list_tests") {
-        std::cout << "overlap\nswitch\nendless\n";
+        std::cout << (kOnCpu ? "overlap\nswitch\nendless\n" : "overlap\nendless\n");
         return 0;
       }
     }
