@@ -29,8 +29,10 @@ namespace {
 using namespace sluice;
 
 constexpr const char* kHelp =
-    "usage: perplexity_bench MODEL TEXT [TOKENS=20000] [THREADS=2]\n"
-    "reads TOKENS tokens through 4 sinks + 1,020 keys of f16; JSON lines on stdout\n";
+    "usage: perplexity_bench MODEL TEXT [TOKENS=20000] [THREADS=2] [ACTIVATIONS...]\n"
+    "reads TOKENS tokens through 4 sinks + 1,020 keys of f16, first with the weights widened to\n"
+    "float32, then with each of ACTIVATIONS (f32, bf16, int8; all of them unless named); JSON\n"
+    "lines on stdout\n";
 
 /// The same model with every matrix in float32.
 std::shared_ptr<const Decoder> dequantised(const Decoder& model) {
@@ -106,6 +108,12 @@ int main(int argc, char** argv) try {
   if (static_cast<std::int64_t>(tokens.size()) < wanted || wanted < 2)
     throw std::invalid_argument("the text has " + std::to_string(tokens.size()) + " tokens");
   tokens.resize(static_cast<std::size_t>(wanted));
+  const std::span<const std::string> named =
+      std::span<const std::string>(arguments).subspan(std::min<std::size_t>(4, arguments.size()));
+  constexpr Activations kKinds[] = {Activations::kFloat32, Activations::kBf16, Activations::kInt8};
+  for (const std::string& name : named)
+    if (std::ranges::none_of(kKinds, [&](Activations a) { return to_string(a) == name; }))
+      throw std::invalid_argument("'" + name + "' is no form of activations");
 
   double exact = 0;
   const auto measure = [&](const Decoder& decoder, const std::string& name,
@@ -120,9 +128,9 @@ int main(int argc, char** argv) try {
               << ", \"seconds\": " << seconds << "}" << std::endl;
   };
   measure(*dequantised(*model.decoder), "float32 weights", Activations::kFloat32);
-  for (const Activations activations :
-       {Activations::kFloat32, Activations::kBf16, Activations::kInt8})
-    measure(*model.decoder, std::string(to_string(activations)), activations);
+  for (const Activations activations : kKinds)
+    if (named.empty() || std::ranges::find(named, to_string(activations)) != named.end())
+      measure(*model.decoder, std::string(to_string(activations)), activations);
 } catch (const std::exception& error) {
   std::cerr << "perplexity_bench: " << error.what() << "\n";
   return 2;
