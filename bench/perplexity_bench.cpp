@@ -31,8 +31,8 @@ using namespace sluice;
 constexpr const char* kHelp =
     "usage: perplexity_bench MODEL TEXT [TOKENS=20000] [THREADS=2] [ACTIVATIONS...]\n"
     "reads TOKENS tokens through 4 sinks + 1,020 keys of f16, first with the weights widened to\n"
-    "float32, then with each of ACTIVATIONS (f32, bf16, int8; all of them unless named); JSON\n"
-    "lines on stdout\n";
+    "float32, then with each of ACTIVATIONS (f32, bf16, int8; all of them unless named; onednn:\n"
+    "int8 where chunks go through oneDNN, in a build with SLUICE_ONEDNN); JSON lines on stdout\n";
 
 /// The same model with every matrix in float32.
 std::shared_ptr<const Decoder> dequantised(const Decoder& model) {
@@ -58,7 +58,7 @@ std::shared_ptr<const Decoder> dequantised(const Decoder& model) {
 
 /// Mean negative log-likelihood in nats of tokens[1 ...].
 double mean_loss(const Decoder& model, std::span<const Token> tokens, Activations activations,
-                 int threads) {
+                 OneDnn onednn, int threads) {
   constexpr std::int64_t kChunk = 256;
   CacheOptions options;
   options.policy = CachePolicy::kSinkWindow;
@@ -67,7 +67,7 @@ double mean_loss(const Decoder& model, std::span<const Token> tokens, Activation
   options.chunk_size = kChunk;
   KvCache<f16> cache = model.make_cache<f16>(plan_cache(model.config(), options));
   DecoderWorkspace workspace(model, kChunk, 4 + 1020 + kChunk, threads,
-                             DecoderWorkspace::kDefaultSegments, activations);
+                             DecoderWorkspace::kDefaultSegments, activations, onednn);
   ThreadTeam team(threads);
   const std::int64_t vocab = model.config().vocab_size;
   Buffer<float> logits(static_cast<std::size_t>(kChunk * vocab));
@@ -112,14 +112,15 @@ int main(int argc, char** argv) try {
       std::span<const std::string>(arguments).subspan(std::min<std::size_t>(4, arguments.size()));
   constexpr Activations kKinds[] = {Activations::kFloat32, Activations::kBf16, Activations::kInt8};
   for (const std::string& name : named)
-    if (std::ranges::none_of(kKinds, [&](Activations a) { return to_string(a) == name; }))
+    if (name != "onednn" &&
+        std::ranges::none_of(kKinds, [&](Activations a) { return to_string(a) == name; }))
       throw std::invalid_argument("'" + name + "' is no form of activations");
 
   double exact = 0;
-  const auto measure = [&](const Decoder& decoder, const std::string& name,
-                           Activations activations) {
+  const auto measure = [&](const Decoder& decoder, const std::string& name, Activations activations,
+                           OneDnn onednn = OneDnn::kNever) {
     const std::int64_t begin = monotonic_ns();
-    const double loss = mean_loss(decoder, tokens, activations, threads);
+    const double loss = mean_loss(decoder, tokens, activations, onednn, threads);
     const double seconds = static_cast<double>(monotonic_ns() - begin) * 1e-9;
     if (exact == 0) exact = loss;
     std::cout << "{\"products\": \"" << name << "\", \"kernels\": \"" << kernel_target()
@@ -131,6 +132,8 @@ int main(int argc, char** argv) try {
   for (const Activations activations : kKinds)
     if (named.empty() || std::ranges::find(named, to_string(activations)) != named.end())
       measure(*model.decoder, std::string(to_string(activations)), activations);
+  if (std::ranges::find(named, "onednn") != named.end())
+    measure(*model.decoder, "onednn", Activations::kInt8, OneDnn::kAlways);
 } catch (const std::exception& error) {
   std::cerr << "perplexity_bench: " << error.what() << "\n";
   return 2;

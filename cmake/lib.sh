@@ -23,7 +23,8 @@ die() {
 build_packages='g++ cmake ninja-build libeigen3-dev nlohmann-json3-dev libpcre2-dev
   libutf8proc-dev libcli11-dev'
 # shellcheck disable=SC2034
-test_packages="$build_packages libsndfile1-dev libgtest-dev libbenchmark-dev python3 ffmpeg"
+test_packages="$build_packages libsndfile1-dev libdnnl-dev libgtest-dev libbenchmark-dev
+  python3 ffmpeg"
 
 # need_packages PACKAGE...: installs the Debian packages that are missing, and says which.
 need_packages() {

@@ -41,6 +41,10 @@ linker may keep that slow copy for the whole program. Include <sluice/sluice.cuh
 #if !defined(SLUICE_COMPILED_KERNELS)
 #define SLUICE_COMPILED_KERNELS 0
 #endif
+// 1 in programs that have oneDNN (backend/cpu/linear_onednn.hpp), for all their units too.
+#if !defined(SLUICE_ONEDNN)
+#define SLUICE_ONEDNN 0
+#endif
 // The units of that library define SLUICE_KERNELS_IMPLEMENTATION; SLUICE_KERNEL begins the
 // definition of a kernel.
 #if SLUICE_COMPILED_KERNELS

@@ -404,10 +404,12 @@ class DecoderWorkspace {
 
   /// For chunks of up to `max_tokens` tokens that see up to `max_keys` entries in `max_segments`
   /// segments, those of other groups included (a group with sinks and a window has up to four).
-  /// `activations`: the arithmetic of all products with weights, logits included.
+  /// `activations`: the arithmetic of all products with weights, logits included. `onednn`: whether
+  /// those of chunks go through oneDNN, in programs that have it.
   DecoderWorkspace(const Decoder& model, std::int64_t max_tokens, std::int64_t max_keys,
                    int team_size, int max_segments = kDefaultSegments,
-                   Activations activations = Activations::kFloat32)
+                   Activations activations = Activations::kFloat32,
+                   OneDnn onednn = OneDnn::kWhereFaster)
       : max_tokens_(max_tokens),
         hidden_(buffer(max_tokens, model.config().hidden_size)),
         normed_(buffer(max_tokens, model.config().hidden_size)),
@@ -419,7 +421,8 @@ class DecoderWorkspace {
                                           model.config().num_qo_heads * model.config().head_dim))),
         up_(buffer(max_tokens, model.config().intermediate_size)),
         linear_(widest(model.config()), team_size, activations,
-                std::min(max_tokens, LinearWorkspace::kDefaultTokens)),
+                std::min(max_tokens, LinearWorkspace::kDefaultTokens), onednn,
+                widths(model.config())),
         lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
         late_lse_(static_cast<std::size_t>(max_tokens * model.config().num_qo_heads)),
         mass_(static_cast<std::size_t>(model.config().num_qo_heads)),
@@ -467,9 +470,11 @@ class DecoderWorkspace {
   static Buffer<float> buffer(std::int64_t rows, std::int64_t cols) {
     return Buffer<float>(static_cast<std::size_t>(rows * cols));
   }
+  static std::array<std::int64_t, 3> widths(const DecoderConfig& config) {
+    return {config.hidden_size, config.intermediate_size, config.num_qo_heads * config.head_dim};
+  }
   static std::int64_t widest(const DecoderConfig& config) {
-    return std::max(
-        {config.hidden_size, config.intermediate_size, config.num_qo_heads * config.head_dim});
+    return std::ranges::max(widths(config));
   }
 
   std::int64_t max_tokens_;

@@ -89,8 +89,10 @@ TEST(LinearBf16, IsItsDefinitionBitForBitHoweverTheWorkIsCut) {
   }
 }
 
-// Rounding an activation changes it by at most 2^-9 of itself; each of a chain's cols / 4 additions
-// and the three after them rounds by at most 2^-24 of the terms' magnitudes.
+// Rounding an activation changes it by at most 2^-8 of itself (1 + 2^-8, half a step from 1,
+// becomes 1), which random ones don't all come near: of their sums half of that is allowed. Each of
+// a chain's cols / 4 additions and the three after them rounds by at most 2^-24 of the terms'
+// magnitudes.
 TEST(LinearBf16, IsWithinItsBoundOfTheExactProduct) {
   const RandomMatrix weight(ElementType::kBF16, 70, 1000, 5);
   LinearWorkspace workspace(1000, 2, Activations::kBf16);

@@ -958,6 +958,94 @@ inline void stream_tasks(std::span<const LinearTask> tasks, MatrixView<const flo
   }
 }
 
+#if SLUICE_ONEDNN
+
+inline void round_row(const float* source, std::int64_t count, bf16* target) {
+  std::int64_t c = 0;
+  for (; c + kPairLoad <= count; c += kPairLoad) {
+    const simd::VecI pairs = round_pairs(source + c, kPairLoad);
+    std::memcpy(target + c, &pairs, sizeof(pairs));
+  }
+  for (; c < count; ++c) target[c] = bf16(source[c]);
+}
+
+// A tile's rows row, row + 1, ... as bf16, those that the matrix does not have as zeros: where they
+// are stored if that is what is stored, otherwise in `room`. [OneDnnProducts::kRows, cols]
+inline const void* rows_of_pairs(const WeightMatrix& weight, std::int64_t row, bf16* room) {
+  constexpr std::int64_t kStrip = 256;  // columns converted at a time: a multiple of every block
+  const std::int64_t num_rows = std::min(OneDnnProducts::kRows, weight.rows - row);
+  const bool is_stored = weight.type == ElementType::kBF16;
+  if (is_stored && num_rows == OneDnnProducts::kRows) return weight.row(row);
+  alignas(64) float strip[kStrip];
+  for (std::int64_t r = 0; r < num_rows; ++r) {
+    const auto* source =
+        static_cast<const std::uint8_t*>(weight.data) + (row + r) * weight.row_bytes();
+    bf16* target = room + r * weight.cols;
+    if (is_stored) {
+      std::memcpy(target, source, static_cast<std::size_t>(weight.row_bytes()));
+      continue;
+    }
+    for (std::int64_t c = 0; c < weight.cols; c += kStrip) {
+      const std::int64_t count = std::min(kStrip, weight.cols - c);
+      dequantise_fast(weight.type, source + storage_bytes(weight.type, c), count, strip);
+      round_row(strip, count, target + c);
+    }
+  }
+  std::fill(room + num_rows * weight.cols, room + OneDnnProducts::kRows * weight.cols, bf16(0.0F));
+  return room;
+}
+
+// A tile's sums, [tokens, OneDnnProducts::kRows], to the rows from `row` on of the tokens from
+// `first` on.
+inline void put_tile(const LinearTask& task, std::int64_t row, std::int64_t first,
+                     std::int64_t tokens, const float* sums) {
+  const std::int64_t num_rows = std::min(OneDnnProducts::kRows, task.weight.rows - row);
+  for (std::int64_t t = 0; t < tokens; ++t, sums += OneDnnProducts::kRows) {
+    float* y = task.y.row(first + t) + row;
+    for (std::int64_t r = 0; r < num_rows; r += simd::kWidth) {
+      const std::int64_t count = std::min<std::int64_t>(simd::kWidth, num_rows - r);
+      simd::VecF sum = simd::load(sums + r);
+      if (task.bias != nullptr) sum += simd::load_partial(task.bias + row + r, count);
+      if (task.accumulate) sum += simd::load_partial(y + r, count);
+      simd::store_partial(y + r, sum, count);
+    }
+  }
+}
+
+// Many tokens by oneDNN: tokens are rounded once, then members take tiles of rows.
+inline void tile_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
+                       OneDnnProducts& products, ThreadTeam& team) {
+  constexpr std::int64_t kRows = OneDnnProducts::kRows;
+  constexpr std::int64_t kGroup = OneDnnProducts::kFewestTokens;
+  const int width = products.width_of(x.cols);
+  std::int64_t num_tiles = 0;
+  for (const LinearTask& task : tasks) num_tiles += (task.weight.rows + kRows - 1) / kRows;
+  for (std::int64_t first = 0; first < x.rows; first += products.max_tokens()) {
+    const std::int64_t tokens = std::min(products.max_tokens(), x.rows - first);
+    team.for_each_range(OneDnnProducts::padded(tokens), kGroup, [&](WorkRange group, int) {
+      bf16* target = products.tokens() + group.begin * x.cols;
+      for (std::int64_t t = group.begin; t < group.end; ++t, target += x.cols) {
+        if (t < tokens)
+          round_row(x.row(first + t), x.cols, target);
+        else
+          std::fill(target, target + x.cols, bf16(0.0F));
+      }
+    });
+    team.for_each(num_tiles, [&](std::int64_t tile, int member) {
+      const LinearTask* task = tasks.data();
+      for (std::int64_t count; tile >= (count = (task->weight.rows + kRows - 1) / kRows); ++task)
+        tile -= count;
+      const std::int64_t row = tile * kRows;
+      const void* rows = rows_of_pairs(task->weight, row, products.rows(member));
+      prefetch_outputs<kRows>(*task, row, first, tokens);
+      products.multiply(member, width, rows, tokens);
+      put_tile(*task, row, first, tokens, products.sums(member));
+    });
+  }
+}
+
+#endif
+
 // Many tokens: tasks of one type that follow one another share the rounded tokens.
 inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const float> x,
                         LinearWorkspace& workspace, ThreadTeam& team) {
@@ -966,6 +1054,14 @@ inline void panel_tasks(std::span<const LinearTask> tasks, MatrixView<const floa
     for (end = begin + 1; end < tasks.size() && tasks[end].weight.type == type;) ++end;
     const std::span<const LinearTask> same = tasks.subspan(begin, end - begin);
     with_form(type, workspace.activations(), [&]<ElementType kType, class Form>() {
+#if SLUICE_ONEDNN
+      if constexpr (!std::is_same_v<Form, FloatStream<kType>>) {
+        OneDnnProducts* const products = workspace.onednn();
+        if (products != nullptr && x.rows >= OneDnnProducts::kFewestTokens &&
+            products->width_of(x.cols) >= 0)
+          return tile_tasks(same, x, *products, team);
+      }
+#endif
       if constexpr (std::is_same_v<Form, Int8Stream<kType>>)
         round_and_multiply<Int8Panels<Int8Weights<kType>>>(same, x, workspace, team);
       else if constexpr (std::is_same_v<Form, PairStream>)

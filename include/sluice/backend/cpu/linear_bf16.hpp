@@ -2,7 +2,7 @@
 /// Matrix products of bf16 weights with activations rounded to bf16 (Activations::kBf16).
 ///
 /// Rounding: each activation is rounded to the nearest bf16, ties to even, so that it is within
-/// 2^-9 of itself of what it was, and an output within 2^-9 * sum |x W| of the product with
+/// 2^-8 of itself of what it was, and an output within 2^-8 * sum |x W| of the product with
 /// unrounded activations, plus the float32 rounding of sums.
 ///
 /// Arithmetic: products of two bf16 are exact in float32. Columns go by pairs, pair i to chain

@@ -12,8 +12,11 @@
 #include <string>
 #include <string_view>
 
-#include "sluice/core/backend.hpp"
 #include "sluice/core/config.hpp"
+#if SLUICE_ONEDNN
+#include "sluice/backend/cpu/linear_onednn.hpp"
+#endif
+#include "sluice/core/backend.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
 #include "sluice/core/threads.hpp"
@@ -54,6 +57,21 @@ constexpr std::string_view to_string(Activations activations) {
   return "unknown";
 }
 
+/// Whether products of chunks go through oneDNN, in programs that are compiled with SLUICE_ONEDNN:
+/// chunks of 32 tokens and more, where activations may be rounded and weights are BF16 (kBf16,
+/// kInt8) or quantised (kInt8). Activations are then rounded to bf16, and so are quantised weights:
+/// each factor is within 2^-8 of itself, an output within (2^-7 + 2^-16) * sum |x W| of the product
+/// with neither rounded (2^-8 where weights are BF16) plus the float32 rounding of sums. F32 and
+/// F16 weights, kFloat32 and few tokens stay as they are. See backend/cpu/linear_onednn.hpp for the
+/// order of sums, and for the small blocks that oneDNN allocates in a chunk.
+enum class OneDnn : std::uint8_t {
+  /// Where the processor has AMX tiles (and activations are rounded at all). The default.
+  kWhereFaster,
+  /// Wherever oneDNN has products of bf16: AVX512_BF16 or AMX.
+  kAlways,
+  kNever,
+};
+
 /// One product of linear_many: y = x weight^T + bias, or y += that if `accumulate` is set.
 struct LinearTask {
   WeightMatrix weight;          ///< [rows, cols]
@@ -93,9 +111,16 @@ class LinearWorkspace {
   /// max_cols, whichever `activations` are chosen; and where those are rounded about two bytes per
   /// column of `max_tokens` tokens. Longer chunks are served in parts of that many, each of which
   /// converts the weights again. \throws Error(kConfig) unless all are positive.
+  ///
+  /// With oneDNN (see OneDnn): for matrices of `onednn_cols` columns, by default of max_cols alone,
+  /// each at most max_cols. Allocates for it two bytes per column of max_tokens tokens, 512 at
+  /// most, and for each member of 64 rows, and 64 floats a token. \throws Error(kConfig) if kAlways
+  /// is asked of a program without SLUICE_ONEDNN, or with activations that are not rounded;
+  /// Error(kUnsupported) if it is asked where oneDNN lacks them.
   LinearWorkspace(std::int64_t max_cols, int team_size,
                   Activations activations = Activations::kFloat32,
-                  std::int64_t max_tokens = kDefaultTokens)
+                  std::int64_t max_tokens = kDefaultTokens, OneDnn onednn = OneDnn::kWhereFaster,
+                  std::span<const std::int64_t> onednn_cols = {})
       : max_cols_(checked(max_cols, "max_cols")),
         max_tokens_(checked(max_tokens, "max_tokens")),
         team_size_(static_cast<int>(checked(team_size, "team_size"))),
@@ -103,7 +128,9 @@ class LinearWorkspace {
         extents_(detail::linear_extents(max_cols, max_tokens, activations)),
         storage_(static_cast<std::size_t>(extents_.member * team_size)),
         rounded_(static_cast<std::size_t>(extents_.rounded)),
-        cursors_(std::make_unique<detail::StreamCursor[]>(static_cast<std::size_t>(team_size))) {}
+        cursors_(std::make_unique<detail::StreamCursor[]>(static_cast<std::size_t>(team_size))) {
+    set_up(onednn, onednn_cols);
+  }
 
   std::int64_t max_cols() const noexcept { return max_cols_; }
   std::int64_t max_tokens() const noexcept { return max_tokens_; }
@@ -111,16 +138,40 @@ class LinearWorkspace {
   /// In which form products through this workspace take activations.
   Activations activations() const noexcept { return activations_; }
   /// Bytes held.
-  std::size_t bytes() const noexcept { return storage_.bytes() + rounded_.bytes(); }
+  std::size_t bytes() const noexcept {
+    std::size_t sum = storage_.bytes() + rounded_.bytes();
+#if SLUICE_ONEDNN
+    if (onednn_ != nullptr) sum += onednn_->bytes();
+#endif
+    return sum;
+  }
   /// The scratch of one member: enough for any path at max_cols columns.
   float* member(int index) {
     SLUICE_ASSERT(index >= 0 && index < team_size_);
     return storage_.data() + index * extents_.member;
   }
   /// Rounded tokens, shared by all members.
-  float* rounded() { return rounded_.data(); }
+  float* rounded() {
+    return rounded_.data();
+  }
   /// One for each member.
-  detail::StreamCursor* cursors() { return cursors_.get(); }
+  detail::StreamCursor* cursors() {
+    return cursors_.get();
+  }
+  /// Whether products of chunks go through oneDNN.
+  bool uses_onednn() const noexcept {
+#if SLUICE_ONEDNN
+    return onednn_ != nullptr;
+#else
+    return false;
+#endif
+  }
+#if SLUICE_ONEDNN
+  /// Those products, or null.
+  detail::OneDnnProducts* onednn() {
+    return onednn_.get();
+  }
+#endif
 
  private:
   static std::int64_t checked(std::int64_t value, const char* field) {
@@ -129,6 +180,35 @@ class LinearWorkspace {
                                        "at least 1", std::to_string(value)});
     return value;
   }
+
+  void set_up(OneDnn onednn, [[maybe_unused]] std::span<const std::int64_t> cols) {
+    const auto refuse = [](const char* expected, const char* found) {
+      throw Error(ErrorCode::kConfig, {"products through oneDNN cannot be had", "LinearWorkspace",
+                                       "onednn", expected, found});
+    };
+#if SLUICE_ONEDNN
+    const bool rounds = activations_ != Activations::kFloat32;
+    if (onednn == OneDnn::kAlways && !rounds)
+      refuse("activations that are rounded", "activations of f32");
+    if (onednn == OneDnn::kNever || !rounds || max_tokens_ < detail::OneDnnProducts::kFewestTokens)
+      return;
+    if (onednn == OneDnn::kWhereFaster && !detail::OneDnnProducts::has_tiles()) return;
+    if (cols.empty()) cols = {&max_cols_, 1};
+    for (const std::int64_t count : cols)
+      if (count < 1 || count > max_cols_)
+        throw Error(ErrorCode::kConfig,
+                    {"extent out of range", "LinearWorkspace", "onednn_cols",
+                     "1 to " + std::to_string(max_cols_), std::to_string(count)});
+    try {
+      onednn_ = std::make_unique<detail::OneDnnProducts>(cols, max_tokens_, team_size_);
+    } catch (const Error&) {  // of another oneDNN than was asked for here: ours do it
+      if (onednn == OneDnn::kAlways) throw;
+    }
+#else
+    if (onednn == OneDnn::kAlways) refuse("a program with SLUICE_ONEDNN", "one without");
+#endif
+  }
+
   std::int64_t max_cols_;
   std::int64_t max_tokens_;
   int team_size_;
@@ -137,6 +217,9 @@ class LinearWorkspace {
   Buffer<float> storage_;
   Buffer<float> rounded_;
   std::unique_ptr<detail::StreamCursor[]> cursors_;
+#if SLUICE_ONEDNN
+  std::unique_ptr<detail::OneDnnProducts> onednn_;
+#endif
 };
 
 namespace detail {
