@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT
 /// Linear layers against this machine's limits. Names are linear/<type>/<activations>, where f32,
-/// bf16 and int8 are those of sluice::Activations; arguments are tokens, rows (out features),
-/// cols (in features) and threads. With few tokens, weights rotate through copies that together
-/// exceed any cache, as the layers of a model do; counters are GB/s of weight bytes and GFLOP/s
-/// (two per weight and token). `of_read` and `of_peak` are these over what the machine allows,
-/// measured in the same run: `read`, the bandwidth with which the team sums a buffer that no cache
-/// holds, and `peak`, the rate of the kind of multiplication that the products are made of,
-/// registers by registers. `crossover` compares the two paths of the CPU backend at the same
-/// shape: its kStreamTokens comes from there.
+/// bf16 and int8 are those of sluice::Activations and onednn, in a build with SLUICE_ONEDNN, is
+/// int8 where chunks go through oneDNN; arguments are tokens, rows (out features), cols (in
+/// features) and threads. With few tokens, weights rotate through copies that together exceed any
+/// cache, as the layers of a model do; counters are GB/s of weight bytes and GFLOP/s (two per
+/// weight and token). `of_read` and `of_peak` are these over what the machine allows, measured in
+/// the same run: `read`, the bandwidth with which the team sums a buffer that no cache holds, and
+/// `peak`, the rate of the kind of multiplication that the products are made of, registers by
+/// registers. `crossover` compares the two paths of the CPU backend at the same shape: its
+/// kStreamTokens comes from there.
 ///
 /// The counters are those of the fastest single call, which a busy neighbour disturbs least; the
 /// times are Google Benchmark's means over all calls. A small matrix may find one of its copies
@@ -38,6 +39,7 @@ using sluice::ElementType;
 using sluice::LinearTask;
 using sluice::LinearWorkspace;
 using sluice::MatrixView;
+using sluice::OneDnn;
 using sluice::ThreadTeam;
 using sluice::WeightMatrix;
 using sluice::WorkRange;
@@ -158,7 +160,9 @@ double multiply_peak(Multiply kind, int threads) {
   ThreadTeam team(threads);
   std::vector<float> results(static_cast<std::size_t>(threads) * 16);
   const auto loop = [&](int member, auto&& multiply_add) {
-    simd::VecF sums[kChains] = {};
+    simd::VecF sums[kChains];
+    // Chains that begin alike would be one to the compiler.
+    for (simd::VecF& sum : sums) sum = simd::in_register(simd::zero());
     simd::VecF factor = simd::zero();
     for (std::int64_t i = 0; i < kRounds; ++i) {
       factor = simd::in_register(factor);
@@ -209,7 +213,8 @@ double multiply_limit(Multiply kind, int threads) {
   return limit(threads, static_cast<int>(kind));
 }
 
-void run_linear(benchmark::State& state, ElementType type, Activations activations, Path path) {
+void run_linear(benchmark::State& state, ElementType type, Activations activations, Path path,
+                OneDnn onednn = OneDnn::kNever) {
   const std::int64_t tokens = state.range(0);
   const std::int64_t rows = state.range(1);
   const std::int64_t cols = state.range(2);
@@ -224,7 +229,7 @@ void run_linear(benchmark::State& state, ElementType type, Activations activatio
   const std::vector<float> x = random_values(tokens * cols);
   std::vector<float> y(static_cast<std::size_t>(tokens * rows));
   ThreadTeam team(threads);
-  LinearWorkspace workspace(cols, threads, activations);
+  LinearWorkspace workspace(cols, threads, activations, LinearWorkspace::kDefaultTokens, onednn);
   std::int64_t copy = 0;
   Fastest fastest;
   for (auto _ : state) {
@@ -239,7 +244,9 @@ void run_linear(benchmark::State& state, ElementType type, Activations activatio
   state.counters["GB/s"] = bandwidth * 1e-9;
   state.counters["GFLOP/s"] = flops * 1e-9;
   state.counters["of_read"] = bandwidth / read_limit(threads);
-  state.counters["of_peak"] = flops / multiply_limit(multiply_of(type, activations), threads);
+  const Multiply kind =
+      onednn == OneDnn::kAlways ? Multiply::kPairs : multiply_of(type, activations);
+  state.counters["of_peak"] = flops / multiply_limit(kind, threads);
 }
 
 void read(benchmark::State& state) {
@@ -260,16 +267,21 @@ constexpr ElementType kTypes[] = {ElementType::kF32,  ElementType::kF16,  Elemen
                                   ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kQ4_1,
                                   ElementType::kQ4_K, ElementType::kQ6_K};
 
+struct Shape {
+  std::int64_t rows;
+  std::int64_t cols;
+};
+// SmolLM2's shapes, with 768 in place of 576 for the types whose blocks are 256 wide.
+std::vector<Shape> shapes_of(ElementType type) {
+  const std::int64_t width = sluice::block_shape(type).values == 256 ? 768 : 576;
+  return {{576, width}, {1536, width}, {576, 1536}, {49152, width}};
+}
+
 void register_type(ElementType type, Activations activations) {
-  struct Shape {
-    std::int64_t rows;
-    std::int64_t cols;
-  };
   const std::string name =
       std::string(sluice::to_string(type)) + "/" + std::string(to_string(activations));
-  // SmolLM2's shapes, with 768 in place of 576 for the types whose blocks are 256 wide.
-  const std::int64_t width = sluice::block_shape(type).values == 256 ? 768 : 576;
-  const Shape shapes[] = {{576, width}, {1536, width}, {576, 1536}, {49152, width}};
+  const std::vector<Shape> shapes = shapes_of(type);
+  const std::int64_t width = shapes.front().cols;
   auto* bench = benchmark::RegisterBenchmark(("linear/" + name).c_str(),
                                              [type, activations](benchmark::State& state) {
                                                run_linear(state, type, activations, Path::kChosen);
@@ -297,6 +309,23 @@ void register_type(ElementType type, Activations activations) {
   }
 }
 
+#if SLUICE_ONEDNN
+void register_onednn(ElementType type) {
+  auto* bench = benchmark::RegisterBenchmark(
+      ("linear/" + std::string(sluice::to_string(type)) + "/onednn").c_str(),
+      [type](benchmark::State& state) {
+        run_linear(state, type, Activations::kInt8, Path::kChosen, OneDnn::kAlways);
+      });
+  bench->ArgNames({"tokens", "rows", "cols", "threads"})
+      ->UseRealTime()
+      ->Unit(benchmark::kMicrosecond);
+  for (const std::int64_t tokens : {32, 128, 512})
+    for (const Shape shape : shapes_of(type))
+      for (const std::int64_t threads : {1, 2})
+        if (shape.rows != 49152) bench->Args({tokens, shape.rows, shape.cols, threads});
+}
+#endif
+
 void register_all() {
   benchmark::RegisterBenchmark("read", read)
       ->ArgName("threads")
@@ -320,6 +349,9 @@ void register_all() {
     register_type(type, Activations::kFloat32);
     if (sluice::block_shape(type).values > 1) register_type(type, Activations::kInt8);
     if (type == ElementType::kBF16) register_type(type, Activations::kBf16);
+#if SLUICE_ONEDNN
+    if (sluice::block_shape(type).values > 1 || type == ElementType::kBF16) register_onednn(type);
+#endif
   }
 }
 
