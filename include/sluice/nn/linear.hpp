@@ -64,7 +64,8 @@ inline void linear_many(std::span<const LinearTask> tasks, MatrixView<const floa
 /// float32 rounding between different token counts, because few and many tokens take different
 /// paths; where activations are rounded (Activations::kInt8 and quantised weights, kInt8 or kBf16
 /// and bf16 weights) it is the same bits whatever tokens are beside it. Shapes are asserted.
-/// Allocates nothing; the workspace and the team serve one call at a time.
+/// Allocates nothing. Chunks that go through oneDNN (OneDnn) are rounded otherwise than few tokens
+/// are, and oneDNN allocates. The workspace and the team serve one call at a time.
 template <Backend Tag = cpu>
 void linear_many(std::span<const LinearTask> tasks, MatrixView<const float> x,
                  LinearWorkspace& workspace, ThreadTeam& team, Tag tag = {}) {
