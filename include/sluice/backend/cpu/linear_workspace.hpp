@@ -62,8 +62,10 @@ constexpr std::string_view to_string(Activations activations) {
 /// kInt8) or quantised (kInt8). Activations are then rounded to bf16, and so are quantised weights:
 /// each factor is within 2^-8 of itself, an output within (2^-7 + 2^-16) * sum |x W| of the product
 /// with neither rounded (2^-8 where weights are BF16) plus the float32 rounding of sums. F32 and
-/// F16 weights, kFloat32 and few tokens stay as they are. See backend/cpu/linear_onednn.hpp for the
-/// order of sums, and for the small blocks that oneDNN allocates in a chunk.
+/// F16 weights, kFloat32 and few tokens stay as they are: a token's outputs then depend, by that
+/// rounding, on how a text is cut into chunks, though not on the team's size. See
+/// backend/cpu/linear_onednn.hpp for the order of sums, and for the small blocks that oneDNN
+/// allocates in a chunk.
 enum class OneDnn : std::uint8_t {
   /// Where the processor has AMX tiles (and activations are rounded at all). The default.
   kWhereFaster,
