@@ -30,8 +30,8 @@ struct Shape {
 
 std::vector<Shape> shapes_of(ElementType type) {
   switch (block_shape(type).values) {
-    case 1: return {{1, 1}, {3, 7}, {37, 50}, {35, 129}, {13, 576}, {70, 300}};
-    case 32: return {{1, 32}, {5, 96}, {37, 64}, {35, 160}, {13, 576}, {70, 224}};
+    case 1: return {{1, 1}, {3, 7}, {37, 50}, {35, 129}, {13, 576}, {70, 300}, {33, 1601}};
+    case 32: return {{1, 32}, {5, 96}, {37, 64}, {35, 160}, {13, 576}, {70, 224}, {33, 1568}};
     default: return {{1, 256}, {5, 768}, {37, 512}, {70, 1024}};
   }
 }
@@ -76,7 +76,7 @@ void expect_near(const RandomMatrix& weight, const std::vector<float>& x, const 
 class Linear : public testing::TestWithParam<ElementType> {};
 
 TEST_P(Linear, MatchesFloat64Sums) {
-  LinearWorkspace workspace(1024, 2);
+  LinearWorkspace workspace(1601, 2);
   ThreadTeam team(2);
   std::vector<std::int64_t> token_counts = {130};
   for (std::int64_t tokens = 1; tokens <= 40; ++tokens) token_counts.push_back(tokens);

@@ -42,9 +42,18 @@ inline constexpr int kPanelRows = 2 * simd::kWidth;
 inline constexpr int kPanelTokens = simd::kNumRegisters >= 32 ? 12 : 6;
 // Floats of the panels that one member holds at a time: 384 KiB, well inside a second-level cache.
 inline constexpr std::int64_t kPanelBudget = 96 * 1024;
+// Columns of a panel, at most. Those of a wide matrix are taken in blocks of nearly equal size, a
+// multiple of every type's: a panel of all of them would not wait in a near cache for the next
+// tokens. Sums of blocks are added in their order.
+inline constexpr std::int64_t kPanelCols = 768;
+constexpr std::int64_t panel_cols(std::int64_t cols) {
+  const std::int64_t blocks = (cols + kPanelCols - 1) / kPanelCols;
+  return std::min(cols, round_up((cols + blocks - 1) / blocks, 256));
+}
 
+// `cols`: those of a panel.
 inline std::int64_t panels_per_tile(std::int64_t cols) {
-  return std::max<std::int64_t>(1, kPanelBudget / (kPanelRows * cols));
+  return kPanelBudget / (kPanelRows * cols);
 }
 
 // Widest prepared token of any type (see StreamKernel): a quarter more than its columns, after
@@ -691,8 +700,9 @@ inline void dequantise_fast(ElementType type, const std::uint8_t* stored, std::i
   }
 }
 
-// Fills a panel [cols, kPanelRows] with rows row, row + 1, ... of a matrix; missing rows are 0.
-inline void fill_panel(const WeightMatrix& weight, std::int64_t row, float* panel) {
+// Fills a panel [cols, kPanelRows] with the columns `cols` of rows row, row + 1, ... of a matrix;
+// missing rows are 0. cols.begin is a multiple of 256.
+inline void fill_panel(const WeightMatrix& weight, std::int64_t row, WorkRange cols, float* panel) {
   constexpr std::int64_t kStrip = 256;  // columns converted at a time: a multiple of every block
   alignas(64) float strip[simd::kWidth][kStrip];
   const std::int64_t row_bytes = weight.row_bytes();
@@ -701,8 +711,8 @@ inline void fill_panel(const WeightMatrix& weight, std::int64_t row, float* pane
     const std::int64_t num_rows =
         std::clamp<std::int64_t>(weight.rows - first_row, 0, simd::kWidth);
     if (num_rows < simd::kWidth) std::memset(strip, 0, sizeof(strip));
-    for (std::int64_t c = 0; c < weight.cols; c += kStrip) {
-      const std::int64_t count = std::min(kStrip, weight.cols - c);
+    for (std::int64_t c = cols.begin; c < cols.end; c += kStrip) {
+      const std::int64_t count = std::min(kStrip, cols.end - c);
       const std::int64_t strip_bytes = storage_bytes(weight.type, count);
       const std::uint8_t* source = static_cast<const std::uint8_t*>(weight.data) +
                                    first_row * row_bytes + storage_bytes(weight.type, c);
@@ -712,7 +722,7 @@ inline void fill_panel(const WeightMatrix& weight, std::int64_t row, float* pane
           simd::prefetch_far(source + simd::kWidth * row_bytes + line);
         dequantise_fast(weight.type, source, count, strip[r]);
       }
-      float* target = panel + c * kPanelRows + side * simd::kWidth;
+      float* target = panel + (c - cols.begin) * kPanelRows + side * simd::kWidth;
       for (std::int64_t i = 0; i < count; i += simd::kWidth) {
         simd::VecF square[simd::kWidth];
         for (int r = 0; r < simd::kWidth; ++r) square[r] = simd::load(strip[r] + i);
@@ -739,13 +749,12 @@ constexpr std::int64_t packed_tokens_size(std::int64_t cols) {
   return round_up(cols, simd::kWidth) * kPanelTokens;
 }
 
-// One panel times kTokens packed tokens, for the panel's `num_rows` rows from `row` on.
+// One panel of `cols` columns times kTokens packed tokens, for the rows from `row` on.
 template <int kTokens>
-void multiply_panel(const LinearTask& task, const float* panel, const float* packed,
-                    std::int64_t row, std::int64_t token) {
+void multiply_panel(const LinearTask& task, std::int64_t cols, const float* panel,
+                    const float* packed, std::int64_t row, std::int64_t token) {
   prefetch_outputs<kPanelRows>(task, row, token, kTokens);
   simd::VecF sums[kTokens][2] = {};
-  const std::int64_t cols = task.weight.cols;
   for (std::int64_t c = 0; c < cols; c += simd::kWidth, packed += kTokens * simd::kWidth) {
     const std::int64_t count = std::min<std::int64_t>(simd::kWidth, cols - c);
     for (std::int64_t i = 0; i < count; ++i, panel += kPanelRows) {
@@ -777,39 +786,53 @@ void multiply_panel(const LinearTask& task, const float* panel, const float* pac
 }
 
 template <int kTokens>
-void multiply_panel_any(int tokens, const LinearTask& task, const float* panel, const float* packed,
-                        std::int64_t row, std::int64_t token) {
-  if (tokens == kTokens) return multiply_panel<kTokens>(task, panel, packed, row, token);
+void multiply_panel_any(int tokens, const LinearTask& task, std::int64_t cols, const float* panel,
+                        const float* packed, std::int64_t row, std::int64_t token) {
+  if (tokens == kTokens) return multiply_panel<kTokens>(task, cols, panel, packed, row, token);
   if constexpr (kTokens > 1)
-    multiply_panel_any<kTokens - 1>(tokens, task, panel, packed, row, token);
+    multiply_panel_any<kTokens - 1>(tokens, task, cols, panel, packed, row, token);
 }
 
 // A share of one task with many tokens; `next` is what the member takes then.
-// scratch: [panels_per_tile * kPanelRows * cols + packed_tokens_size(cols)].
+// scratch: [panels_per_tile * kPanelRows * panel_cols + packed_tokens_size(panel_cols)].
 inline void panel_task(const LinearTask& task, const ShareRows& share, const ShareRows& next,
                        MatrixView<const float> x, float* scratch) {
   const WeightMatrix& weight = task.weight;
   const WorkRange rows = share.rows;
-  const std::int64_t panel_size = kPanelRows * weight.cols;
-  const std::int64_t tile_rows = panels_per_tile(weight.cols) * kPanelRows;
-  float* packed = scratch + panels_per_tile(weight.cols) * panel_size;
+  const std::int64_t widest = panel_cols(weight.cols);
+  const std::int64_t panel_size = kPanelRows * widest;
+  const std::int64_t tile_rows = panels_per_tile(widest) * kPanelRows;
+  float* packed = scratch + panels_per_tile(widest) * panel_size;
   // Groups of nearly equal size: 13 tokens are 7 and 6, not 12 and 1.
   const std::int64_t num_groups = (x.rows + kPanelTokens - 1) / kPanelTokens;
   for (std::int64_t tile = rows.begin; tile < rows.end; tile += tile_rows) {
     const std::int64_t tile_end = std::min(tile + tile_rows, rows.end);
-    float* panel = scratch;
-    for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
-      fill_panel(weight, row, panel);
     const std::int64_t num_panels = (tile_end - tile + kPanelRows - 1) / kPanelRows;
-    Ahead next_rows = share.ahead(tile_end, next, tile_rows, num_panels * num_groups);
-    for (std::int64_t group = 0; group < num_groups; ++group) {
-      const WorkRange tokens = share_of(x.rows, group, num_groups);
-      const auto count = static_cast<int>(tokens.end - tokens.begin);
-      pack_tokens(x.middle_rows(tokens.begin, count), packed);
-      panel = scratch;
-      for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size) {
-        next_rows.fetch();
-        multiply_panel_any<kPanelTokens>(count, task, panel, packed, row, tokens.begin);
+    for (std::int64_t c = 0; c < weight.cols; c += widest) {
+      const WorkRange cols{c, std::min(c + widest, weight.cols)};
+      const std::int64_t num_cols = cols.end - cols.begin;
+      float* panel = scratch;
+      for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size)
+        fill_panel(weight, row, cols, panel);
+      LinearTask part = task;
+      if (c > 0) {
+        part.bias = nullptr;
+        part.accumulate = true;
+      }
+      const std::int64_t times = num_panels * num_groups;
+      Ahead ahead = cols.end < weight.cols
+                        ? Ahead(weight, {tile, tile_end},
+                                {cols.end, std::min(cols.end + widest, weight.cols)}, times)
+                        : share.ahead(tile_end, next, tile_rows, times, widest);
+      for (std::int64_t group = 0; group < num_groups; ++group) {
+        const WorkRange tokens = share_of(x.rows, group, num_groups);
+        const auto count = static_cast<int>(tokens.end - tokens.begin);
+        pack_tokens({x.row(tokens.begin) + c, count, num_cols, x.stride}, packed);
+        panel = scratch;
+        for (std::int64_t row = tile; row < tile_end; row += kPanelRows, panel += panel_size) {
+          ahead.fetch();
+          multiply_panel_any<kPanelTokens>(count, part, num_cols, panel, packed, row, tokens.begin);
+        }
       }
     }
   }
@@ -843,8 +866,8 @@ void deal_shares(ThreadTeam& team, std::int64_t shares_per_member,
 // What a workspace for matrices of up to `cols` columns and chunks of up to `tokens` tokens holds.
 SLUICE_KERNEL LinearExtents linear_extents(std::int64_t cols, std::int64_t tokens,
                                            Activations activations) {
-  const std::int64_t panels = std::max(kPanelBudget, kPanelRows * cols);
-  const std::int64_t many = panels + packed_tokens_size(cols);
+  static_assert(kPanelRows * kPanelCols <= kPanelBudget);
+  const std::int64_t many = kPanelBudget + packed_tokens_size(std::min(cols, kPanelCols));
   const std::int64_t few = kStreamTokens * max_prepared_size(cols);
   LinearExtents extents;
   extents.int8_chains = kInt8Chains;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <limits>
 
 #include "sluice/backend/cpu/linear_workspace.hpp"
 #include "sluice/backend/cpu/simd.hpp"
@@ -58,21 +59,40 @@ inline constexpr std::int64_t kRoundedBudget = 64 * 1024;
 class Ahead {
  public:
   Ahead() = default;
-  /// `times`: how often fetch() will be called.
-  Ahead(const void* begin, std::int64_t bytes, std::int64_t times)
-      : line_(static_cast<const std::uint8_t*>(begin)),
-        lines_((bytes + kLine - 1) / kLine),
-        lines_at_once_(lines_ / std::max<std::int64_t>(times, 1) + 1) {}
+  /// The columns `cols` of the rows `rows`, as far as the matrix has them; of all columns it is one
+  /// run of bytes. `times`: how often fetch() will be called.
+  Ahead(const WeightMatrix& weight, WorkRange rows, WorkRange cols, std::int64_t times) {
+    cols.end = std::min(cols.end, weight.cols);
+    const bool is_one_run = cols.begin == 0 && cols.end == weight.cols;
+    const std::int64_t begin = storage_bytes(weight.type, cols.begin);
+    const std::int64_t bytes = storage_bytes(weight.type, cols.end) - begin;
+    const std::int64_t num_rows = rows.end - rows.begin;
+    apart_ = weight.row_bytes();
+    run_ = line_ = static_cast<const std::uint8_t*>(weight.data) + rows.begin * apart_ + begin;
+    run_lines_ = ((is_one_run ? num_rows * bytes : bytes) + kLine - 1) / kLine;
+    left_in_run_ = run_lines_;
+    lines_ = is_one_run ? run_lines_ : num_rows * run_lines_;
+    lines_at_once_ = lines_ / std::max<std::int64_t>(times, 1) + 1;
+  }
 
   void fetch() {
-    for (std::int64_t i = std::min(lines_at_once_, lines_); i > 0; --i, --lines_, line_ += kLine)
+    for (std::int64_t i = std::min(lines_at_once_, lines_); i > 0; --i, --lines_, line_ += kLine) {
+      if (left_in_run_-- == 0) {
+        left_in_run_ = run_lines_ - 1;
+        line_ = run_ += apart_;
+      }
       simd::prefetch_far(line_);
+    }
   }
 
  private:
   static constexpr std::int64_t kLine = 64;  // bytes
 
+  const std::uint8_t* run_ = nullptr;
   const std::uint8_t* line_ = nullptr;
+  std::int64_t apart_ = 0;      // bytes between runs
+  std::int64_t run_lines_ = 0;  // lines of a run
+  std::int64_t left_in_run_ = 0;
   std::int64_t lines_ = 0;
   std::int64_t lines_at_once_ = 0;
 };
@@ -88,16 +108,18 @@ struct ShareRows {
       : weight(matrix), rows(share_of(matrix.rows, share, num_shares, grain)) {}
 
   // What follows once the rows before `done` are taken: the share's next tile of up to `tile_rows`,
-  // or behind the last one that of the share `next`. `times`: how often it will be fetched from.
-  Ahead ahead(std::int64_t done, const ShareRows& next, std::int64_t tile_rows,
-              std::int64_t times) const {
+  // or behind the last one that of the share `next`, of either the first `cols` columns. `times`:
+  // how often it will be fetched from.
+  Ahead ahead(std::int64_t done, const ShareRows& next, std::int64_t tile_rows, std::int64_t times,
+              std::int64_t cols = std::numeric_limits<std::int64_t>::max()) const {
     const bool goes_on = done < rows.end;
-    const WeightMatrix& matrix = goes_on ? weight : next.weight;
     const std::int64_t begin = goes_on ? done : next.rows.begin;
     const std::int64_t end = goes_on ? rows.end : next.rows.end;
     if (begin >= end) return {};
-    return {static_cast<const std::uint8_t*>(matrix.data) + begin * matrix.row_bytes(),
-            std::min(end - begin, tile_rows) * matrix.row_bytes(), times};
+    return {goes_on ? weight : next.weight,
+            {begin, std::min(end, begin + tile_rows)},
+            {0, cols},
+            times};
   }
 };
 
