@@ -35,6 +35,7 @@
 #include <vector>
 
 #include "support/machine_limits.hpp"
+#include "support/random_decoder.hpp"
 
 #include "sluice/backend/cpu/kernel_table.hpp"
 #include "sluice/backend/cpu/linear_task.hpp"
@@ -51,9 +52,12 @@ namespace {
 using namespace sluice;
 
 constexpr const char* kHelp =
-    "usage: speed_bench MODEL.gguf THREADS [int8] TASK...\n"
+    "usage: speed_bench MODEL.gguf THREADS [int8] [onednn | no-onednn] TASK...\n"
+    "MODEL.gguf may be random-TYPE (Q8_0, Q4_0, BF16, F32): SmolLM2-135M's geometry, seeded "
+    "weights\n"
     "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are "
     "that\n"
+    "onednn, no-onednn: chunks through oneDNN always, or never; else where the processor has AMX\n"
     "tasks: decode:N prefill:N ttft:N endless:N (N tokens) window:W stream:N limits jitter:N "
     "pieces:N; JSON lines\n";
 
@@ -88,6 +92,7 @@ double peak_resident_mb() {
 struct Setting {
   int threads = 1;
   Activations activations = Activations::kFloat32;
+  OneDnn onednn = OneDnn::kWhereFaster;
 };
 
 Session<f16> make_session(const Model& model, CachePolicy policy, std::int64_t capacity,
@@ -96,6 +101,7 @@ Session<f16> make_session(const Model& model, CachePolicy policy, std::int64_t c
   SessionOptions options;
   options.team = std::move(team);
   options.activations = setting.activations;
+  options.onednn = setting.onednn;
   options.cache.policy = policy;
   options.cache.num_sink_tokens = 4;
   options.cache.window_size = window - 4;
@@ -409,6 +415,14 @@ void print_limits(const Setting& setting) {
             << ", \"int8_gop_per_s\": " << limits.int8_gop_per_s << "}" << std::endl;
 }
 
+Model load(const std::string& name) {
+  for (const ElementType type :
+       {ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kBF16, ElementType::kF32})
+    if (name == "random-" + std::string(to_string(type)))
+      return bench::random_decoder(bench::smollm2_135m(), type);
+  return load_decoder(std::make_shared<const GgufFile>(name));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -422,12 +436,19 @@ int main(int argc, char** argv) try {
     return arguments.empty() || arguments[0] == "--help" ? 0 : 2;
   }
   const std::int64_t begin = monotonic_ns();
-  const Model model = load_decoder(std::make_shared<const GgufFile>(arguments[0]));
+  const Model model = load(arguments[0]);
   const double load_ms = ms_since(begin);
-  const bool int8 = arguments[2] == "int8";
-  const Setting setting{std::atoi(arguments[1].c_str()),
-                        int8 ? Activations::kInt8 : Activations::kFloat32};
-  for (const std::string& task : std::span(arguments).subspan(int8 ? 3 : 2)) {
+  Setting setting{.threads = std::atoi(arguments[1].c_str())};
+  std::span<const std::string> tasks = std::span(arguments).subspan(2);
+  const auto take = [&](std::string_view word) {
+    const bool found = !tasks.empty() && tasks.front() == word;
+    if (found) tasks = tasks.subspan(1);
+    return found;
+  };
+  if (take("int8")) setting.activations = Activations::kInt8;
+  if (take("onednn")) setting.onednn = OneDnn::kAlways;
+  if (take("no-onednn")) setting.onednn = OneDnn::kNever;
+  for (const std::string& task : tasks) {
     const std::size_t colon = task.find(':');
     const std::string name = task.substr(0, colon);
     const std::int64_t count =

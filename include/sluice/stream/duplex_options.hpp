@@ -69,6 +69,9 @@ struct DuplexOptions {
   std::shared_ptr<ThreadTeam> team{};
   /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;
+  /// Whether chunks go through oneDNN, in programs compiled with it; what that rounds and allocates
+  /// is said there. The GPU has no use for it.
+  OneDnn onednn = OneDnn::kWhereFaster;
   /// Two threads, or everything on the caller's (the sequential loop of the published systems).
   bool concurrent = true;
 };

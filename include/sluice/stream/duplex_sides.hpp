@@ -54,11 +54,11 @@ class CpuDuplexSides {
         target_team_(team_of(options, options.target_threads)),
         source_workspace_(*model_, source_->cache().max_chunk(), source_->cache().max_entries(),
                           source_team_->size(), DecoderWorkspace::kDefaultSegments,
-                          options.activations),
+                          options.activations, options.onednn),
         target_workspace_(*model_, target_->cache().max_chunk(),
                           source_->cache().max_entries() + target_->cache().max_entries(),
                           target_team_->size(), DecoderWorkspace::kDefaultSegments,
-                          options.activations),
+                          options.activations, options.onednn),
         positions_(kInArrivalOrder
                        ? static_cast<std::size_t>(
                              std::max(source_->cache().max_chunk(), target_->cache().max_chunk()))

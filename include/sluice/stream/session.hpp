@@ -54,6 +54,9 @@ struct SessionOptions {
   std::shared_ptr<ThreadTeam> team;
   /// In which form activations meet quantised and bf16 weights: exact, or rounded and faster.
   Activations activations = Activations::kFloat32;
+  /// Whether chunks go through oneDNN, in programs compiled with it; what that rounds and allocates
+  /// is said there. The GPU has no use for it.
+  OneDnn onednn = OneDnn::kWhereFaster;
   /// The first tokens of the stream that the session remembers, for common_prefix() and update(): 4
   /// bytes each. 0: none.
   std::int64_t history = 0;
@@ -561,7 +564,7 @@ class Session {
                        : std::make_shared<DecoderWorkspace>(
                              *model_, cache_.max_chunk(), cache_.max_entries(), team_->size(),
                              std::max(DecoderWorkspace::kDefaultSegments, Cache::kMaxSegments),
-                             options.activations)),
+                             options.activations, options.onednn)),
         sampler_(options.sampler, model_->config().vocab_size),
         logits_(static_cast<std::size_t>(model_->config().vocab_size)),
         hidden_(static_cast<std::size_t>(model_->config().hidden_size)),
