@@ -40,6 +40,7 @@ using sluice_test::SmallModel;
 struct ChunkCase {
   OracleConfig sequence;
   std::vector<std::int64_t> chunks;
+  double swell = 0;  // not 0: inputs grow by so much a token, and are rounded to Element
 };
 
 /// Feeds chunks and compares every token's output and every appended row.
@@ -89,7 +90,11 @@ void check_chunks(const ChunkCase& c, std::uint64_t seed, ChunkKernel kernel = C
 
   std::int64_t base = 0;
   for (const std::int64_t length : c.chunks) {
-    const std::vector<float> in = random_floats(random, static_cast<std::size_t>(length) * fused);
+    std::vector<float> in = random_floats(random, static_cast<std::size_t>(length) * fused);
+    for (std::size_t i = 0; c.swell > 0 && i < in.size(); ++i) {
+      const double token = static_cast<double>(base) + static_cast<double>(i / fused);
+      in[i] = static_cast<float>(Element(in[i] * static_cast<float>(0.25 + c.swell * token)));
+    }
     input.upload(in);
     std::vector<std::uint16_t> found[2];
     for (std::vector<std::uint16_t>& result : found) {
@@ -250,6 +255,37 @@ TEST(ChunkAttention, SmallOnHopper) {
   SKIP_WITHOUT_DEVICE();
   if (detail::hopper_multiprocessors() == 0) GTEST_SKIP() << "no Hopper";
   check_chunks<bf16, 128>(small_chunks(128), 73, ChunkKernel::kHopper);
+}
+
+// Scores of hundreds of tokens from 0.2 to 50: the running maximum must be followed, in steps of
+// any size. Without rotation nothing but weights and outputs is rounded, so that the bound holds.
+template <class Element>
+void check_growing_scores(std::uint64_t seed, ChunkKernel kernel) {
+  ChunkCase c;
+  OracleConfig& s = c.sequence;
+  s.head_dim = 128;
+  s.num_kv_heads = 1;
+  s.num_qo_heads = 2;
+  s.sm_scale = 1 / std::sqrt(128.0F);
+  c.chunks = {130, 400, 50};
+  c.swell = 0.006;
+  for (const std::int64_t sinks : {0, 4}) {
+    s.num_sink_tokens = sinks;
+    s.window_size = 300;
+    s.capacity = sinks + 300 + 400 - 1;
+    check_chunks<Element, 128>(c, seed, kernel);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+TEST(ChunkAttention, GrowingScores) {
+  SKIP_WITHOUT_DEVICE();
+  check_growing_scores<bf16>(74, ChunkKernel::kMma);
+}
+TEST(ChunkAttention, GrowingScoresOnHopper) {
+  SKIP_WITHOUT_DEVICE();
+  if (detail::hopper_multiprocessors() == 0) GTEST_SKIP() << "no Hopper";
+  check_growing_scores<bf16>(75, ChunkKernel::kHopper);
+  check_growing_scores<f16>(76, ChunkKernel::kHopper);
 }
 
 // --- Products of several rows --------------------------------------------------------------------

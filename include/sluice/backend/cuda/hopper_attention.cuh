@@ -7,8 +7,13 @@
 /// thread of the first group of warps keeps a ring of 32 KB buffers full; the other two groups take
 /// 64 queries each. While the products of a tile run, a group computes the softmax of the next
 /// tile; the two groups take turns at the tensor cores, so that one's exponentials run beside the
-/// other's products. Sinks, which a query reads from another place, are a product of their own
-/// before the window: at most 16 keys wide.
+/// other's products (Shah et al., FlashAttention-3, arXiv 2407.08608, section 3). Sinks, which a
+/// query reads from another place, are a product of their own before the window: at most 16 keys
+/// wide.
+///
+/// Weights are powers of two of score - reference. The reference follows a row's maximum only where
+/// that has grown by more than 8 powers of two, so that what is summed up is seldom rescaled.
+/// Rounding is relative, and 2^8 is far from the largest number of either type.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +29,12 @@
 
 namespace sluice::detail {
 
-inline constexpr int kGroupQueries = 64;  // of a group of warps
-inline constexpr int kItemQueries = 128;  // of a block
-inline constexpr int kItemKeys = 128;     // of a tile
-inline constexpr int kItemSinks = 16;     // at most
-inline constexpr int kItemDim = 128;      // channels
+inline constexpr int kGroupQueries = 64;     // of a group of warps
+inline constexpr int kItemQueries = 128;     // of a block
+inline constexpr int kItemKeys = 128;        // of a tile
+inline constexpr int kItemSinks = 16;        // at most
+inline constexpr int kItemDim = 128;         // channels
+inline constexpr float kReferenceSlack = 8;  // powers of two
 inline constexpr int kItemThreads = 384;
 inline constexpr int kItemBuffers = 6;
 inline constexpr int kItemBufferBytes = kItemKeys * kItemDim * 2;
@@ -62,6 +68,11 @@ __device__ inline std::uint64_t operand(std::uint32_t address, std::uint32_t lea
   return static_cast<std::uint64_t>((address & 0x3ffffU) >> 4) |
          static_cast<std::uint64_t>(leading >> 4) << 16 |
          static_cast<std::uint64_t>(stride >> 4) << 32 | std::uint64_t{1} << 62;
+}
+
+/// The same operand, so many bytes further on.
+__device__ inline std::uint64_t operand_at(std::uint64_t operand, int bytes) {
+  return operand + static_cast<std::uint64_t>(bytes / 16);
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -192,6 +203,12 @@ __device__ inline void settle(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
+/// Keeps the assembler from lifting the wait that follows over what x is computed from, which is to
+/// run beside the products waited for: they share no register. x is never negative.
+__device__ inline void finish(float x) {
+  if (x < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
+}
+
 __device__ inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -284,6 +301,13 @@ struct HopperItem {
     return min(kItemKeys, (n < tiles[0] ? counts[0] : counts[0] + counts[1]) - before(n));
   }
 };
+
+/// Turns a 2 x 2 matrix of which this lane holds the row (a, b), or where `second` the second row,
+/// and the lane `lanes` away the other.
+__device__ inline void exchange(std::uint32_t& a, std::uint32_t& b, int lanes, bool second) {
+  const std::uint32_t other = __shfl_xor_sync(0xffffffffU, second ? a : b, lanes);
+  (second ? a : b) = other;
+}
 
 /// A place in the ring of buffers and the parity of its turn.
 struct BufferTurn {
@@ -387,8 +411,9 @@ __global__ void __launch_bounds__(kItemThreads, 1)
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    const int group = tid / 128 - 1;  // 0 or 1
-    const int warp = tid / kWarpSize % 4;
+    // One lane's: so that the compiler knows them to be the same for the warp.
+    const int group = __shfl_sync(0xffffffffU, tid / 128, 0) - 1;  // 0 or 1
+    const int warp = __shfl_sync(0xffffffffU, tid / kWarpSize % 4, 0);
     const int lane = tid % kWarpSize;
     const int g = lane / 4;
     const int t = lane % 4;
@@ -412,17 +437,19 @@ __global__ void __launch_bounds__(kItemThreads, 1)
       const HopperItem x(p, item);
       const std::int64_t own = x.first + group * kGroupQueries + warp * 16 + g;  // and own + 8
       const int count = x.count();
-      float maximum[2] = {-kInfinity, -kInfinity};
+      float reference[2] = {-kInfinity, -kInfinity};
       float sum[2] = {0, 0};
       float out[64];
 #pragma unroll
       for (int i = 0; i < 64; ++i) out[i] = 0;
       std::uint32_t weights[32];
       float factor[2];
+      bool grown = false;  // whether a factor is not 1
 
-      // Probabilities of scores of a tile in place, the running maximum and sum moved on.
+      // Probabilities of scores of a tile in place, the running reference and sum moved on.
       const auto softmax = [&](auto& s, auto blocks) {
         constexpr int kBlocks = decltype(blocks)::value;
+        grown = false;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float most = -kInfinity;
@@ -431,10 +458,13 @@ __global__ void __launch_bounds__(kItemThreads, 1)
             most = fmaxf(most, fmaxf(s[4 * b + 2 * half], s[4 * b + 2 * half + 1]));
           most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 1));
           most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 2));
-          most = fmaxf(most * p.scale_log2, maximum[half]);
+          most *= p.scale_log2;
+          const bool follow = most > reference[half] + kReferenceSlack;
+          grown = grown || follow;
+          most = follow ? most : reference[half];
           const float shift = most == -kInfinity ? 0 : most;
-          factor[half] = power_of_two(maximum[half] - shift);
-          maximum[half] = most;
+          factor[half] = power_of_two(reference[half] - shift);
+          reference[half] = most;
           float total = 0;
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b)
@@ -523,19 +553,22 @@ __global__ void __launch_bounds__(kItemThreads, 1)
           }
       };
       const auto score = [&](float(&s)[64], std::uint32_t k) {
+        const std::uint64_t a = operand(queries + group * kGroupQueries * 128);
+        const std::uint64_t b = operand(k);
 #pragma unroll
         for (int step = 0; step < 8; ++step)
-          group_multiply<Element>(
-              s, operand(queries + group * 8192 + step / 4 * kItemPanelBytes + step % 4 * 32),
-              operand(k + step / 4 * kItemPanelBytes + step % 4 * 32), step > 0 ? 1 : 0);
+          group_multiply<Element>(s, operand_at(a, step / 4 * kItemPanelBytes + step % 4 * 32),
+                                  operand_at(b, step / 4 * kItemPanelBytes + step % 4 * 32),
+                                  step > 0 ? 1 : 0);
       };
       const auto weigh = [&](std::uint32_t v) {
+        const std::uint64_t b = operand(v, kItemPanelBytes);
 #pragma unroll
         for (int step = 0; step < 8; ++step)
-          group_multiply_add<Element>(out, weights + 4 * step,
-                                      operand(v + step * 2048, kItemPanelBytes));
+          group_multiply_add<Element>(out, weights + 4 * step, operand_at(b, step * 2048));
       };
       const auto rescale = [&] {
+        if (!__any_sync(0xffffffffU, grown)) return;
 #pragma unroll
         for (int i = 0; i < 64; ++i) out[i] *= factor[i % 4 / 2];
       };
@@ -580,6 +613,7 @@ __global__ void __launch_bounds__(kItemThreads, 1)
           release(key_index);
           mask(s, n);
           softmax(s, std::integral_constant<int, 16>());
+          finish(sum[0] + sum[1]);
           group_wait<0>();
           settle(out);
           release(value_index);
@@ -607,14 +641,24 @@ __global__ void __launch_bounds__(kItemThreads, 1)
         sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 1);
         sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 2);
         const int token = x.first_token + group * kGroupQueries + warp * 16 + g + 8 * half;
-        if (token >= p.tokens) continue;
         const float scale = 1 / sum[half];  // a query sees itself: never 0
         std::uint16_t* const row =
-            p.out + (static_cast<std::int64_t>(token) * p.num_qo_heads + x.head) * kItemDim + 2 * t;
+            p.out + (static_cast<std::int64_t>(token) * p.num_qo_heads + x.head) * kItemDim + 8 * t;
+        // A lane holds 2 of each 8 channels; four turn theirs so that each stores 8 side by side.
 #pragma unroll
-        for (int c = 0; c < 16; ++c)
-          *reinterpret_cast<std::uint32_t*>(row + 8 * c) =
-              H::pack(out[4 * c + 2 * half] * scale, out[4 * c + 2 * half + 1] * scale);
+        for (int c = 0; c < 16; c += 4) {
+          std::uint32_t y[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            y[i] = H::pack(out[4 * (c + i) + 2 * half] * scale,
+                           out[4 * (c + i) + 2 * half + 1] * scale);
+          exchange(y[0], y[1], 1, t % 2 == 1);
+          exchange(y[2], y[3], 1, t % 2 == 1);
+          exchange(y[0], y[2], 2, t >= 2);
+          exchange(y[1], y[3], 2, t >= 2);
+          if (token < p.tokens)
+            *reinterpret_cast<uint4*>(row + 8 * c) = make_uint4(y[0], y[1], y[2], y[3]);
+        }
       }
     }
   }
