@@ -2,7 +2,9 @@
 /// Times attention over segment lists (decode) and over sinks and window (prefill), each alone, in
 /// replayed CUDA graphs with keys and values of their own for each layer. One JSON object a line.
 ///
-/// usage: segment_attention_bench [--case segments|prefill]
+/// usage: segment_attention_bench [--case segments|prefill] [--sweep] [--overlap]
+/// --sweep: other schedules of segments beside the plan's own. --overlap: launches that may start
+/// before the one before them has ended.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -53,7 +55,8 @@ std::vector<double> frequencies() {
 }
 
 template <class Element, int kColumnTiles>
-void measure_segments(const SegmentBenchCase& c, const char* type) {
+void measure_segments(const SegmentBenchCase& c, const char* type, SegmentSchedule schedule,
+                      bool overlap) {
   using Variant = device::AttentionVariant<device::GroupCausalWindow>;
   const std::int64_t slots = c.sinks + c.window + c.source;
   SegmentAttentionShape shape;
@@ -120,8 +123,8 @@ void measure_segments(const SegmentBenchCase& c, const char* type) {
   Buffer<std::uint16_t, cuda> input(size);
   Buffer<std::uint16_t, cuda> output(size);
   fill(input, 1ULL << 41);
-  const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(shape,
-                                                                            {turns, 1, false});
+  const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(
+      shape, {turns, 1, false}, schedule);
   SegmentAttentionTensors x;
   x.query = input.data();
   x.out = output.data();
@@ -130,7 +133,8 @@ void measure_segments(const SegmentBenchCase& c, const char* type) {
   x.query_session_stride = x.out_session_stride = c.queries * c.num_qo_heads * kHeadDim;
   const Variant variant{0.0883883476F, {{c.window + c.queries, c.sinks}, 1, false}, {}, {}};
   const auto record = [&](cudaStream_t stream) {
-    for (const SegmentLists<Element>& list : lists) plan.launch(list.view(), x, variant, stream);
+    for (const SegmentLists<Element>& list : lists)
+      plan.launch(list.view(), x, variant, stream, overlap);
   };
   double spread = 0;
   const double one = time_graph(record, 1, 3, &spread);
@@ -142,10 +146,12 @@ void measure_segments(const SegmentBenchCase& c, const char* type) {
       "{\"bench\": \"segment_attention\", \"case\": \"%s\", \"batch\": %d, \"heads\": \"%d:%d\", "
       "\"head_dim\": 128, \"keys\": %lld, \"queries\": %lld, \"type\": \"%s\", \"column_tiles\": "
       "%d, "
-      "\"splits\": %d, \"layers\": %d, \"us\": %.3f, \"spread_us\": %.3f, \"tb_per_s\": %.3f}\n",
+      "\"splits\": %d, \"cluster\": %d, \"overlap\": %s, \"layers\": %d, \"us\": %.3f, "
+      "\"spread_us\": %.3f, \"tb_per_s\": %.3f}\n",
       c.name, c.batch, c.num_qo_heads, c.num_kv_heads, static_cast<long long>(slots),
-      static_cast<long long>(c.queries), type, kColumnTiles, plan.splits(), c.layers, time,
-      spread / c.layers, bytes / time * 1e-6);
+      static_cast<long long>(c.queries), type, kColumnTiles, plan.schedule().splits,
+      plan.schedule().cluster, overlap ? "true" : "false", c.layers, time, spread / c.layers,
+      bytes / time * 1e-6);
   std::fflush(stdout);
 }
 
@@ -209,11 +215,20 @@ void measure_prefill(std::int64_t window, ChunkKernel kernel) {
 
 int main(int count, char** arguments) {
   std::string only;
+  bool overlap = false;
+  std::vector<SegmentSchedule> schedules{{}};
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
+    } else if (std::strcmp(arguments[i], "--overlap") == 0) {
+      overlap = true;
+    } else if (std::strcmp(arguments[i], "--sweep") == 0) {
+      schedules.insert(schedules.end(),
+                       {{4, 4}, {8, 4}, {16, 1}, {16, 2}, {16, 4}, {16, 8}, {32, 8}});
     } else {
-      std::fprintf(stderr, "usage: segment_attention_bench [--case segments|prefill]\n");
+      std::fprintf(stderr,
+                   "usage: segment_attention_bench [--case segments|prefill] [--sweep] "
+                   "[--overlap]\n");
       return 2;
     }
   }
@@ -224,12 +239,13 @@ int main(int count, char** arguments) {
         for (const ChunkKernel kernel : {ChunkKernel::kMma, ChunkKernel::kAuto})
           measure_prefill(window, kernel);
     if (only.empty() || only == "segments")
-      for (const SegmentBenchCase& c : kSegmentCases) {
-        measure_segments<bf16, 1>(c, "bf16");
-        if (c.queries > 1) measure_segments<bf16, 2>(c, "bf16");
-        if (c.queries == 1) measure_segments<std::int8_t, 1>(c, "int8");
-        if (c.queries == 1) measure_segments<fp8_e4m3, 1>(c, "fp8_e4m3");
-      }
+      for (const SegmentBenchCase& c : kSegmentCases)
+        for (const SegmentSchedule schedule : schedules) {
+          measure_segments<bf16, 1>(c, "bf16", schedule, overlap);
+          if (c.queries > 1) measure_segments<bf16, 2>(c, "bf16", schedule, overlap);
+          if (c.queries == 1) measure_segments<std::int8_t, 1>(c, "int8", schedule, overlap);
+          if (c.queries == 1) measure_segments<fp8_e4m3, 1>(c, "fp8_e4m3", schedule, overlap);
+        }
   } catch (const Error& error) {
     std::fprintf(stderr, "segment_attention_bench: %s\n", error.what());
     return 1;

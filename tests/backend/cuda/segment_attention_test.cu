@@ -136,7 +136,7 @@ TEST(SegmentAttentionReplay, PrefixGrowsBetweenReplays) {
   for (int i = 0; i < kHeadDim / 2; ++i)
     rotation.frequencies.push_back(std::pow(10000.0, -i / 64.0));
   const SegmentAttentionPlan<bf16, kHeadDim, Variant> plan(shape, {rotation.frequencies, 1, false},
-                                                           5);
+                                                           {5, 1});
   SegmentLists<bf16> lists(shape);
   Rows<bf16> keys(random, 2, 200, kHeadDim, true);
   Rows<bf16> values(random, 2, 200, kHeadDim, true);

@@ -243,7 +243,7 @@ inline SegmentCase random_segment_case(Random& random, std::int64_t head_dim) {
   c.variant.num_sink_tokens = pick_one<std::int64_t>(random, {0, 1, 4, 17});
   c.variant.own_group = 1;
   c.variant.bidirectional = random.next() % 6 == 0;
-  c.splits = pick_one(random, {0, 1, 2, 3, 7, 16});
+  c.splits = pick_one(random, {0, 1, 2, 3, 7, 16, 24});
   c.input = pick_one(random, {ElementType::kF32, ElementType::kBF16, ElementType::kF16});
   c.output = pick_one(
       random, {ElementType::kF32, ElementType::kF32, ElementType::kBF16, ElementType::kF16});
@@ -470,7 +470,7 @@ template <class Element, int kHeadDim, class Variant, int kColumnTiles>
 void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t seed) {
   const SegmentRotation rotation{c.rotation.frequencies, c.rotation.factor, c.rotation.interleaved};
   const SegmentAttentionPlan<Element, kHeadDim, Variant, kColumnTiles> plan(c.shape, rotation,
-                                                                            c.splits);
+                                                                            {c.splits, 0});
   check_launch<Element>(
       c,
       [&](const SegmentListsView<Element>& lists, const SegmentAttentionTensors& x) {

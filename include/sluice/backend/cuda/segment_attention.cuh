@@ -16,7 +16,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <numbers>
 #include <span>
@@ -182,15 +184,15 @@ class SegmentLists {
 
 namespace detail {
 
-/// Blocks as registers allow: warps of one, and blocks of a multiprocessor.
-template <class Element, int kHeadDim, int kColumnTiles>
-struct SegmentBlock {
-  static constexpr bool kNarrow = kHeadDim <= 128 && kColumnTiles == 1;
-  static constexpr int kWarps = kNarrow && sizeof(Element) == 2 ? 12 : 8;
-  static constexpr int kBlocks = kNarrow && sizeof(Element) == 1 ? 2 : 1;
-};
+/// Warps of a block, as registers allow: one block fills a multiprocessor.
+template <int kHeadDim, int kColumnTiles>
+inline constexpr int kSegmentWarps = kHeadDim <= 128 && kColumnTiles == 1 ? 12 : 8;
+/// Places whose queries a block holds at once.
+template <int kColumnTiles>
+inline constexpr int kQueryPlaces = 4 / kColumnTiles;
 inline constexpr int kMaxListSegments = 512;
 inline constexpr int kMaxSegmentQueries = 16;
+inline constexpr int kLeastTiles = 4;  // that a block is worth
 inline constexpr float kLog2E = 1.44269504088896340736F;
 
 template <class Element, class Variant>
@@ -204,14 +206,14 @@ struct SegmentAttentionParams {
   const void* query;
   void* out;
   float* lse;
-  float* partials;  // [units, splits, columns of a block, head_dim]
-  float2* states;   // [units, splits, columns of a block]: maximum (log2), sum
+  float* partials;  // [units, clusters, columns of a block, head_dim]
+  float2* states;   // [units, clusters, columns of a block]: maximum (log2), sum
   int* arrivals;    // [units], zero between launches
   std::int64_t query_session_stride;
   std::int64_t query_token_stride;
   std::int64_t out_session_stride;
   std::int64_t out_token_stride;
-  double attention_factor;
+  float attention_factor;
   int classes;
   int max_segments;
   int max_queries;
@@ -248,9 +250,9 @@ struct StoredRow<std::int8_t> {
   /// Channels 2 * which and the next of four. The low 7 bits behind the exponent of 128 are 128 +
   /// them; less 128, or 256 where the sign is set: exact.
   static __device__ std::uint32_t pair(std::uint32_t four, int which) {
-    const std::uint32_t x = __byte_perm(four, 0, which == 0 ? 0x4140 : 0x4342);
-    const std::uint32_t low = (x & 0x007f007fU) | 0x43004300U;
-    const std::uint32_t minus = (x & 0x00800080U) | 0xc300c300U;  // -128, or -256
+    const unsigned bytes = which == 0 ? 0x4140 : 0x4342;
+    const std::uint32_t low = __byte_perm(four & 0x7f7f7f7fU, 0x43434343U, bytes);
+    const std::uint32_t minus = __byte_perm(four & 0x80808080U, 0xc3c3c3c3U, bytes);  // -128, -256
     return fused_multiply_add_bf16(low, 0x3f803f80U, minus);
   }
 };
@@ -263,8 +265,10 @@ struct StoredRow<fp8_e4m3> {
   /// Exponent and mantissa in their places of a bf16, times 2^120 for the exponents' other bias:
   /// exact, subnormal codes included. The code of NaN, which no quantised row holds, reads as 480.
   static __device__ std::uint32_t pair(std::uint32_t four, int which) {
-    const std::uint32_t x = __byte_perm(four, 0, which == 0 ? 0x1404 : 0x3424);
-    const std::uint32_t y = ((x >> 4) & 0x07f007f0U) | (x & 0x80008000U);
+    // A product and a sum where a shift and an or would do: those have half the throughput.
+    const std::uint32_t low = __byte_perm(four & 0x7f7f7f7fU, 0, which == 0 ? 0x4140 : 0x4342);
+    const std::uint32_t sign = __byte_perm(four & 0x80808080U, 0, which == 0 ? 0x1404 : 0x3424);
+    const std::uint32_t y = low * 16 + sign;
     return fused_multiply_add_bf16(y, 0x7b807b80U, 0x80008000U);
   }
 };
@@ -398,35 +402,152 @@ __device__ float2 merge_parts(int count, const StateOf& state_of, const PartOf& 
   return {most, sum};
 }
 
-/// Shared memory for the warps' parts of 8 columns; before, for the angles of a block's tokens.
-template <int kHeadDim, int kWarps>
-inline constexpr int kSegmentSharedBytes = (kHeadDim + kPartPadding + 2) * 4 * kDecodeHeads* kWarps;
+/// Where a segment's rows of one KV head lie, and what visibility asks of them. Strides in bytes.
+struct SegmentRows {
+  const unsigned char* keys;
+  const unsigned char* values;
+  std::int64_t key_stride;
+  std::int64_t value_stride;
+  std::int64_t first_index;
+  std::int32_t kind;
+  std::int32_t group;
+  const float* key_scales;  // these only where rows are scaled; strides in elements
+  const float* value_scales;
+  std::int64_t key_scale_stride;
+  std::int64_t value_scale_stride;
+};
+
+template <class Element>
+__device__ SegmentRows segment_rows(const device::Segment<Element>& x, std::int64_t head_row) {
+  constexpr int kBytes = StoredRow<Element>::kBytes;
+  SegmentRows rows{
+      .keys = reinterpret_cast<const unsigned char*>(x.keys + head_row * x.key_head_stride),
+      .values = reinterpret_cast<const unsigned char*>(x.values + head_row * x.value_head_stride),
+      .key_stride = x.key_token_stride * kBytes,
+      .value_stride = x.value_token_stride * kBytes,
+      .first_index = x.first_index,
+      .kind = x.kind,
+      .group = x.group,
+      .key_scales = nullptr,
+      .value_scales = nullptr,
+      .key_scale_stride = 0,
+      .value_scale_stride = 0};
+  if constexpr (StoredRow<Element>::kScaled) {
+    rows.key_scales = x.key_scales + head_row * x.key_scale_head_stride;
+    rows.value_scales = x.value_scales + head_row * x.value_scale_head_stride;
+    rows.key_scale_stride = x.key_scale_token_stride;
+    rows.value_scale_stride = x.value_scale_token_stride;
+  }
+  return rows;
+}
+
+/// All of a segment that an element type needs, in one round of loads. Volatile, so that they are
+/// under way before it is known whether the list is that long.
+template <class Element>
+__device__ device::Segment<Element> load_segment(const device::Segment<Element>* from) {
+  using Segment = device::Segment<Element>;
+  static_assert(sizeof(Segment) % 16 == 0 && std::is_trivially_copyable_v<Segment>);
+  constexpr int kNeeded = static_cast<int>(
+      (StoredRow<Element>::kScaled ? sizeof(Segment) : offsetof(Segment, key_scales)) / 16);
+  ulonglong2 words[sizeof(Segment) / 16] = {};
+#pragma unroll
+  for (int i = 0; i < kNeeded; ++i)
+    asm volatile("ld.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(words[i].x), "=l"(words[i].y)
+                 : "l"(reinterpret_cast<const ulonglong2*>(from) + i));
+  Segment segment;
+  std::memcpy(&segment, words, sizeof(segment));
+  return segment;
+}
+
+/// rotation_at() in two floats behind the whole turns: as near as a float32 sine is.
+__device__ inline float2 short_rotation_at(double position, TurnFrequency f) {
+  const double turns = position * f.high;
+  const double rest = fma(position, f.high, -turns) + position * f.low;
+  const double part = (turns - rint(turns)) + rest;
+  const float near = static_cast<float>(part);
+  const float beyond = static_cast<float>(part - near) * (2 * std::numbers::pi_v<float>);
+  float sine;
+  float cosine;
+  sincospif(2 * near, &sine, &cosine);
+  return {cosine - sine * beyond, sine + cosine * beyond};
+}
+
+/// Counts an arrival; what blocks wrote before theirs is visible after it.
+__device__ inline int arrive(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(counter)
+               : "memory");
+  return before;
+}
+
+/// Dynamic shared memory of a block, in bytes. First the list; then queries at the block's places,
+/// queries as they came and frequencies; in their place at the end the warps' parts of up to 8
+/// columns. Behind them, in a cluster's first block, the parts of its blocks.
+template <int kHeadDim, int kColumnTiles>
+struct SegmentMemory {
+  static constexpr int kWarps = kSegmentWarps<kHeadDim, kColumnTiles>;
+  static constexpr int kColumns = kDecodeHeads * kColumnTiles;
+  static constexpr int kPlaceQueries = 2 * kColumns * kQueryRow<kHeadDim>;  // elements
+  static constexpr int kRaw = kQueryPlaces<kColumnTiles> * kPlaceQueries * 2;
+  static constexpr int kFrequencies = kRaw + kColumns * kHeadDim * 4;
+  static constexpr int kFirst =
+      kFrequencies + kHeadDim / 2 * static_cast<int>(sizeof(TurnFrequency));
+
+  static __host__ __device__ constexpr int list(int max_segments) {
+    constexpr int kOfSegment = static_cast<int>(sizeof(SegmentRows) + sizeof(double2)) +
+                               2 * static_cast<int>(sizeof(int) + sizeof(std::uint16_t));
+    return (max_segments * kOfSegment + 8 + 15) / 16 * 16;  // 8: an end for two of the tables
+  }
+  /// Behind the list; columns: of a block, at most.
+  static __host__ __device__ constexpr int block_parts(int columns) {
+    const int width = columns < kDecodeHeads ? columns : kDecodeHeads;
+    const int parts = kWarps * width * (kHeadDim + kPartPadding + 2) * 4;
+    return ((kFirst > parts ? kFirst : parts) + 15) / 16 * 16;
+  }
+  static constexpr int bytes(int max_segments, int columns, int cluster) {
+    return list(max_segments) + block_parts(columns) +
+           (cluster > 1 ? cluster * columns * (kHeadDim + 2) * 4 : 0);
+  }
+};
 
 template <class Element, int kHeadDim, int kColumnTiles, class Variant>
-__global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>::kWarps* kWarpSize,
-                                  SegmentBlock<Element, kHeadDim, kColumnTiles>::kBlocks)
+__global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSize, 1)
     segment_attention_kernel(const __grid_constant__ SegmentAttentionParams<Element, Variant> p) {
   using Row = StoredRow<Element>;
   using H = typename Row::H;
+  using Memory = SegmentMemory<kHeadDim, kColumnTiles>;
   using Transform = decltype(p.variant.transform);
   constexpr bool kPlain = std::remove_cv_t<Transform>::kIdentity;
-  constexpr int kSegmentWarps = SegmentBlock<Element, kHeadDim, kColumnTiles>::kWarps;
-  constexpr int kSegmentThreads = kSegmentWarps * kWarpSize;
+  constexpr int kWarps = Memory::kWarps;
+  constexpr int kThreads = kWarps * kWarpSize;
+  constexpr int kPlaces = kQueryPlaces<kColumnTiles>;
   constexpr int kRow = kQueryRow<kHeadDim>;
   constexpr int kChannelTiles = kHeadDim / 16;
   constexpr int kPart = kHeadDim + kPartPadding;
-  constexpr int kColumns = kDecodeHeads * kColumnTiles;
+  constexpr int kColumns = Memory::kColumns;
   constexpr int kPairs = kHeadDim / 2;
   const float kInfinity = __int_as_float(0x7f800000);
 
-  __shared__ __align__(16) std::uint16_t queries[2][kColumns][kRow];  // high and low parts
-  __shared__ int tile_begin[kMaxListSegments + 1];                    // of each segment
-  __shared__ int entries[kMaxListSegments];                           // visible ones
-  __shared__ unsigned place_changes[kMaxListSegments / 32];  // segments unlike the one before
-  __shared__ double2 places[kMaxListSegments];               // shifts and ceilings
-  __shared__ __align__(16) unsigned char raw_queries[kColumns * kHeadDim * 4];  // as they came
+  __shared__ int list_runs;
   __shared__ int last_block;
+  __shared__ std::uint64_t arrived;  // bytes from the other blocks of the cluster
   extern __shared__ __align__(16) unsigned char dynamic[];
+  SegmentRows* const list_rows = reinterpret_cast<SegmentRows*>(dynamic);
+  double2* const places = reinterpret_cast<double2*>(list_rows + p.max_segments);  // shift, ceiling
+  int* const entries = reinterpret_cast<int*>(places + p.max_segments);            // visible ones
+  int* const tile_begin = entries + p.max_segments;  // of each segment, and the end
+  // Runs are segments at one place: the run of a segment; the first segment of a run, and the end.
+  std::uint16_t* const run_of = reinterpret_cast<std::uint16_t*>(tile_begin + p.max_segments + 1);
+  std::uint16_t* const run_begin = run_of + p.max_segments;
+  unsigned char* const working = dynamic + Memory::list(p.max_segments);
+  // [places, 2 (high, low parts), columns, kRow]
+  std::uint16_t* const queries = reinterpret_cast<std::uint16_t*>(working);
+  unsigned char* const raw_queries = working + Memory::kRaw;
+  TurnFrequency* const frequencies =
+      reinterpret_cast<TurnFrequency*>(working + Memory::kFrequencies);
 
   const int tid = static_cast<int>(threadIdx.x);
   const int warp = tid / kWarpSize;
@@ -435,20 +556,105 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
   const int t = lane % 4;
   const int splits = static_cast<int>(gridDim.x);
   const int split = static_cast<int>(blockIdx.x);
-  const int kv_head = static_cast<int>(blockIdx.y) / p.column_blocks;
-  const int column_block = static_cast<int>(blockIdx.y) - kv_head * p.column_blocks;
+  int kv_head = static_cast<int>(blockIdx.y);
+  int column_block = 0;
+  if (p.column_blocks > 1) {
+    kv_head /= p.column_blocks;
+    column_block = static_cast<int>(blockIdx.y) - kv_head * p.column_blocks;
+  }
   const std::int64_t session = blockIdx.z;
   const std::int64_t unit = session * gridDim.y + blockIdx.y;
-
-  wait_for_previous_kernel();
-  const device::SegmentReader reader = p.readers[session];
+  const ClusterPlace cluster = cluster_place();
   const int first_column = column_block * kColumns;
-  const int columns = min(kColumns, reader.queries * p.group - first_column);
-  if (columns <= 0) return;
-  const std::int64_t list = session * p.classes + p.head_class[kv_head];
+
+  // What no launch before this one writes.
+#pragma unroll 1
+  for (int i = tid; i < p.num_pairs; i += kThreads) copy_async(frequencies + i, p.frequencies + i);
+  if (cluster.size > 1) {
+    if (tid == 0) byte_barrier_init(&arrived);
+    cluster_arrive();
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  // One round of loads: reader, list and queries, all of which there may be. The first warp asks
+  // for its segments before it knows how many there are, the others for queries.
+  const device::SegmentReader reader = p.readers[session];
   const int head_row = p.head_row[kv_head];
+  const std::int64_t list = p.classes == 1 ? session : session * p.classes + p.head_class[kv_head];
   const device::Segment<Element>* const segments = p.segments + list * p.max_segments;
   const int count = p.counts[list];
+  const int element_bytes = p.input_type == ElementType::kF32 ? 4 : 2;
+  const int row_vectors = kHeadDim * element_bytes / 16;
+  const int most_columns = min(kColumns, p.max_queries * p.group - first_column);
+#pragma unroll 1
+  for (int e = tid - kWarpSize; e < most_columns * row_vectors; e += kThreads - kWarpSize) {
+    if (e < 0) break;
+    const int column = e / row_vectors;
+    const int token = (first_column + column) / p.group;
+    const int head = first_column + column - token * p.group;
+    const std::int64_t row = session * p.query_session_stride + token * p.query_token_stride +
+                             (kv_head * p.group + head) * kHeadDim;
+    copy_async(raw_queries + 16 * e, static_cast<const unsigned char*>(p.query) +
+                                         row * element_bytes + 16 * (e - column * row_vectors));
+  }
+  copies_commit();
+
+  // Entries, places and rows of the whole list.
+#pragma unroll 1
+  for (int s = tid; s < (tid < kWarpSize && s == tid ? p.max_segments : count); s += kThreads) {
+    const device::Segment<Element> segment = load_segment(segments + s);
+    if (s >= count) break;
+    std::int64_t visible = min(segment.visible, segment.count);
+    if (segment.visible_tokens != nullptr)
+      visible = min(visible, load_acquire(segment.visible_tokens) - segment.first_index);
+    entries[s] = static_cast<int>(max(visible, std::int64_t{0}));
+    places[s] = {segment.shift, segment.ceiling};
+    list_rows[s] = segment_rows(segment, head_row);
+  }
+  if (count > kWarpSize) __syncthreads();
+  if (warp == 0) {  // where segments' tiles begin, and runs
+    __syncwarp();
+    int tiles_before = 0;
+    int runs_before = 0;
+    if (lane == 0) tile_begin[0] = 0;
+#pragma unroll 1
+    for (int first = 0; first < count; first += kWarpSize) {
+      const int s = first + lane;
+      int x = s < count ? (entries[s] + kDecodeTile - 1) / kDecodeTile : 0;
+#pragma unroll
+      for (int step = 1; step < kWarpSize; step *= 2) {
+        const int left = __shfl_up_sync(0xffffffffU, x, step);
+        if (lane >= step) x += left;
+      }
+      const bool begins =
+          s < count && (s == 0 || places[s].x != places[s - 1].x || places[s].y != places[s - 1].y);
+      const unsigned all = __ballot_sync(0xffffffffU, begins);
+      const int run = runs_before + __popc(all & (0xffffffffU >> (kWarpSize - 1 - lane))) - 1;
+      if (s < count) {
+        tile_begin[s + 1] = tiles_before + x;
+        run_of[s] = static_cast<std::uint16_t>(run);
+      }
+      if (begins) run_begin[run] = static_cast<std::uint16_t>(s);
+      tiles_before += __shfl_sync(0xffffffffU, x, kWarpSize - 1);
+      runs_before += __popc(all);
+    }
+    if (lane == 0) {
+      run_begin[runs_before] = static_cast<std::uint16_t>(count);
+      list_runs = runs_before;
+    }
+  }
+  copies_wait();
+  __syncthreads();
+
+  const int columns = min(kColumns, reader.queries * p.group - first_column);
+  if (columns <= 0) return;
+  const int tiles = tile_begin[count];
+  const int share = max(kLeastTiles, (tiles + splits - 1) / splits);
+  const int active = max(1, (tiles + share - 1) / share);
+  if (split >= active) return;
+  const int begin = split * share;
+  const int end = min(begin + share, tiles);
 
   // A column is one head of one token.
   const auto token_of = [&](int column) {
@@ -458,81 +664,19 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
     return static_cast<std::int64_t>(kv_head) * p.group +
            (first_column + min(column, columns - 1)) % p.group;
   };
-  // Queries come beside the list.
-  const int element_bytes = p.input_type == ElementType::kF32 ? 4 : 2;
-  const int row_vectors = kHeadDim * element_bytes / 16;
-  for (int e = tid; e < columns * row_vectors; e += kSegmentThreads) {
-    const int column = e / row_vectors;
-    const std::int64_t row = session * p.query_session_stride +
-                             token_of(column) * p.query_token_stride + head_of(column) * kHeadDim;
-    copy_async(raw_queries + 16 * e, static_cast<const unsigned char*>(p.query) +
-                                         row * element_bytes + 16 * (e - column * row_vectors));
-  }
-  copies_commit();
-
-  // Entries, tiles and changes of place of the whole list.
-  for (int i = tid; i < kMaxListSegments / 32; i += kSegmentThreads) place_changes[i] = 0;
-  __syncthreads();
-  for (int s = tid; s < count; s += kSegmentThreads) {
-    const device::Segment<Element>& segment = segments[s];
-    std::int64_t visible = min(segment.visible, segment.count);
-    if (segment.visible_tokens != nullptr)
-      visible = min(visible, load_acquire(segment.visible_tokens) - segment.first_index);
-    const int n = static_cast<int>(max(visible, std::int64_t{0}));
-    entries[s] = n;
-    places[s] = {segment.shift, segment.ceiling};
-    const auto* const rest = reinterpret_cast<const unsigned char*>(&segment);
-#pragma unroll
-    for (int at = 64; at < static_cast<int>(sizeof(segment)); at += 32)  // a sector each
-      asm volatile("prefetch.global.L1 [%0];" ::"l"(rest + at));
-    tile_begin[s + 1] = (n + kDecodeTile - 1) / kDecodeTile;
-    if (s > 0 &&
-        (segments[s - 1].shift != segment.shift || segments[s - 1].ceiling != segment.ceiling))
-      atomicOr(&place_changes[s / 32], 1U << (s % 32));
-  }
-  __syncthreads();
-  if (warp == 0) {
-    int before = 0;
-    if (lane == 0) tile_begin[0] = 0;
-    for (int first = 0; first < count; first += kWarpSize) {
-      const int s = first + lane;
-      int x = s < count ? tile_begin[s + 1] : 0;
-#pragma unroll
-      for (int step = 1; step < kWarpSize; step *= 2) {
-        const int left = __shfl_up_sync(0xffffffffU, x, step);
-        if (lane >= step) x += left;
-      }
-      if (s < count) tile_begin[s + 1] = before + x;
-      before += __shfl_sync(0xffffffffU, x, kWarpSize - 1);
-    }
-  }
-  __syncthreads();
-
-  const int tiles = count == 0 ? 0 : tile_begin[count];
-  const int share = max(1, (tiles + splits - 1) / splits);
-  const int active = max(1, (tiles + share - 1) / share);
-  if (split >= active) return;
-  const int begin = split * share;
-  const int end = min(begin + share, tiles);
-
   const int first_token = token_of(0);
   const int tokens = token_of(columns - 1) - first_token + 1;
-  const auto reader_position = [&](int token, double shift, double ceiling) {
-    return fmin(reader.first_position + token + shift, ceiling);
+  const auto reader_position = [&](int token, double2 place) {
+    return fmin(reader.first_position + token + place.x, place.y);
   };
 
-  // Queries as a reader at a segment's place has them; base-2 scores unless a transform comes.
-  const auto rotate_queries = [&](double shift, double ceiling) {
-    float2* const angles = reinterpret_cast<float2*>(dynamic);  // [tokens, num_pairs]
-    for (int e = tid; e < tokens * p.num_pairs; e += kSegmentThreads) {
-      const int token = e / p.num_pairs;
-      const int pair = e - token * p.num_pairs;
-      angles[e] = rotation_at(reader_position(first_token + token, shift, ceiling),
-                              p.frequencies[pair], p.attention_factor);
-    }
-    __syncthreads();
+  // Queries as a reader at the places of some runs has them; base-2 scores unless a transform
+  // comes.
+  const auto rotate_queries = [&](int first_run, int runs) {
     const float scale = p.variant.sm_scale * (kPlain ? kLog2E : 1);
-    for (int e = tid; e < columns * kPairs; e += kSegmentThreads) {
+    const float rotated_scale = scale * p.attention_factor;
+#pragma unroll 1
+    for (int e = tid; e < columns * kPairs; e += kThreads) {
       const int column = e / kPairs;
       const int pair = e - column * kPairs;
       const int token = token_of(column);
@@ -540,66 +684,45 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       const bool halves = rotated && !p.interleaved;
       const int c0 = halves ? pair : 2 * pair;
       const int c1 = halves ? pair + p.num_pairs : 2 * pair + 1;
+      const float by = rotated ? rotated_scale : scale;
       const float x =
-          load_input(raw_queries, p.input_type, std::int64_t{column} * kHeadDim + c0) * scale;
+          load_input(raw_queries, p.input_type, std::int64_t{column} * kHeadDim + c0) * by;
       const float y =
-          load_input(raw_queries, p.input_type, std::int64_t{column} * kHeadDim + c1) * scale;
-      const float2 turned =
-          rotated ? angles[(token - first_token) * p.num_pairs + pair] : float2{1, 0};
-      const float a = x * turned.x - y * turned.y;
-      const float b = y * turned.x + x * turned.y;
-      const std::uint32_t high = H::pack(a, b);
-      const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
-      queries[0][column][c0] = static_cast<std::uint16_t>(high);
-      queries[0][column][c1] = static_cast<std::uint16_t>(high >> 16);
-      queries[1][column][c0] = static_cast<std::uint16_t>(low);
-      queries[1][column][c1] = static_cast<std::uint16_t>(low >> 16);
+          load_input(raw_queries, p.input_type, std::int64_t{column} * kHeadDim + c1) * by;
+#pragma unroll 1
+      for (int i = 0; i < runs; ++i) {
+        float2 turned{1, 0};
+        if (rotated)
+          turned = short_rotation_at(reader_position(token, places[run_begin[first_run + i]]),
+                                     frequencies[pair]);
+        const float a = x * turned.x - y * turned.y;
+        const float b = y * turned.x + x * turned.y;
+        const std::uint32_t high = H::pack(a, b);
+        const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
+        std::uint16_t* const to = queries + i * Memory::kPlaceQueries + column * kRow;
+        to[c0] = static_cast<std::uint16_t>(high);
+        to[c1] = static_cast<std::uint16_t>(high >> 16);
+        to[kColumns * kRow + c0] = static_cast<std::uint16_t>(low);
+        to[kColumns * kRow + c1] = static_cast<std::uint16_t>(low >> 16);
+      }
     }
   };
 
   // Where a warp reads: its tile, and what it needs of the tile's segment.
   int tile = 0;
   int at = 0;  // segment
-  int opened = -1;
   int first_entry = 0;
   int present = 0;
-  const unsigned char* keys = nullptr;
-  const unsigned char* values = nullptr;
-  std::int64_t key_stride = 0;  // bytes
-  std::int64_t value_stride = 0;
-  const float* key_scales = nullptr;
-  const float* value_scales = nullptr;
-  std::int64_t key_scale_stride = 0;
-  std::int64_t value_scale_stride = 0;
-  std::int64_t first_index = 0;
   device::KeyInfo first_key{};
   device::TileVisibility verdict = device::TileVisibility::kAll;
-  // Goes on to the next tile of [tile, run_end) that anybody sees; false: there is none.
-  const auto open = [&](int run_end) {
-    for (; tile < run_end; tile += kSegmentWarps) {
+  // Goes on to the next tile of [tile, tiles_end) that anybody sees; false: there is none.
+  const auto open = [&](int tiles_end) {
+    for (; tile < tiles_end; tile += kWarps) {
       while (tile >= tile_begin[at + 1]) ++at;
-      const device::Segment<Element>& segment = segments[at];
-      if (at != opened) {
-        opened = at;
-        keys = reinterpret_cast<const unsigned char*>(segment.keys +
-                                                      head_row * segment.key_head_stride);
-        values = reinterpret_cast<const unsigned char*>(segment.values +
-                                                        head_row * segment.value_head_stride);
-        key_stride = segment.key_token_stride * Row::kBytes;
-        value_stride = segment.value_token_stride * Row::kBytes;
-        if constexpr (Row::kScaled) {
-          key_scales = segment.key_scales + head_row * segment.key_scale_head_stride;
-          value_scales = segment.value_scales + head_row * segment.value_scale_head_stride;
-          key_scale_stride = segment.key_scale_token_stride;
-          value_scale_stride = segment.value_scale_token_stride;
-        }
-        first_index = segment.first_index;
-        first_key.kind = segment.kind;
-        first_key.group = segment.group;
-      }
+      const SegmentRows& rows = list_rows[at];
       first_entry = (tile - tile_begin[at]) * kDecodeTile;
       present = min(entries[at] - first_entry, kDecodeTile);
-      first_key.index = first_index + first_entry;
+      first_key = {rows.first_index + first_entry, rows.kind, rows.group};
       verdict = p.variant.visibility.classify(reader.first_index + first_token,
                                               reader.first_index + first_token + tokens - 1,
                                               first_key, first_key.index + present - 1);
@@ -614,14 +737,15 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
   float value_scale[2] = {1, 1};
   // Entries beyond the visible ones are read as the last of those and masked.
   const auto load_keys = [&] {
+    const SegmentRows& from = list_rows[at];
     const unsigned char* rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int entry = first_entry + min(g + 8 * half, present - 1);
-      rows[half] = keys + entry * key_stride;
+      rows[half] = from.keys + entry * from.key_stride;
       if constexpr (Row::kScaled) {
-        key_scale[half] = __ldg(key_scales + entry * key_scale_stride);
-        value_scale[half] = __ldg(value_scales + entry * value_scale_stride);
+        key_scale[half] = __ldg(from.key_scales + entry * from.key_scale_stride);
+        value_scale[half] = __ldg(from.value_scales + entry * from.value_scale_stride);
       }
     }
     key.load(rows, t);
@@ -630,9 +754,11 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
     return 2 * t + (j & 1) + 8 * (j >> 1);
   };
   const auto load_values = [&] {
+    const SegmentRows& from = list_rows[at];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      value.load(j, values + (first_entry + min(value_slot(j), present - 1)) * value_stride, g);
+      value.load(
+          j, from.values + (first_entry + min(value_slot(j), present - 1)) * from.value_stride, g);
   };
 
   // Columns 8 n + 2 t + i: running maximum (the same in all lanes of a t), own share of the sum.
@@ -652,32 +778,36 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       for (int i = 0; i < 4; ++i) out[n][c][i] = 0;
   }
 
-  // Runs of segments at one place.
-  int run = 0;
-  while (begin < end && tile_begin[run + 1] <= begin) ++run;
+  // As many places at a time as there is room for queries.
   for (int next_tile = begin; next_tile < end;) {
-    int run_end = run + 1;
-    while (run_end < count && (place_changes[run_end / 32] >> (run_end % 32) & 1U) == 0) ++run_end;
-    const int tiles_end = min(end, tile_begin[run_end]);
-    if (tiles_end <= next_tile) {  // nothing but empty segments
-      run = run_end;
-      continue;
+    at = 0;  // the segment of next_tile
+#pragma unroll 1
+    for (int first = 0; first < count; first += kWarpSize) {
+      const int s = first + lane;
+      const unsigned before =
+          __ballot_sync(0xffffffffU, s < count && tile_begin[s + 1] <= next_tile);
+      at += __popc(before);
+      if (before != 0xffffffffU) break;
     }
-    const double shift = places[run].x;
-    const double ceiling = places[run].y;
-    copies_wait();
-    __syncthreads();  // all have read the queries of the run before
-    rotate_queries(shift, ceiling);
-    __syncthreads();
+    const int first_run = run_of[at];
+    int runs = 1;
+    while (runs < kPlaces && first_run + runs < list_runs &&
+           tile_begin[run_begin[first_run + runs]] < end)
+      ++runs;
+    const int tiles_end = min(end, tile_begin[run_begin[first_run + runs]]);
 
+    // Keys are under way while queries are rotated; values are asked for behind them, as a
+    // multiprocessor that has too many loads to issue issues nothing else.
     tile = next_tile + warp;
-    at = run;
     bool more = open(tiles_end);
-    if (more) {
-      load_keys();
-      load_values();
-    }
+    if (more) load_keys();
+    if (next_tile != begin) __syncthreads();  // all have read the queries before
+    rotate_queries(first_run, runs);
+    if (more) load_values();
+    __syncthreads();
     while (more) {
+      const std::uint16_t* const place_queries =
+          queries + (run_of[at] - first_run) * Memory::kPlaceQueries;
       const bool whole = present == kDecodeTile && verdict == device::TileVisibility::kAll;
       float s[kColumnTiles][4];
 #pragma unroll
@@ -687,8 +817,8 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
         float low[2][4] = {};
         // Columns without a query repeat the last, and are dropped.
         const int column = min(n * kDecodeHeads + g, columns - 1);
-        const std::uint16_t* const q_high = queries[0][column];
-        const std::uint16_t* const q_low = queries[1][column];
+        const std::uint16_t* const q_high = place_queries + column * kRow;
+        const std::uint16_t* const q_low = q_high + kColumns * kRow;
 #pragma unroll
         for (int c = 0; c < kHeadDim / 32; ++c) {
           const uint4 qh = *reinterpret_cast<const uint4*>(q_high + 32 * c + 8 * t);
@@ -721,7 +851,7 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
             const int c = n * kDecodeHeads + 2 * t + i % 2;
             const device::ScorePlace place{
                 head_of(c), segments[at].first_position + (first_entry + g + 8 * (i / 2)) -
-                                reader_position(token_of(c), shift, ceiling)};
+                                reader_position(token_of(c), places[at])};
             s[n][i] = p.variant.transform.apply(place, s[n][i]) * kLog2E;
           }
         }
@@ -751,7 +881,7 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
         seen[1] = __ballot_sync(0xffffffffU, any[1]);
       }
       const float weight_scale[2] = {value_scale[0], value_scale[1]};
-      tile += kSegmentWarps;
+      tile += kWarps;
       more = open(tiles_end);
       if (more) load_keys();
 
@@ -826,12 +956,18 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       if (more) load_values();
     }
     next_tile = tiles_end;
-    run = run_end;
   }
 
-  // Warps leave their parts in shared memory, 8 columns at a time.
-  float* const parts = reinterpret_cast<float*>(dynamic);  // [warps, 8, kPart]
-  float2* const states = reinterpret_cast<float2*>(parts + kSegmentWarps * kDecodeHeads * kPart);
+  // Warps leave their parts in shared memory, 8 columns at a time; a cluster's blocks send theirs
+  // to its first.
+  const int busy = min(kWarps, max(1, end - begin));  // warps that may have had a tile
+  const int part_columns = min(most_columns, kDecodeHeads);
+  float* const parts = reinterpret_cast<float*>(working);  // [warps, part_columns, kPart]
+  float2* const states = reinterpret_cast<float2*>(parts + kWarps * part_columns * kPart);
+  float* const block_parts =  // [blocks of a cluster, columns, head_dim]
+      reinterpret_cast<float*>(working + Memory::block_parts(most_columns));
+  float2* const block_states =
+      reinterpret_cast<float2*>(block_parts + cluster.size * columns * kHeadDim);
   const auto finish = [&](int column, int channel, float2 state, float4 total) {
     const int token = token_of(column);
     const std::int64_t head = head_of(column);
@@ -852,7 +988,17 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
             head] =
           state.y == 0 ? -kInfinity : (state.x + __log2f(state.y)) * 0.693147180559945309F;
   };
-  const std::int64_t first_part = (unit * splits + split) * kColumns;
+  const bool alone = active <= cluster.size;  // no other cluster has a part
+  const int blocks = min(cluster.size, active - (split - cluster.rank));
+  const auto leave = [&](int column, int channel, float2 state, float4 total) {
+    if (alone) {
+      finish(column, channel, state, total);
+    } else {
+      const std::int64_t part = (unit * cluster.count + cluster.index) * kColumns + column;
+      *reinterpret_cast<float4*>(p.partials + part * kHeadDim + channel) = total;
+      if (channel == 0) p.states[part] = state;
+    }
+  };
 #pragma unroll
   for (int n = 0; n < kColumnTiles; ++n) {
     const int width = min(columns - n * kDecodeHeads, kDecodeHeads);
@@ -865,55 +1011,95 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
       total += __shfl_xor_sync(0xffffffffU, total, 8);
       total += __shfl_xor_sync(0xffffffffU, total, 16);
       const int column = 2 * t + i;
-      if (g == 0) states[warp * kDecodeHeads + column] = {maximum[n][i], total};
-      float* const row = parts + (warp * kDecodeHeads + column) * kPart;
+      if (warp >= busy || column >= width) continue;
+      if (g == 0) states[warp * part_columns + column] = {maximum[n][i], total};
+      float* const row = parts + (warp * part_columns + column) * kPart;
+      constexpr int kPaired = kHeadDim / 64 * 4;  // registers whose channels come four in a row
 #pragma unroll
-      for (int c = 0; c < kChannelTiles; ++c)
+      for (int c = 0; c < kPaired; c += 2)
+        *reinterpret_cast<float4*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {
+            out[n][c][i], out[n][c][i + 2], out[n][c + 1][i], out[n][c + 1][i + 2]};
+#pragma unroll
+      for (int c = kPaired; c < kChannelTiles; ++c)
         *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {
             out[n][c][i], out[n][c][i + 2]};
     }
     __syncthreads();
-    for (int e = tid; e < width * (kHeadDim / 4); e += kSegmentThreads) {
+    if (n == 0 && cluster.size > 1) cluster_wait();  // the first block's barrier is made
+#pragma unroll 1
+    for (int e = tid; e < width * (kHeadDim / 4); e += kThreads) {
       const int column = e / (kHeadDim / 4);
       const int channel = e % (kHeadDim / 4) * 4;
       float4 total;
-      const float2 state = merge_parts<4>(
-          kSegmentWarps, [&](int i) { return states[i * kDecodeHeads + column]; },
-          [&](int i) {
-            return *reinterpret_cast<const float4*>(parts + (i * kDecodeHeads + column) * kPart +
-                                                    channel);
-          },
-          total);
+      const float2 state =
+          merge_parts < kWarps == 12
+              ? 6
+              : 8 > (
+                        busy, [&](int i) { return states[i * part_columns + column]; },
+                        [&](int i) {
+                          return *reinterpret_cast<const float4*>(
+                              parts + (i * part_columns + column) * kPart + channel);
+                        },
+                        total);
       const int of_block = n * kDecodeHeads + column;
-      if (active == 1) {
-        finish(of_block, channel, state, total);
+      if (blocks == 1) {
+        leave(of_block, channel, state, total);
+        continue;
+      }
+      const int row = cluster.rank * columns + of_block;
+      float4* const part = reinterpret_cast<float4*>(block_parts + row * kHeadDim + channel);
+      if (cluster.rank == 0) {
+        *part = total;
+        if (channel == 0) block_states[row] = state;
       } else {
-        *reinterpret_cast<float4*>(p.partials + (first_part + of_block) * kHeadDim + channel) =
-            total;
-        if (channel == 0) p.states[first_part + of_block] = state;
+        send_to_first_block(part, total, &arrived);
+        if (channel == 0) send_to_first_block(block_states + row, state, &arrived);
       }
     }
   }
-  if (active == 1) return;
+  if (blocks > 1) {
+    if (cluster.rank != 0) return;
+    if (tid == 0)
+      byte_barrier_expect(&arrived, (blocks - 1) * columns *
+                                        (kHeadDim * static_cast<int>(sizeof(float)) +
+                                         static_cast<int>(sizeof(float2))));
+    __syncthreads();
+    byte_barrier_wait(&arrived);
+#pragma unroll 1
+    for (int e = tid; e < columns * (kHeadDim / 4); e += kThreads) {
+      const int column = e / (kHeadDim / 4);
+      const int channel = e % (kHeadDim / 4) * 4;
+      float4 total;
+      const float2 state = merge_parts<8>(
+          blocks, [&](int i) { return block_states[i * columns + column]; },
+          [&](int i) {
+            return *reinterpret_cast<const float4*>(block_parts +
+                                                    (i * columns + column) * kHeadDim + channel);
+          },
+          total);
+      leave(column, channel, state, total);
+    }
+  }
+  if (alone) return;
 
-  // The block that arrives last merges all; it leaves the counter as it found it.
+  // The cluster that arrives last merges all; it leaves the counter as it found it.
+  const int active_clusters = (active + cluster.size - 1) / cluster.size;
   __syncthreads();
   if (tid == 0) {
-    __threadfence();
-    const bool last = atomicAdd(p.arrivals + unit, 1) == active - 1;
+    const bool last = arrive(p.arrivals + unit) == active_clusters - 1;
     if (last) p.arrivals[unit] = 0;
-    __threadfence();
     last_block = last ? 1 : 0;
   }
   __syncthreads();
   if (last_block == 0) return;
-  for (int e = tid; e < columns * (kHeadDim / 4); e += kSegmentThreads) {
+#pragma unroll 1
+  for (int e = tid; e < columns * (kHeadDim / 4); e += kThreads) {
     const int column = e / (kHeadDim / 4);
     const int channel = e % (kHeadDim / 4) * 4;
-    const std::int64_t first = unit * splits * kColumns + column;
+    const std::int64_t first = unit * cluster.count * kColumns + column;
     float4 total;
     const float2 state = merge_parts<8>(
-        active, [&](int i) { return __ldcg(p.states + first + i * kColumns); },
+        active_clusters, [&](int i) { return __ldcg(p.states + first + i * kColumns); },
         [&](int i) {
           return __ldcg(reinterpret_cast<const float4*>(
               p.partials + (first + i * kColumns) * kHeadDim + channel));
@@ -924,6 +1110,15 @@ __global__ void __launch_bounds__(SegmentBlock<Element, kHeadDim, kColumnTiles>:
 }
 
 }  // namespace detail
+
+/// How launches are cut: `splits` blocks per KV head and session; `cluster` of them, a divisor,
+/// merge through shared memory (sm_90). No result's meaning depends on it.
+struct SegmentSchedule {
+  int splits = 0;
+  int cluster = 0;
+
+  friend bool operator==(const SegmentSchedule&, const SegmentSchedule&) = default;
+};
 
 /// Scratch and schedule of segment attention for one shape; layers share it. Only construction
 /// allocates. Computes what attend() (attention/attend.hpp) says: out = sum softmax(score)_j v_j
@@ -944,11 +1139,11 @@ class SegmentAttentionPlan {
   static_assert(kColumnTiles >= 1 && kColumnTiles * kHeadDim <= 256, "too many registers");
 
  public:
-  /// splits: blocks per KV head and session; 0: as many as fill the machine.
+  /// schedule: left out, choose()'s; without a cluster, the largest that divides its splits.
   /// \throws Error(kShape) when extents do not fit; Error(kDevice).
   SegmentAttentionPlan(const SegmentAttentionShape& shape, const SegmentRotation& rotation,
-                       int splits = 0)
-      : shape_(shape), attention_factor_(rotation.attention_factor) {
+                       SegmentSchedule schedule = {})
+      : shape_(shape), attention_factor_(static_cast<float>(rotation.attention_factor)) {
     const auto require = [](bool good, const char* field, const std::string& expected,
                             std::int64_t found) {
       if (!good)
@@ -991,13 +1186,30 @@ class SegmentAttentionPlan {
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
-    check_cuda(
-        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
-    splits_ = splits > 0 ? splits : choose(units, shape.max_keys, Block::kBlocks * multiprocessors);
+    check_cuda(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device),
+               "cudaDeviceGetAttribute");
+    schedule_ = schedule.splits > 0 ? schedule : choose(units, shape.max_keys, multiprocessors);
+    if (schedule_.cluster == 0) {
+      schedule_.cluster = kMostCluster;
+      while (schedule_.splits % schedule_.cluster != 0) schedule_.cluster /= 2;
+    }
+    if (major_ < 9) schedule_.cluster = 1;
+    require(schedule_.cluster >= 1 && schedule_.cluster <= kMostCluster &&
+                schedule_.splits % schedule_.cluster == 0,
+            "schedule.cluster",
+            "a divisor of schedule.splits, at most " + std::to_string(kMostCluster),
+            schedule_.cluster);
+    shared_bytes_ = Memory::bytes(
+        static_cast<int>(shape.max_segments),
+        static_cast<int>(std::min<std::int64_t>(kColumns, group_ * shape.max_queries)),
+        schedule_.cluster);
+    check_cuda(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    kMostSharedBytes),
+               "cudaFuncSetAttribute");
     head_class_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(classes));
     head_row_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(rows));
-    const auto parts = static_cast<std::size_t>(units * splits_ * kColumns);
+    const auto parts =
+        static_cast<std::size_t>(units * (schedule_.splits / schedule_.cluster) * kColumns);
     partials_ = Buffer<float, cuda>(parts * kHeadDim);
     states_ = Buffer<float2, cuda>(parts);
     arrivals_ = Buffer<int, cuda>(static_cast<std::size_t>(units));
@@ -1015,20 +1227,29 @@ class SegmentAttentionPlan {
   }
 
   const SegmentAttentionShape& shape() const { return shape_; }
-  int splits() const { return splits_; }
+  const SegmentSchedule& schedule() const { return schedule_; }
 
-  /// Blocks that fill `places` once, none with less than 4 tiles.
-  static int choose(std::int64_t units, std::int64_t max_keys, int places) {
+  /// The schedule for `units` KV heads (times sessions), as decode attention's alone: as many
+  /// blocks as powers of two fill the machine with, halved where clusters of them would not all
+  /// find room at once; none with less than 4 tiles.
+  static SegmentSchedule choose(std::int64_t units, std::int64_t max_keys, int multiprocessors) {
     const std::int64_t tiles = (max_keys + detail::kDecodeTile - 1) / detail::kDecodeTile;
-    const std::int64_t most = std::max<std::int64_t>(1, tiles / 4);
-    return static_cast<int>(std::clamp<std::int64_t>(places / units, 1, most));
+    int splits = 1;
+    while (splits < 64 && 2 * splits * units <= multiprocessors &&
+           2 * splits * detail::kLeastTiles <= tiles)
+      splits *= 2;
+    if (splits > 2 && 2 * splits * units > multiprocessors) splits /= 2;
+    return {splits, std::min(splits, kMostCluster)};
   }
 
   /// One layer's attention. May be captured: lists, prefixes and readers are read when it runs.
-  /// Preconditions: `lists` was made for the same shape; alignment as Segment says, queries and
-  /// outputs aligned to 16 bytes. \throws Error(kDevice) if the launch is refused.
+  /// Preconditions: `lists` was made for the same shape; alignment as Segment says, lists, queries
+  /// and outputs aligned to 16 bytes. overlap: the launch may start before the kernel before it in
+  /// the stream has ended (programmatic dependent launch, sm_90 and later); it waits for that
+  /// kernel's writes before it reads anything but what the plan's constructor wrote.
+  /// \throws Error(kDevice) if the launch is refused.
   void launch(const SegmentListsView<Element>& lists, const SegmentAttentionTensors& x,
-              const Variant& variant, cudaStream_t stream) const {
+              const Variant& variant, cudaStream_t stream, bool overlap = false) const {
     const detail::SegmentAttentionParams<Element, Variant> params{
         .segments = lists.segments,
         .counts = lists.counts,
@@ -1057,27 +1278,47 @@ class SegmentAttentionPlan {
         .input_type = x.input_type,
         .output_type = x.output_type,
         .variant = variant};
-    const dim3 grid(static_cast<unsigned>(splits_),
-                    static_cast<unsigned>(shape_.num_kv_heads * column_blocks_),
-                    static_cast<unsigned>(shape_.batch_size));
-    kernel_<<<grid, Block::kWarps * detail::kWarpSize, kSharedBytes, stream>>>(params);
-    check_cuda(cudaGetLastError(), "segment_attention_kernel");
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(schedule_.splits),
+                          static_cast<unsigned>(shape_.num_kv_heads * column_blocks_),
+                          static_cast<unsigned>(shape_.batch_size));
+    config.blockDim = dim3(Memory::kWarps * detail::kWarpSize);
+    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes_);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (overlap && major_ >= 9) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (schedule_.cluster > 1) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(schedule_.cluster);
+      attributes[config.numAttrs].val.clusterDim.y = 1;
+      attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
+    check_cuda(cudaLaunchKernelEx(&config, kernel_, params), "segment_attention_kernel");
   }
 
  private:
-  static constexpr int kColumns = detail::kDecodeHeads * kColumnTiles;
-  using Block = detail::SegmentBlock<Element, kHeadDim, kColumnTiles>;
-  static constexpr int kSharedBytes = detail::kSegmentSharedBytes<kHeadDim, Block::kWarps>;
+  using Memory = detail::SegmentMemory<kHeadDim, kColumnTiles>;
+  static constexpr int kColumns = Memory::kColumns;
+  static constexpr int kMostCluster = 8;  // what every chip with clusters offers
+  static constexpr int kMostSharedBytes =
+      Memory::bytes(detail::kMaxListSegments, kColumns, kMostCluster);
+  static_assert(kMostSharedBytes < 226 << 10);
 
   // What the attribute is set on (backend.cuh).
   void (*kernel_)(detail::SegmentAttentionParams<Element, Variant>) =
       detail::segment_attention_kernel<Element, kHeadDim, kColumnTiles, Variant>;
   SegmentAttentionShape shape_;
-  double attention_factor_;
+  float attention_factor_;
   bool interleaved_ = false;
   int group_ = 1;
   int column_blocks_ = 1;
-  int splits_ = 1;
+  int major_ = 0;
+  int shared_bytes_ = 0;
+  SegmentSchedule schedule_;
   Buffer<std::int32_t, cuda> head_class_;
   Buffer<std::int32_t, cuda> head_row_;
   Buffer<detail::TurnFrequency, cuda> frequencies_;
