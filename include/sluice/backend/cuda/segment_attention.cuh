@@ -8,10 +8,14 @@
 /// probabilities enter as the sum of two 16-bit numbers. Columns are the queries of a KV head:
 /// token by token, in each the heads that share it, 8 to a matrix instruction; so any ratio of
 /// heads and any number of queries fills them. Segments are cut into tiles of 16 entries, tiles
-/// of the whole list are dealt to blocks in consecutive shares and there to warps in turn. A block
-/// rotates its queries anew where a share goes over to a segment with another shift or ceiling.
-/// Codes of 8 bits become bf16 exactly; scales are applied to scores and weights in float32. Parts
-/// merge in the order of the list, so repeated runs give the same bits.
+/// of the whole list are dealt to blocks in consecutive shares and there to warps in turn. Segments
+/// in a row that are read from one place (shift and ceiling) are a run; a block holds its queries as
+/// rotated for up to four runs at once, and rotates anew only where its share has more. What does
+/// not hang together is asked for at once: the list before its length is known, queries and
+/// frequencies beside it, the first keys before queries are rotated. Codes of 8 bits become bf16
+/// exactly; scales are applied to scores and weights in float32. Warps merge in shared memory,
+/// blocks of a cluster in that of their first (sm_90), clusters through a scratch that the last to
+/// arrive reads; always in the order of the list, so repeated runs give the same bits.
 #pragma once
 
 #include <algorithm>
@@ -217,8 +221,10 @@ struct SegmentAttentionParams {
   int classes;
   int max_segments;
   int max_queries;
-  int group;          // query heads per KV head
-  int column_blocks;  // blocks that share a KV head
+  int group;                     // query heads per KV head
+  std::uint64_t group_inverse;   // 2^32 / group, rounded up: divisions without their latency
+  std::uint64_t splits_inverse;  // 2^36 / splits, rounded up
+  int column_blocks;             // blocks that share a KV head
   int num_pairs;
   bool interleaved;
   ElementType input_type;
@@ -279,6 +285,13 @@ __device__ inline void stream_load_half_word(std::uint32_t* to, const std::uint1
   *to = x;
 }
 
+/// The same address, from which the compiler cannot take the sum apart again: what is added to it
+/// later are constants of the loads, not a sum of 64 bits for each.
+__device__ inline const unsigned char* settled(const unsigned char* address) {
+  asm("" : "+l"(address));
+  return address;
+}
+
 /// KeyFragment for rows of any stored type.
 template <class Element, int kHeadDim>
 struct StoredKeys {
@@ -288,12 +301,14 @@ struct StoredKeys {
 
   __device__ void load(const unsigned char* const (&row)[2], int t) {
 #pragma unroll
-    for (int c = 0; c < kHeadDim / 32; ++c)
+    for (int half = 0; half < 2; ++half) {
+      const unsigned char* const from = settled(row[half] + 8 * kBytes * t);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int c = 0; c < kHeadDim / 32; ++c)
         stream_load(&raw[half][2 * kBytes * c],
-                    reinterpret_cast<const std::uint16_t*>(row[half] + (32 * c + 8 * t) * kBytes),
+                    reinterpret_cast<const std::uint16_t*>(from + 32 * kBytes * c),
                     std::integral_constant<int, 2 * kBytes>());
+    }
     if constexpr (kHeadDim % 32 == 16) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
@@ -321,10 +336,11 @@ struct StoredValues {
   std::uint32_t raw[4][kWords];
 
   __device__ void load(int j, const unsigned char* row, int g) {
+    const unsigned char* const run = settled(row + 8 * kBytes * g);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 64; ++c)
       stream_load(&raw[j][2 * kBytes * c],
-                  reinterpret_cast<const std::uint16_t*>(row + (64 * c + 8 * g) * kBytes),
+                  reinterpret_cast<const std::uint16_t*>(run + 64 * kBytes * c),
                   std::integral_constant<int, 2 * kBytes>());
     static_assert(kRest < 3, "no vector load of three registers");
     if constexpr (kRest > 0) {
@@ -587,11 +603,15 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   const int element_bytes = p.input_type == ElementType::kF32 ? 4 : 2;
   const int row_vectors = kHeadDim * element_bytes / 16;
   const int most_columns = min(kColumns, p.max_queries * p.group - first_column);
+  const auto token_at = [&](int column) {
+    return static_cast<int>(static_cast<std::uint64_t>(first_column + column) * p.group_inverse >>
+                            32);
+  };
 #pragma unroll 1
   for (int e = tid - kWarpSize; e < most_columns * row_vectors; e += kThreads - kWarpSize) {
     if (e < 0) break;
     const int column = e / row_vectors;
-    const int token = (first_column + column) / p.group;
+    const int token = token_at(column);
     const int head = first_column + column - token * p.group;
     const std::int64_t row = session * p.query_session_stride + token * p.query_token_stride +
                              (kv_head * p.group + head) * kHeadDim;
@@ -650,19 +670,21 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   const int columns = min(kColumns, reader.queries * p.group - first_column);
   if (columns <= 0) return;
   const int tiles = tile_begin[count];
-  const int share = max(kLeastTiles, (tiles + splits - 1) / splits);
-  const int active = max(1, (tiles + share - 1) / share);
-  if (split >= active) return;
+  const int share = max(
+      kLeastTiles,
+      static_cast<int>(static_cast<std::uint64_t>(tiles + splits - 1) * p.splits_inverse >> 36));
   const int begin = split * share;
+  if (begin >= max(tiles, 1)) return;
   const int end = min(begin + share, tiles);
 
   // A column is one head of one token.
   const auto token_of = [&](int column) {
-    return (first_column + min(column, columns - 1)) / p.group;
+    return token_at(min(column, columns - 1));
   };
   const auto head_of = [&](int column) {
+    const int last = min(column, columns - 1);
     return static_cast<std::int64_t>(kv_head) * p.group +
-           (first_column + min(column, columns - 1)) % p.group;
+           (first_column + last - token_at(last) * p.group);
   };
   const int first_token = token_of(0);
   const int tokens = token_of(columns - 1) - first_token + 1;
@@ -790,11 +812,8 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
       if (before != 0xffffffffU) break;
     }
     const int first_run = run_of[at];
-    int runs = 1;
-    while (runs < kPlaces && first_run + runs < list_runs &&
-           tile_begin[run_begin[first_run + runs]] < end)
-      ++runs;
-    const int tiles_end = min(end, tile_begin[run_begin[first_run + runs]]);
+    const int runs_end = min(first_run + kPlaces, list_runs);
+    const int tiles_end = runs_end == list_runs ? end : min(end, tile_begin[run_begin[runs_end]]);
 
     // Keys are under way while queries are rotated; values are asked for behind them, as a
     // multiprocessor that has too many loads to issue issues nothing else.
@@ -802,6 +821,9 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
     bool more = open(tiles_end);
     if (more) load_keys();
     if (next_tile != begin) __syncthreads();  // all have read the queries before
+    int runs = 1;                             // those of which the block has tiles
+    while (first_run + runs < runs_end && tile_begin[run_begin[first_run + runs]] < tiles_end)
+      ++runs;
     rotate_queries(first_run, runs);
     if (more) load_values();
     __syncthreads();
@@ -988,7 +1010,8 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
             head] =
           state.y == 0 ? -kInfinity : (state.x + __log2f(state.y)) * 0.693147180559945309F;
   };
-  const bool alone = active <= cluster.size;  // no other cluster has a part
+  const int active = max(1, (tiles + share - 1) / share);  // blocks that have a tile
+  const bool alone = active <= cluster.size;               // no other cluster has a part
   const int blocks = min(cluster.size, active - (split - cluster.rank));
   const auto leave = [&](int column, int channel, float2 state, float4 total) {
     if (alone) {
@@ -1194,6 +1217,8 @@ class SegmentAttentionPlan {
       while (schedule_.splits % schedule_.cluster != 0) schedule_.cluster /= 2;
     }
     if (major_ < 9) schedule_.cluster = 1;
+    require(schedule_.splits <= kMostSplits, "schedule.splits",
+            "at most " + std::to_string(kMostSplits), schedule_.splits);
     require(schedule_.cluster >= 1 && schedule_.cluster <= kMostCluster &&
                 schedule_.splits % schedule_.cluster == 0,
             "schedule.cluster",
@@ -1272,6 +1297,8 @@ class SegmentAttentionPlan {
         .max_segments = static_cast<int>(shape_.max_segments),
         .max_queries = static_cast<int>(shape_.max_queries),
         .group = group_,
+        .group_inverse = inverse(32, group_),
+        .splits_inverse = inverse(36, schedule_.splits),
         .column_blocks = column_blocks_,
         .num_pairs = static_cast<int>(frequencies_.size()),
         .interleaved = interleaved_,
@@ -1301,8 +1328,16 @@ class SegmentAttentionPlan {
   }
 
  private:
+  /// 2^bits / divisor, rounded up: n * it >> bits is n / divisor while their product is below
+  /// 2^bits.
+  static std::uint64_t inverse(int bits, int divisor) {
+    const auto by = static_cast<std::uint64_t>(divisor);
+    return ((std::uint64_t{1} << bits) + by - 1) / by;
+  }
+
   using Memory = detail::SegmentMemory<kHeadDim, kColumnTiles>;
   static constexpr int kColumns = Memory::kColumns;
+  static constexpr int kMostSplits = 512;
   static constexpr int kMostCluster = 8;  // what every chip with clusters offers
   static constexpr int kMostSharedBytes =
       Memory::bytes(detail::kMaxListSegments, kColumns, kMostCluster);
