@@ -2,7 +2,8 @@
 /// Times attention over segment lists (decode) and over sinks and window (prefill), each alone, in
 /// replayed CUDA graphs with keys and values of their own for each layer. One JSON object a line.
 ///
-/// usage: segment_attention_bench [--case segments|prefill] [--sweep] [--overlap]
+/// usage: segment_attention_bench [--case segments|prefill] [--only NAME] [--sweep] [--overlap]
+/// --only: of segments' cases this one.
 /// --sweep: other schedules of segments beside the plan's own. --overlap: launches that may start
 /// before the one before them has ended.
 #include <algorithm>
@@ -215,20 +216,24 @@ void measure_prefill(std::int64_t window, ChunkKernel kernel) {
 
 int main(int count, char** arguments) {
   std::string only;
+  std::string name;
   bool overlap = false;
   std::vector<SegmentSchedule> schedules{{}};
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
+    } else if (std::strcmp(arguments[i], "--only") == 0 && i + 1 < count) {
+      name = arguments[++i];
     } else if (std::strcmp(arguments[i], "--overlap") == 0) {
       overlap = true;
     } else if (std::strcmp(arguments[i], "--sweep") == 0) {
-      schedules.insert(schedules.end(),
-                       {{4, 4}, {8, 4}, {16, 1}, {16, 2}, {16, 4}, {16, 8}, {32, 8}});
+      schedules.insert(
+          schedules.end(),
+          {{2, 2}, {4, 2}, {8, 2}, {8, 8}, {10, 10}, {12, 12}, {14, 14}, {16, 2}, {16, 16}});
     } else {
       std::fprintf(stderr,
-                   "usage: segment_attention_bench [--case segments|prefill] [--sweep] "
-                   "[--overlap]\n");
+                   "usage: segment_attention_bench [--case segments|prefill] [--only NAME] "
+                   "[--sweep] [--overlap]\n");
       return 2;
     }
   }
@@ -241,6 +246,7 @@ int main(int count, char** arguments) {
     if (only.empty() || only == "segments")
       for (const SegmentBenchCase& c : kSegmentCases)
         for (const SegmentSchedule schedule : schedules) {
+          if (!name.empty() && name != c.name) continue;
           measure_segments<bf16, 1>(c, "bf16", schedule, overlap);
           if (c.queries > 1) measure_segments<bf16, 2>(c, "bf16", schedule, overlap);
           if (c.queries == 1) measure_segments<std::int8_t, 1>(c, "int8", schedule, overlap);

@@ -474,7 +474,7 @@ void check_segments(const SegmentCase& c, const Variant& variant, std::uint64_t 
   check_launch<Element>(
       c,
       [&](const SegmentListsView<Element>& lists, const SegmentAttentionTensors& x) {
-        plan.launch(lists, x, variant, nullptr);
+        plan.launch(lists, x, variant, nullptr, seed % 2 == 1);
       },
       seed);
 }

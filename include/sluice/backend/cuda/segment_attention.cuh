@@ -9,9 +9,9 @@
 /// token by token, in each the heads that share it, 8 to a matrix instruction; so any ratio of
 /// heads and any number of queries fills them. Segments are cut into tiles of 16 entries, tiles
 /// of the whole list are dealt to blocks in consecutive shares and there to warps in turn. Segments
-/// in a row that are read from one place (shift and ceiling) are a run; a block holds its queries as
-/// rotated for up to four runs at once, and rotates anew only where its share has more. What does
-/// not hang together is asked for at once: the list before its length is known, queries and
+/// in a row that are read from one place (shift and ceiling) are a run; a block holds its queries
+/// as rotated for up to four runs at once, and rotates anew only where its share has more. What
+/// does not hang together is asked for at once: the list before its length is known, queries and
 /// frequencies beside it, the first keys before queries are rotated. Codes of 8 bits become bf16
 /// exactly; scales are applied to scores and weights in float32. Warps merge in shared memory,
 /// blocks of a cluster in that of their first (sm_90), clusters through a scratch that the last to
@@ -547,6 +547,7 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   constexpr int kPairs = kHeadDim / 2;
   const float kInfinity = __int_as_float(0x7f800000);
 
+  __shared__ __align__(16) unsigned char reader_memory[sizeof(device::SegmentReader)];
   __shared__ int list_runs;
   __shared__ int last_block;
   __shared__ std::uint64_t arrived;  // bytes from the other blocks of the cluster
@@ -594,9 +595,9 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   let_next_kernel_start();
 
   // One round of loads: reader, list and queries, all of which there may be. The first warp asks
-  // for its segments before it knows how many there are, the others for queries.
-  const device::SegmentReader reader = p.readers[session];
-  const int head_row = p.head_row[kv_head];
+  // for the list before it knows how long that is, the others for queries. Reader and list go
+  // through shared memory: a register that is still being loaded, used late, would have the loads
+  // of keys wait for it and for each other (there are six scoreboards to a warp).
   const std::int64_t list = p.classes == 1 ? session : session * p.classes + p.head_class[kv_head];
   const device::Segment<Element>* const segments = p.segments + list * p.max_segments;
   const int count = p.counts[list];
@@ -607,31 +608,36 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
     return static_cast<int>(static_cast<std::uint64_t>(first_column + column) * p.group_inverse >>
                             32);
   };
-#pragma unroll 1
-  for (int e = tid - kWarpSize; e < most_columns * row_vectors; e += kThreads - kWarpSize) {
-    if (e < 0) break;
-    const int column = e / row_vectors;
-    const int token = token_at(column);
-    const int head = first_column + column - token * p.group;
-    const std::int64_t row = session * p.query_session_stride + token * p.query_token_stride +
-                             (kv_head * p.group + head) * kHeadDim;
-    copy_async(raw_queries + 16 * e, static_cast<const unsigned char*>(p.query) +
-                                         row * element_bytes + 16 * (e - column * row_vectors));
-  }
-  copies_commit();
-
-  // Entries, places and rows of the whole list.
-#pragma unroll 1
-  for (int s = tid; s < (tid < kWarpSize && s == tid ? p.max_segments : count); s += kThreads) {
-    const device::Segment<Element> segment = load_segment(segments + s);
-    if (s >= count) break;
+  const auto keep = [&](int s, const device::Segment<Element>& segment, int head_row) {
     std::int64_t visible = min(segment.visible, segment.count);
     if (segment.visible_tokens != nullptr)
       visible = min(visible, load_acquire(segment.visible_tokens) - segment.first_index);
     entries[s] = static_cast<int>(max(visible, std::int64_t{0}));
     places[s] = {segment.shift, segment.ceiling};
     list_rows[s] = segment_rows(segment, head_row);
+  };
+  if (warp == 0) {
+    const device::SegmentReader who = p.readers[session];
+    const int head_row = p.head_row[kv_head];
+    const device::Segment<Element> segment = load_segment(segments + min(lane, p.max_segments - 1));
+    if (lane < count) keep(lane, segment, head_row);
+    if (lane == 0) *reinterpret_cast<device::SegmentReader*>(reader_memory) = who;
+  } else {
+#pragma unroll 1
+    for (int e = tid - kWarpSize; e < most_columns * row_vectors; e += kThreads - kWarpSize) {
+      const int column = e / row_vectors;
+      const int token = token_at(column);
+      const int head = first_column + column - token * p.group;
+      const std::int64_t row = session * p.query_session_stride + token * p.query_token_stride +
+                               (kv_head * p.group + head) * kHeadDim;
+      copy_async(raw_queries + 16 * e, static_cast<const unsigned char*>(p.query) +
+                                           row * element_bytes + 16 * (e - column * row_vectors));
+    }
   }
+  copies_commit();
+#pragma unroll 1
+  for (int s = kWarpSize + tid; s < count; s += kThreads)
+    keep(s, load_segment(segments + s), p.head_row[kv_head]);
   if (count > kWarpSize) __syncthreads();
   if (warp == 0) {  // where segments' tiles begin, and runs
     __syncwarp();
@@ -667,6 +673,8 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   copies_wait();
   __syncthreads();
 
+  const device::SegmentReader reader =
+      *reinterpret_cast<const device::SegmentReader*>(reader_memory);
   const int columns = min(kColumns, reader.queries * p.group - first_column);
   if (columns <= 0) return;
   const int tiles = tile_begin[count];
@@ -730,25 +738,26 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
     }
   };
 
-  // Where a warp reads: its tile, and what it needs of the tile's segment.
+  // A tile of a warp.
+  struct Tile {
+    int at;  // segment
+    int first_entry;
+    int present;
+    device::TileVisibility verdict;
+  };
   int tile = 0;
-  int at = 0;  // segment
-  int first_entry = 0;
-  int present = 0;
-  device::KeyInfo first_key{};
-  device::TileVisibility verdict = device::TileVisibility::kAll;
   // Goes on to the next tile of [tile, tiles_end) that anybody sees; false: there is none.
-  const auto open = [&](int tiles_end) {
+  const auto open = [&](Tile& x, int tiles_end) {
     for (; tile < tiles_end; tile += kWarps) {
-      while (tile >= tile_begin[at + 1]) ++at;
-      const SegmentRows& rows = list_rows[at];
-      first_entry = (tile - tile_begin[at]) * kDecodeTile;
-      present = min(entries[at] - first_entry, kDecodeTile);
-      first_key = {rows.first_index + first_entry, rows.kind, rows.group};
-      verdict = p.variant.visibility.classify(reader.first_index + first_token,
-                                              reader.first_index + first_token + tokens - 1,
-                                              first_key, first_key.index + present - 1);
-      if (verdict != device::TileVisibility::kNone) return true;
+      while (tile >= tile_begin[x.at + 1]) ++x.at;
+      const SegmentRows& rows = list_rows[x.at];
+      x.first_entry = (tile - tile_begin[x.at]) * kDecodeTile;
+      x.present = min(entries[x.at] - x.first_entry, kDecodeTile);
+      const device::KeyInfo first{rows.first_index + x.first_entry, rows.kind, rows.group};
+      x.verdict = p.variant.visibility.classify(reader.first_index + first_token,
+                                                reader.first_index + first_token + tokens - 1,
+                                                first, first.index + x.present - 1);
+      if (x.verdict != device::TileVisibility::kNone) return true;
     }
     return false;
   };
@@ -758,12 +767,12 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   float key_scale[2] = {1, 1};  // of entries g and g + 8
   float value_scale[2] = {1, 1};
   // Entries beyond the visible ones are read as the last of those and masked.
-  const auto load_keys = [&] {
-    const SegmentRows& from = list_rows[at];
+  const auto load_keys = [&](const Tile& x) {
+    const SegmentRows& from = list_rows[x.at];
     const unsigned char* rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int entry = first_entry + min(g + 8 * half, present - 1);
+      const int entry = x.first_entry + min(g + 8 * half, x.present - 1);
       rows[half] = from.keys + entry * from.key_stride;
       if constexpr (Row::kScaled) {
         key_scale[half] = __ldg(from.key_scales + entry * from.key_scale_stride);
@@ -775,12 +784,13 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
   const auto value_slot = [&](int j) {
     return 2 * t + (j & 1) + 8 * (j >> 1);
   };
-  const auto load_values = [&] {
-    const SegmentRows& from = list_rows[at];
+  const auto load_values = [&](const Tile& x) {
+    const SegmentRows& from = list_rows[x.at];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       value.load(
-          j, from.values + (first_entry + min(value_slot(j), present - 1)) * from.value_stride, g);
+          j, from.values + (x.first_entry + min(value_slot(j), x.present - 1)) * from.value_stride,
+          g);
   };
 
   // Columns 8 n + 2 t + i: running maximum (the same in all lanes of a t), own share of the sum.
@@ -802,7 +812,7 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
 
   // As many places at a time as there is room for queries.
   for (int next_tile = begin; next_tile < end;) {
-    at = 0;  // the segment of next_tile
+    int at = 0;  // the segment of next_tile
 #pragma unroll 1
     for (int first = 0; first < count; first += kWarpSize) {
       const int s = first + lane;
@@ -818,19 +828,24 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
     // Keys are under way while queries are rotated; values are asked for behind them, as a
     // multiprocessor that has too many loads to issue issues nothing else.
     tile = next_tile + warp;
-    bool more = open(tiles_end);
-    if (more) load_keys();
+    Tile here{at, 0, 0, device::TileVisibility::kAll};
+    bool more = open(here, tiles_end);
+    if (more) load_keys(here);
     if (next_tile != begin) __syncthreads();  // all have read the queries before
     int runs = 1;                             // those of which the block has tiles
     while (first_run + runs < runs_end && tile_begin[run_begin[first_run + runs]] < tiles_end)
       ++runs;
     rotate_queries(first_run, runs);
-    if (more) load_values();
+    if (more) load_values(here);
     __syncthreads();
     while (more) {
+      Tile next = here;  // found while keys are on their way
+      tile += kWarps;
+      const bool another = open(next, tiles_end);
       const std::uint16_t* const place_queries =
-          queries + (run_of[at] - first_run) * Memory::kPlaceQueries;
-      const bool whole = present == kDecodeTile && verdict == device::TileVisibility::kAll;
+          queries + (run_of[here.at] - first_run) * Memory::kPlaceQueries;
+      const bool whole =
+          here.present == kDecodeTile && here.verdict == device::TileVisibility::kAll;
       float s[kColumnTiles][4];
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n) {
@@ -871,9 +886,10 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const int c = n * kDecodeHeads + 2 * t + i % 2;
-            const device::ScorePlace place{
-                head_of(c), segments[at].first_position + (first_entry + g + 8 * (i / 2)) -
-                                reader_position(token_of(c), places[at])};
+            const device::ScorePlace place{head_of(c),
+                                           segments[here.at].first_position +
+                                               (here.first_entry + g + 8 * (i / 2)) -
+                                               reader_position(token_of(c), places[here.at])};
             s[n][i] = p.variant.transform.apply(place, s[n][i]) * kLog2E;
           }
         }
@@ -889,11 +905,12 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
             if (n > 0 && n * kDecodeHeads >= columns) continue;
             const int entry = g + 8 * (i / 2);
             const int token = token_of(c);
-            device::KeyInfo info = first_key;
-            info.index += entry;
+            const SegmentRows& rows = list_rows[here.at];
+            const device::KeyInfo info{rows.first_index + here.first_entry + entry, rows.kind,
+                                       rows.group};
             const bool visible =
-                entry < present &&
-                (verdict == device::TileVisibility::kAll ||
+                entry < here.present &&
+                (here.verdict == device::TileVisibility::kAll ||
                  p.variant.visibility.visible(
                      {reader.first_index + token, reader.first_position + token}, info));
             if (!visible) s[n][i] = -kInfinity;
@@ -903,9 +920,7 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
         seen[1] = __ballot_sync(0xffffffffU, any[1]);
       }
       const float weight_scale[2] = {value_scale[0], value_scale[1]};
-      tile += kWarps;
-      more = open(tiles_end);
-      if (more) load_keys();
+      if (another) load_keys(next);
 
       if (!whole) {
         // A row that nobody sees may hold anything, NaN included, and 0 * NaN is not 0.
@@ -975,7 +990,9 @@ __global__ void __launch_bounds__(kSegmentWarps<kHeadDim, kColumnTiles>* kWarpSi
           H::multiply_add(out[n][c], a, low[n][0], low[n][1]);
         }
       }
-      if (more) load_values();
+      if (another) load_values(next);
+      here = next;
+      more = another;
     }
     next_tile = tiles_end;
   }
@@ -1211,9 +1228,24 @@ class SegmentAttentionPlan {
                "cudaDeviceGetAttribute");
     check_cuda(cudaDeviceGetAttribute(&major_, cudaDevAttrComputeCapabilityMajor, device),
                "cudaDeviceGetAttribute");
-    schedule_ = schedule.splits > 0 ? schedule : choose(units, shape.max_keys, multiprocessors);
-    if (schedule_.cluster == 0) {
-      schedule_.cluster = kMostCluster;
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel_), "cudaFuncGetAttributes");
+    int most_shared = 0;
+    check_cuda(
+        cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+    most_shared -= static_cast<int>(attributes.sharedSizeBytes);
+    check_cuda(
+        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
+        "cudaFuncSetAttribute");
+    if (major_ >= 9)
+      check_cuda(cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                 "cudaFuncSetAttribute");
+    schedule_ = schedule;
+    if (schedule.splits == 0) {
+      schedule_ = choose(units, shape.max_keys, multiprocessors);
+    } else if (schedule.cluster == 0) {
+      schedule_.cluster = kPortableCluster;
       while (schedule_.splits % schedule_.cluster != 0) schedule_.cluster /= 2;
     }
     if (major_ < 9) schedule_.cluster = 1;
@@ -1224,13 +1256,8 @@ class SegmentAttentionPlan {
             "schedule.cluster",
             "a divisor of schedule.splits, at most " + std::to_string(kMostCluster),
             schedule_.cluster);
-    shared_bytes_ = Memory::bytes(
-        static_cast<int>(shape.max_segments),
-        static_cast<int>(std::min<std::int64_t>(kColumns, group_ * shape.max_queries)),
-        schedule_.cluster);
-    check_cuda(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    kMostSharedBytes),
-               "cudaFuncSetAttribute");
+    require(shared_bytes() <= most_shared, "max_segments",
+            "a list that fits into the shared memory of a block", shape.max_segments);
     head_class_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(classes));
     head_row_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(rows));
     const auto parts =
@@ -1254,17 +1281,20 @@ class SegmentAttentionPlan {
   const SegmentAttentionShape& shape() const { return shape_; }
   const SegmentSchedule& schedule() const { return schedule_; }
 
-  /// The schedule for `units` KV heads (times sessions), as decode attention's alone: as many
-  /// blocks as powers of two fill the machine with, halved where clusters of them would not all
-  /// find room at once; none with less than 4 tiles.
+  /// The schedule for `units` KV heads (times sessions), as measured on an H100: a block on every
+  /// multiprocessor, as far as powers of two go, in pairs. But clusters of more than two find no
+  /// room on all of a chip whose parts are no multiples of them; where warps go round only once or
+  /// twice, half the blocks in clusters are faster. No block has less than 4 tiles.
   static SegmentSchedule choose(std::int64_t units, std::int64_t max_keys, int multiprocessors) {
     const std::int64_t tiles = (max_keys + detail::kDecodeTile - 1) / detail::kDecodeTile;
     int splits = 1;
     while (splits < 64 && 2 * splits * units <= multiprocessors &&
            2 * splits * detail::kLeastTiles <= tiles)
       splits *= 2;
-    if (splits > 2 && 2 * splits * units > multiprocessors) splits /= 2;
-    return {splits, std::min(splits, kMostCluster)};
+    if (2 * splits * units <= multiprocessors) return {splits, std::min(splits, kPortableCluster)};
+    if (splits > 2 && tiles <= std::int64_t{splits} * Memory::kWarps)
+      return {splits / 2, std::min(splits / 2, kPortableCluster)};
+    return {splits, std::min(splits, 2)};
   }
 
   /// One layer's attention. May be captured: lists, prefixes and readers are read when it runs.
@@ -1305,26 +1335,8 @@ class SegmentAttentionPlan {
         .input_type = x.input_type,
         .output_type = x.output_type,
         .variant = variant};
-    cudaLaunchAttribute attributes[2] = {};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(schedule_.splits),
-                          static_cast<unsigned>(shape_.num_kv_heads * column_blocks_),
-                          static_cast<unsigned>(shape_.batch_size));
-    config.blockDim = dim3(Memory::kWarps * detail::kWarpSize);
-    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes_);
-    config.stream = stream;
-    config.attrs = attributes;
-    if (overlap && major_ >= 9) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (schedule_.cluster > 1) {
-      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-      attributes[config.numAttrs].val.clusterDim.x = static_cast<unsigned>(schedule_.cluster);
-      attributes[config.numAttrs].val.clusterDim.y = 1;
-      attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
-    check_cuda(cudaLaunchKernelEx(&config, kernel_, params), "segment_attention_kernel");
+    const Launch launch(*this, stream, overlap);
+    check_cuda(cudaLaunchKernelEx(&launch.config, kernel_, params), "segment_attention_kernel");
   }
 
  private:
@@ -1338,10 +1350,43 @@ class SegmentAttentionPlan {
   using Memory = detail::SegmentMemory<kHeadDim, kColumnTiles>;
   static constexpr int kColumns = Memory::kColumns;
   static constexpr int kMostSplits = 512;
-  static constexpr int kMostCluster = 8;  // what every chip with clusters offers
-  static constexpr int kMostSharedBytes =
-      Memory::bytes(detail::kMaxListSegments, kColumns, kMostCluster);
-  static_assert(kMostSharedBytes < 226 << 10);
+  static constexpr int kPortableCluster = 8;  // what every chip with clusters offers
+  static constexpr int kMostCluster = 16;
+
+  struct Launch {
+    Launch(const SegmentAttentionPlan& plan, cudaStream_t stream, bool overlap) {
+      config.gridDim = dim3(static_cast<unsigned>(plan.schedule_.splits),
+                            static_cast<unsigned>(plan.shape_.num_kv_heads * plan.column_blocks_),
+                            static_cast<unsigned>(plan.shape_.batch_size));
+      config.blockDim = dim3(Memory::kWarps * detail::kWarpSize);
+      config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes());
+      config.stream = stream;
+      config.attrs = attributes;
+      if (overlap && plan.major_ >= 9) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+      }
+      if (plan.schedule_.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x =
+            static_cast<unsigned>(plan.schedule_.cluster);
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+      }
+    }
+    Launch(const Launch&) = delete;  // config points into it
+    Launch& operator=(const Launch&) = delete;
+
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config{};
+  };
+
+  int shared_bytes() const {
+    return Memory::bytes(
+        static_cast<int>(shape_.max_segments),
+        static_cast<int>(std::min<std::int64_t>(kColumns, group_ * shape_.max_queries)),
+        schedule_.cluster);
+  }
 
   // What the attribute is set on (backend.cuh).
   void (*kernel_)(detail::SegmentAttentionParams<Element, Variant>) =
@@ -1352,7 +1397,6 @@ class SegmentAttentionPlan {
   int group_ = 1;
   int column_blocks_ = 1;
   int major_ = 0;
-  int shared_bytes_ = 0;
   SegmentSchedule schedule_;
   Buffer<std::int32_t, cuda> head_class_;
   Buffer<std::int32_t, cuda> head_row_;
