@@ -227,9 +227,8 @@ int main(int count, char** arguments) {
     } else if (std::strcmp(arguments[i], "--overlap") == 0) {
       overlap = true;
     } else if (std::strcmp(arguments[i], "--sweep") == 0) {
-      schedules.insert(
-          schedules.end(),
-          {{2, 2}, {4, 2}, {8, 2}, {8, 8}, {10, 10}, {12, 12}, {14, 14}, {16, 2}, {16, 16}});
+      schedules.insert(schedules.end(),
+                       {{4, 2}, {8, 2}, {8, 8}, {11, 1}, {12, 2}, {12, 6}, {16, 1}, {16, 2}});
     } else {
       std::fprintf(stderr,
                    "usage: segment_attention_bench [--case segments|prefill] [--only NAME] "

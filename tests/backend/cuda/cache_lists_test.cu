@@ -27,8 +27,8 @@ void check_lists(const CacheLists& c) {
   shape.max_segments = 64;
   shape.max_keys = 400;
   shape.head_classes = c.classes;
-  const SegmentAttentionPlan<f16, kHeadDim, Variant> plan(shape, {c.rotation.frequencies, 1, false},
-                                                          0);
+  const SegmentAttentionPlan<f16, kHeadDim, Variant> plan(shape,
+                                                          {c.rotation.frequencies, 1, false});
   SegmentLists<f16> lists(shape);
   // Rows of all segments, one behind the other: [segments][heads, count, head_dim].
   std::vector<float> keys;

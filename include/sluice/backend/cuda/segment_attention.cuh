@@ -1238,14 +1238,11 @@ class SegmentAttentionPlan {
     check_cuda(
         cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
         "cudaFuncSetAttribute");
-    if (major_ >= 9)
-      check_cuda(cudaFuncSetAttribute(kernel_, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-                 "cudaFuncSetAttribute");
     schedule_ = schedule;
     if (schedule.splits == 0) {
       schedule_ = choose(units, shape.max_keys, multiprocessors);
     } else if (schedule.cluster == 0) {
-      schedule_.cluster = kPortableCluster;
+      schedule_.cluster = kMostCluster;
       while (schedule_.splits % schedule_.cluster != 0) schedule_.cluster /= 2;
     }
     if (major_ < 9) schedule_.cluster = 1;
@@ -1283,17 +1280,17 @@ class SegmentAttentionPlan {
 
   /// The schedule for `units` KV heads (times sessions), as measured on an H100: a block on every
   /// multiprocessor, as far as powers of two go, in pairs. But clusters of more than two find no
-  /// room on all of a chip whose parts are no multiples of them; where warps go round only once or
-  /// twice, half the blocks in clusters are faster. No block has less than 4 tiles.
+  /// room on all of a chip whose parts are no multiples of them; where warps go round three times
+  /// at most, half the blocks in clusters are faster. No block has less than 4 tiles.
   static SegmentSchedule choose(std::int64_t units, std::int64_t max_keys, int multiprocessors) {
     const std::int64_t tiles = (max_keys + detail::kDecodeTile - 1) / detail::kDecodeTile;
     int splits = 1;
     while (splits < 64 && 2 * splits * units <= multiprocessors &&
            2 * splits * detail::kLeastTiles <= tiles)
       splits *= 2;
-    if (2 * splits * units <= multiprocessors) return {splits, std::min(splits, kPortableCluster)};
-    if (splits > 2 && tiles <= std::int64_t{splits} * Memory::kWarps)
-      return {splits / 2, std::min(splits / 2, kPortableCluster)};
+    if (2 * splits * units <= multiprocessors) return {splits, std::min(splits, kMostCluster)};
+    if (splits > 2 && 2 * tiles <= std::int64_t{3} * splits * Memory::kWarps)
+      return {splits / 2, std::min(splits / 2, kMostCluster)};
     return {splits, std::min(splits, 2)};
   }
 
@@ -1350,8 +1347,7 @@ class SegmentAttentionPlan {
   using Memory = detail::SegmentMemory<kHeadDim, kColumnTiles>;
   static constexpr int kColumns = Memory::kColumns;
   static constexpr int kMostSplits = 512;
-  static constexpr int kPortableCluster = 8;  // what every chip with clusters offers
-  static constexpr int kMostCluster = 16;
+  static constexpr int kMostCluster = 8;  // what every chip with clusters offers
 
   struct Launch {
     Launch(const SegmentAttentionPlan& plan, cudaStream_t stream, bool overlap) {
