@@ -226,6 +226,10 @@ TEST(SegmentAttentionShapes, RefusesWhatDoesNotFit) {
   EXPECT_THROW(Plan(shape, {}), Error);
   shape.head_classes = {{0, 1}, {2}};
   EXPECT_THROW(Plan(shape, {}), Error);
+  shape.head_classes = {};
+  EXPECT_THROW(Plan(shape, {}, {-1, 0}), Error);
+  EXPECT_THROW(Plan(shape, {}, {513, 1}), Error);
+  EXPECT_THROW(Plan(shape, {}, {16, 32}), Error);
 }
 
 }  // namespace

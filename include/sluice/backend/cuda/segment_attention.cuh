@@ -1245,14 +1245,14 @@ class SegmentAttentionPlan {
       schedule_.cluster = kMostCluster;
       while (schedule_.splits % schedule_.cluster != 0) schedule_.cluster /= 2;
     }
-    if (major_ < 9) schedule_.cluster = 1;
-    require(schedule_.splits <= kMostSplits, "schedule.splits",
-            "at most " + std::to_string(kMostSplits), schedule_.splits);
+    require(schedule_.splits >= 1 && schedule_.splits <= kMostSplits, "schedule.splits",
+            "1 to " + std::to_string(kMostSplits), schedule_.splits);
     require(schedule_.cluster >= 1 && schedule_.cluster <= kMostCluster &&
                 schedule_.splits % schedule_.cluster == 0,
             "schedule.cluster",
             "a divisor of schedule.splits, at most " + std::to_string(kMostCluster),
             schedule_.cluster);
+    if (major_ < 9) schedule_.cluster = 1;
     require(shared_bytes() <= most_shared, "max_segments",
             "a list that fits into the shared memory of a block", shape.max_segments);
     head_class_ = Buffer<std::int32_t, cuda>(std::span<const std::int32_t>(classes));
