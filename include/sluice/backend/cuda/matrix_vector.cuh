@@ -79,7 +79,7 @@ inline constexpr int kVectorLead = 4;
 inline constexpr int kVectorChunk = 8 * kWarpSize;  // elements of a row that a warp takes at a time
 
 struct MatrixVectorParams {
-  const std::uint16_t* matrix;
+  const void* matrix;
   const float* x;
   const float* norm;
   float* y;
@@ -150,6 +150,37 @@ __device__ TokenCandidate best_of_block(TokenCandidate mine, TokenCandidate* scr
   return mine;
 }
 
+/// What becomes of rows [first, first + count), whose sums total_of(row - first) gives. `residual`:
+/// for kAdd, the old value of the thread's first row, read ahead. `best`: one for each warp.
+template <VectorEpilogue kEpilogue, class TotalOf>
+__device__ void finish_rows(const MatrixVectorParams& p, int first, int count, float residual,
+                            const TotalOf& total_of, TokenCandidate* best) {
+  const int tid = static_cast<int>(threadIdx.x);
+  if constexpr (kEpilogue == VectorEpilogue::kGatedSilu) {
+    for (int i = tid; 2 * i < count; i += kVectorThreads) {
+      const float gate = total_of(2 * i);
+      p.y[first / 2 + i] = gate / (1 + __expf(-gate)) * total_of(2 * i + 1);
+    }
+  } else if constexpr (kEpilogue == VectorEpilogue::kAdd) {
+    if (tid < count) p.y[first + tid] = residual + total_of(tid);
+    for (int i = tid + kVectorThreads; i < count; i += kVectorThreads)
+      p.y[first + i] += total_of(i);
+  } else if constexpr (kEpilogue == VectorEpilogue::kStore) {
+    for (int i = tid; i < count; i += kVectorThreads) p.y[first + i] = total_of(i);
+  } else {
+    const std::int64_t tokens = p.temperature > 0 ? p.totals[p.sequence] : 0;
+    TokenCandidate mine{-__int_as_float(0x7f800000), 0};
+    for (int i = tid; i < count; i += kVectorThreads) {
+      const float logit = total_of(i);
+      p.y[first + i] = logit;
+      mine = better(mine, {token_score(logit, p.temperature, p.seed, p.sequence, tokens, first + i),
+                           first + i});
+    }
+    mine = best_of_block<kVectorThreads>(mine, best);
+    if (tid == 0) p.candidates[blockIdx.x] = mine;
+  }
+}
+
 template <class Element, VectorEpilogue kEpilogue, bool kNorm>
 __global__ void __launch_bounds__(kVectorThreads, 2)
     matrix_vector_kernel(const __grid_constant__ MatrixVectorParams p) {
@@ -185,8 +216,9 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
   int row = begin / chunks;
   int fetched = begin;
   int fetch_chunk = chunk;
-  const std::uint16_t* from =
-      p.matrix + static_cast<std::int64_t>(first + row) * p.cols + chunk * kVectorChunk + lane * 8;
+  const std::uint16_t* from = static_cast<const std::uint16_t*>(p.matrix) +
+                              static_cast<std::int64_t>(first + row) * p.cols +
+                              chunk * kVectorChunk + lane * 8;
   const int row_step = p.cols - (chunks - 1) * kVectorChunk;
   const auto fetch = [&](int stage) {
     if (fetched < end) {
@@ -282,29 +314,24 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
       sum += carry[w];
     return sum * scale;
   };
-  if constexpr (kEpilogue == VectorEpilogue::kGatedSilu) {
-    for (int i = tid; 2 * i < count; i += kVectorThreads) {
-      const float gate = total_of(2 * i);
-      p.y[first / 2 + i] = gate / (1 + __expf(-gate)) * total_of(2 * i + 1);
-    }
-  } else if constexpr (kEpilogue == VectorEpilogue::kAdd) {
-    if (tid < count) p.y[first + tid] = residual + total_of(tid);
-    for (int i = tid + kVectorThreads; i < count; i += kVectorThreads)
-      p.y[first + i] += total_of(i);
-  } else if constexpr (kEpilogue == VectorEpilogue::kStore) {
-    for (int i = tid; i < count; i += kVectorThreads) p.y[first + i] = total_of(i);
-  } else {
-    const std::int64_t tokens = p.temperature > 0 ? p.totals[p.sequence] : 0;
-    TokenCandidate mine{-__int_as_float(0x7f800000), 0};
-    for (int i = tid; i < count; i += kVectorThreads) {
-      const float logit = total_of(i);
-      p.y[first + i] = logit;
-      mine = better(mine, {token_score(logit, p.temperature, p.seed, p.sequence, tokens, first + i),
-                           first + i});
-    }
-    mine = best_of_block<kVectorThreads>(mine, best);
-    if (tid == 0) p.candidates[blockIdx.x] = mine;
-  }
+  finish_rows<kEpilogue>(p, first, count, residual, total_of, best);
+}
+
+template <class Params>
+void launch_vector_kernel(const char* name, void (*kernel)(Params), const Params& params,
+                          int blocks, std::int64_t shared_bytes, bool overlap,
+                          cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(blocks));
+  launch.blockDim = dim3(kVectorThreads);
+  launch.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  launch.stream = stream;
+  launch.attrs = &attribute;
+  launch.numAttrs = overlap ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&launch, kernel, params), name);
 }
 
 }  // namespace detail
@@ -369,32 +396,22 @@ class MatrixVectorPlan {
     require(bytes <= most_shared_ - kStaticBytes, "cols and rows", "what shared memory holds",
             bytes);
     if (alone) bytes = std::max<std::int64_t>(bytes, most_shared_ / 2 + 1024);
-    const detail::MatrixVectorParams params{
-        .matrix = reinterpret_cast<const std::uint16_t*>(task.matrix),
-        .x = task.x,
-        .norm = task.norm,
-        .y = task.y,
-        .candidates = task.candidates,
-        .totals = task.totals,
-        .sequence = task.sequence,
-        .seed = task.choice.seed,
-        .norm_eps = task.norm_eps,
-        .temperature = task.choice.temperature,
-        .rows = static_cast<int>(task.rows),
-        .cols = static_cast<int>(task.cols)};
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t launch{};
-    launch.gridDim = dim3(static_cast<unsigned>(blocks_));
-    launch.blockDim = dim3(detail::kVectorThreads);
-    launch.dynamicSmemBytes = static_cast<std::size_t>(bytes);
-    launch.stream = stream;
-    launch.attrs = &attribute;
-    launch.numAttrs = overlap_ ? 1 : 0;
-    const Kernel kernel =
-        kernels_[static_cast<std::size_t>(epilogue)][task.norm != nullptr ? 1 : 0];
-    check_cuda(cudaLaunchKernelEx(&launch, kernel, params), "matrix_vector_kernel");
+    const detail::MatrixVectorParams params{.matrix = task.matrix,
+                                            .x = task.x,
+                                            .norm = task.norm,
+                                            .y = task.y,
+                                            .candidates = task.candidates,
+                                            .totals = task.totals,
+                                            .sequence = task.sequence,
+                                            .seed = task.choice.seed,
+                                            .norm_eps = task.norm_eps,
+                                            .temperature = task.choice.temperature,
+                                            .rows = static_cast<int>(task.rows),
+                                            .cols = static_cast<int>(task.cols)};
+    detail::launch_vector_kernel(
+        "matrix_vector_kernel",
+        kernels_[static_cast<std::size_t>(epilogue)][task.norm != nullptr ? 1 : 0], params, blocks_,
+        bytes, overlap_, stream);
   }
 
  private:
