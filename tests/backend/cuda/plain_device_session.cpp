@@ -19,6 +19,8 @@
 #include <sluice/backend/cuda/device_session.hpp>
 #include <sluice/core/error.hpp>
 
+#include "backend/cuda/quantised_sample.hpp"
+
 namespace sluice {
 
 namespace {
@@ -32,6 +34,21 @@ Row widened(std::span<const T> x, std::int64_t count, const char* name) {
                                     std::to_string(count), std::to_string(x.size())});
   Row result;
   for (const T value : x) result.push_back(static_cast<double>(static_cast<float>(value)));
+  return result;
+}
+
+/// A quantised matrix, its rows from `first` on, every `step`th.
+Row unpacked(const CudaPackedRows& packed, std::int64_t rows, std::int64_t cols, const char* name,
+             std::int64_t first = 0, std::int64_t step = 1) {
+  if (packed.rows != rows ||
+      static_cast<std::int64_t>(packed.content.size()) != quantised_bytes(packed.type, rows, cols))
+    throw Error(ErrorCode::kShape, {"content does not fit", "plain device", name,
+                                    std::to_string(rows), std::to_string(packed.rows)});
+  const std::vector<float> values = sluice_test::unpacked(
+      packed.type, {packed.content.begin(), packed.content.end()}, rows, cols);
+  Row result;
+  for (std::int64_t r = first; r < rows; r += step)
+    result.insert(result.end(), values.begin() + r * cols, values.begin() + (r + 1) * cols);
   return result;
 }
 
@@ -79,6 +96,7 @@ struct CudaDeviceModel<Element>::Content {
   CudaRotation rotation;
   bool tied;
   int device = 0;
+  std::size_t bytes = 0;  // of matrices
   Row embedding{}, output{}, output_norm{};
   std::vector<PlainLayer> layers{};
 };
@@ -104,10 +122,17 @@ CudaDeviceModel<Element>::~CudaDeviceModel() = default;
 template <class Element>
 void CudaDeviceModel<Element>::set_embedding(std::span<const Element> x) {
   content_->embedding = widened(x, shape().vocab_size * shape().hidden_size, "embedding");
+  content_->bytes += x.size_bytes();
 }
 template <class Element>
 void CudaDeviceModel<Element>::set_output(std::span<const Element> x) {
   content_->output = widened(x, shape().vocab_size * shape().hidden_size, "output");
+  content_->bytes += x.size_bytes();
+}
+template <class Element>
+void CudaDeviceModel<Element>::set_output(const CudaPackedRows& x) {
+  content_->output = unpacked(x, shape().vocab_size, shape().hidden_size, "output");
+  content_->bytes += x.content.size();
 }
 template <class Element>
 void CudaDeviceModel<Element>::set_output_norm(std::span<const float> x) {
@@ -116,16 +141,29 @@ void CudaDeviceModel<Element>::set_output_norm(std::span<const float> x) {
 template <class Element>
 void CudaDeviceModel<Element>::set_layer(std::int64_t layer, const CudaLayerContent<Element>& x) {
   const CudaDecoderShape& s = shape();
+  const auto matrix = [&](std::span<const Element> plain, const CudaPackedRows& packed,
+                          std::int64_t rows, std::int64_t cols, const char* name) {
+    content_->bytes += plain.size_bytes() + packed.content.size();
+    return packed.content.empty() ? widened(plain, rows * cols, name)
+                                  : unpacked(packed, rows, cols, name);
+  };
+  // Gate and up are one quantised matrix.
+  const auto half = [&](std::span<const Element> plain, std::int64_t which, const char* name) {
+    if (x.packed_gate_up.content.empty())
+      return matrix(plain, {}, s.intermediate_size, s.hidden_size, name);
+    content_->bytes += x.packed_gate_up.content.size() / 2;
+    return unpacked(x.packed_gate_up, 2 * s.intermediate_size, s.hidden_size, name, which, 2);
+  };
   content_->layers[static_cast<std::size_t>(layer)] = {
       widened(x.attention_norm, s.hidden_size, "attention norm"),
-      widened(x.query, s.query_size() * s.hidden_size, "query"),
-      widened(x.key, s.kv_size() * s.hidden_size, "key"),
-      widened(x.value, s.kv_size() * s.hidden_size, "value"),
-      widened(x.output, s.hidden_size * s.query_size(), "output of attention"),
+      matrix(x.query, x.packed_query, s.query_size(), s.hidden_size, "query"),
+      matrix(x.key, x.packed_key, s.kv_size(), s.hidden_size, "key"),
+      matrix(x.value, x.packed_value, s.kv_size(), s.hidden_size, "value"),
+      matrix(x.output, x.packed_output, s.hidden_size, s.query_size(), "output of attention"),
       widened(x.feed_forward_norm, s.hidden_size, "feed-forward norm"),
-      widened(x.gate, s.intermediate_size * s.hidden_size, "gate"),
-      widened(x.up, s.intermediate_size * s.hidden_size, "up"),
-      widened(x.down, s.hidden_size * s.intermediate_size, "down")};
+      half(x.gate, 0, "gate"),
+      half(x.up, 1, "up"),
+      matrix(x.down, x.packed_down, s.hidden_size, s.intermediate_size, "down")};
 }
 template <class Element>
 const CudaDecoderShape& CudaDeviceModel<Element>::shape() const {
@@ -141,7 +179,7 @@ int CudaDeviceModel<Element>::device_index() const {
 }
 template <class Element>
 std::size_t CudaDeviceModel<Element>::bytes() const {
-  return sizeof(Element) * (content_->embedding.size() + content_->output.size());
+  return content_->bytes;
 }
 
 namespace {

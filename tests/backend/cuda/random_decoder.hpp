@@ -52,19 +52,29 @@ struct Setting {
   bool interleaved = false;
   bool biased = false;
   std::int64_t trained_window = kUnlimitedWindow;
+  // Of layers' matrices but for values, of values, of the output projection.
+  ElementType type = ElementType::kBF16;
+  ElementType value_type = ElementType::kBF16;
+  ElementType output_type = ElementType::kBF16;
+  bool tied = false;
 };
 
-/// A random model in bf16, the same for both sides.
+/// A random model, the same for both sides: embeddings, which the GPU looks up in 16 bits, are of
+/// bf16 or what is tied to them.
 inline std::shared_ptr<const Decoder> make_model(const Setting& setting, std::uint64_t seed) {
+  // Rows of whole bf16 numbers: plain elements are aligned.
   auto storage = std::make_shared<std::vector<std::vector<bf16>>>();
   storage->reserve(2 + 7 * kLayers);
   Random random(seed);
-  const auto matrix = [&](std::int64_t rows, std::int64_t cols, double gain) {
-    std::vector<bf16>& values = storage->emplace_back();
+  const auto matrix = [&](ElementType type, std::int64_t rows, std::int64_t cols, double gain) {
+    std::vector<float> values;
     for (std::int64_t i = 0; i < rows * cols; ++i)
       values.push_back(
-          bf16(static_cast<float>(gain * random.normal() / std::sqrt(static_cast<double>(cols)))));
-    return WeightMatrix{ElementType::kBF16, values.data(), rows, cols};
+          static_cast<float>(gain * random.normal() / std::sqrt(static_cast<double>(cols))));
+    std::vector<bf16>& stored = storage->emplace_back(
+        static_cast<std::size_t>(storage_bytes(type, rows * cols)) / sizeof(bf16));
+    quantise(type, values.data(), rows * cols, stored.data());
+    return WeightMatrix{type, stored.data(), rows, cols};
   };
   const auto norm = [&] {
     std::vector<float> values(static_cast<std::size_t>(kHidden));
@@ -87,20 +97,26 @@ inline std::shared_ptr<const Decoder> make_model(const Setting& setting, std::ui
   config.layers.resize(static_cast<std::size_t>(kLayers));
   for (DecoderLayerConfig& layer : config.layers) layer.window_size = setting.trained_window;
   DecoderWeights weights;
-  weights.embedding = matrix(kVocab, kHidden, std::sqrt(static_cast<double>(kHidden)));
-  weights.output = matrix(kVocab, kHidden, 1);
+  if (setting.tied) {
+    weights.embedding = weights.output = matrix(setting.output_type, kVocab, kHidden, 1);
+  } else {
+    weights.embedding =
+        matrix(ElementType::kBF16, kVocab, kHidden, std::sqrt(static_cast<double>(kHidden)));
+    weights.output = matrix(setting.output_type, kVocab, kHidden, 1);
+  }
   weights.output_norm = norm();
   for (std::int64_t l = 0; l < kLayers; ++l) {
     DecoderLayerWeights layer;
     layer.attention_norm = norm();
     layer.feed_forward_norm = norm();
-    layer.query = matrix(kQoHeads * setting.head_dim, kHidden, 1.5);
-    layer.key = matrix(kKvHeads * setting.head_dim, kHidden, 1.5);
-    layer.value = matrix(kKvHeads * setting.head_dim, kHidden, 1);
-    layer.output = matrix(kHidden, kQoHeads * setting.head_dim, 1);
-    layer.gate = matrix(kIntermediate, kHidden, 1);
-    layer.up = matrix(kIntermediate, kHidden, 1);
-    layer.down = matrix(kHidden, kIntermediate, 1);
+    const ElementType type = setting.type;
+    layer.query = matrix(type, kQoHeads * setting.head_dim, kHidden, 1.5);
+    layer.key = matrix(type, kKvHeads * setting.head_dim, kHidden, 1.5);
+    layer.value = matrix(setting.value_type, kKvHeads * setting.head_dim, kHidden, 1);
+    layer.output = matrix(type, kHidden, kQoHeads * setting.head_dim, 1);
+    layer.gate = matrix(type, kIntermediate, kHidden, 1);
+    layer.up = matrix(type, kIntermediate, kHidden, 1);
+    layer.down = matrix(type, kHidden, kIntermediate, 1);
     if (setting.biased)
       layer.query_bias.resize(static_cast<std::size_t>(kQoHeads * setting.head_dim));
     weights.layers.push_back(std::move(layer));

@@ -18,6 +18,7 @@
 
 #include <gtest/gtest.h>
 
+#include <sluice/backend/cuda/quantised_layout.hpp>
 #include <sluice/backend/cuda/session.hpp>
 #include <sluice/core/random.hpp>
 #include <sluice/stream/backend_traits.hpp>
@@ -95,9 +96,74 @@ TEST(CudaSession, WritesTheCpusText) {
   expect_the_same_text<f16>({.head_dim = 16, .interleaved = true}, PositionRule::kInText, 8);
 }
 
-void expect_any_chunks(int head_dim, std::span<const std::int64_t> chunks) {
-  SCOPED_TRACE("head size " + std::to_string(head_dim));
-  const auto model = make_model({.head_dim = head_dim}, 11);
+constexpr Setting kQuantised{.head_dim = 64,
+                             .type = ElementType::kQ4_0,
+                             .value_type = ElementType::kQ8_0,
+                             .output_type = ElementType::kQ4_1};
+
+// No weight is rounded: the bound is the one of bf16 weights.
+TEST(CudaSession, WritesTheCpusTextWithQuantisedWeights) {
+  SKIP_WITHOUT_DEVICE();
+  for (const ElementType type : {ElementType::kQ8_0, ElementType::kQ4_1})
+    expect_the_same_text<bf16>(
+        {.head_dim = 64, .type = type, .value_type = type, .output_type = type},
+        PositionRule::kInCache, 17);
+  // Two products for queries, keys and values; heads that are padded, whose matrices are widened.
+  expect_the_same_text<f16>(kQuantised, PositionRule::kInText, 18);
+  expect_the_same_text<f16>({.head_dim = 32, .type = ElementType::kQ8_0}, PositionRule::kInCache,
+                            19);
+}
+
+TEST(CudaSession, QuantisedWeightsTakeTheFilesBytes) {
+  SKIP_WITHOUT_DEVICE();
+  const auto bytes = [](const Setting& setting, CudaWeights weights) {
+    return CudaModel<bf16>(make_model(setting, 27), kCurrentDevice, weights).bytes();
+  };
+  const auto packed = [](ElementType type, std::int64_t rows, std::int64_t cols) {
+    return static_cast<std::size_t>(quantised_bytes(type, rows, cols));
+  };
+  const std::size_t wide = 64 * kQoHeads;
+  const std::size_t narrow = 64 * kKvHeads;
+  const std::size_t weights_of_layer =
+      kHidden * (2 * wide + 2 * narrow + 3 * static_cast<std::size_t>(kIntermediate));
+  const std::size_t plain = bytes(kQuantised, CudaWeights::kElement);
+  EXPECT_EQ(plain, bytes({.head_dim = 64}, CudaWeights::kStored));
+  using enum ElementType;
+  const std::size_t saved =
+      2 * (kVocab * kHidden + kLayers * weights_of_layer) - packed(kQ4_1, kVocab, kHidden) -
+      kLayers * (packed(kQ4_0, 64 * (kQoHeads + kKvHeads), kHidden) +
+                 packed(kQ8_0, 64 * kKvHeads, kHidden) + packed(kQ4_0, kHidden, 64 * kQoHeads) +
+                 packed(kQ4_0, 2 * kIntermediate, kHidden) + packed(kQ4_0, kHidden, kIntermediate));
+  EXPECT_EQ(bytes(kQuantised, CudaWeights::kStored), plain - saved);
+  // A tied matrix is there twice: in 16 bits, for the lookup, and as it is stored.
+  Setting tied = kQuantised;
+  tied.tied = true;
+  EXPECT_EQ(bytes(tied, CudaWeights::kStored), plain - saved);
+  EXPECT_EQ(bytes(tied, CudaWeights::kElement), plain - 2 * kVocab * kHidden);
+}
+
+// Looked up rows are rounded to bf16, by half of 2^-8; widened weights of every product likewise.
+TEST(CudaSession, TiedAndWidenedWeights) {
+  SKIP_WITHOUT_DEVICE();
+  Setting setting = kQuantised;
+  setting.tied = true;
+  const auto model = make_model(setting, 28);
+  const std::vector<Token> text = some_tokens(50, 29);
+  Session<bf16> expected(model, options_of(4, 40, 1));
+  expected.accept(text);
+  for (const CudaWeights weights : {CudaWeights::kStored, CudaWeights::kElement})
+    for (const std::int64_t chunk : {1, 16}) {
+      const auto placed = std::make_shared<const CudaModel<bf16>>(model, kCurrentDevice, weights);
+      EXPECT_EQ(placed->weights(), weights);
+      CudaSession<bf16> found(placed, options_of(4, 40, chunk));
+      found.accept(text);
+      EXPECT_LE(relative_error(found.logits(), expected.logits()), 2 * kRoundedBound);
+    }
+}
+
+void expect_any_chunks(const Setting& setting, std::span<const std::int64_t> chunks) {
+  SCOPED_TRACE("head size " + std::to_string(setting.head_dim));
+  const auto model = make_model(setting, 11);
   const auto placed = place_model<cuda, bf16>(model);
   const std::vector<Token> text = some_tokens(60, 12);
   Session<bf16> expected(model, options_of(4, 30, 1));
@@ -132,9 +198,10 @@ void expect_any_chunks(int head_dim, std::span<const std::int64_t> chunks) {
 
 TEST(CudaSession, ReadsInAnyChunks) {
   SKIP_WITHOUT_DEVICE();
-  expect_any_chunks(64, std::array<std::int64_t, 2>{1, 16});
-  expect_any_chunks(128, std::array<std::int64_t, 1>{7});  // by other kernels on Hopper
-  expect_any_chunks(40, std::array<std::int64_t, 1>{30});  // padded
+  expect_any_chunks({.head_dim = 64}, std::array<std::int64_t, 2>{1, 16});
+  expect_any_chunks({.head_dim = 128}, std::array<std::int64_t, 1>{7});  // by others on Hopper
+  expect_any_chunks({.head_dim = 40}, std::array<std::int64_t, 1>{30});  // padded
+  expect_any_chunks(kQuantised, std::array<std::int64_t, 2>{1, 16});
 }
 
 template <Backend Tag>

@@ -23,11 +23,51 @@
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
+#include "sluice/backend/cuda/quantised_vector.cuh"
 #include "sluice/backend/cuda/segment_attention.cuh"
 
 namespace sluice {
 
-/// Weights of one layer, in device memory. Matrices are [out, in].
+/// Consecutive rows of a quantised matrix, in device memory.
+struct CudaQuantisedRows {
+  ElementType type = ElementType::kF32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  Buffer<std::uint8_t, cuda> content;  ///< quantised_layout.hpp
+};
+/// All rows of a matrix, those of one type together; none where the matrix is not quantised.
+using CudaQuantisedMatrix = std::vector<CudaQuantisedRows>;
+
+/// Copies to the device; neighbours of one type become one. \throws Error(kShape) unless sizes fit
+/// and all but the last part have a multiple of 8 rows; Error(kDevice).
+inline CudaQuantisedMatrix place_quantised(std::span<const CudaPackedRows> parts,
+                                           std::int64_t cols) {
+  CudaQuantisedMatrix result;
+  for (std::size_t i = 0; i < parts.size();) {
+    CudaQuantisedRows rows{parts[i].type, 0, cols, {}};
+    std::vector<std::uint8_t> content;
+    for (; i < parts.size() && parts[i].type == rows.type; ++i) {
+      const CudaPackedRows& part = parts[i];
+      const std::int64_t bytes =
+          is_quantised(part.type) ? quantised_bytes(part.type, part.rows, cols) : 0;
+      if (bytes == 0 || static_cast<std::int64_t>(part.content.size()) != bytes)
+        throw Error(ErrorCode::kShape,
+                    {"quantised matrix does not fit", "place_quantised", "bytes",
+                     std::to_string(bytes), std::to_string(part.content.size())});
+      if (i + 1 < parts.size() && part.rows % kQuantisedTileRows != 0)
+        throw Error(ErrorCode::kShape, {"rows that others follow", "place_quantised", "rows",
+                                        "a multiple of 8", std::to_string(part.rows)});
+      content.insert(content.end(), part.content.begin(), part.content.end());
+      rows.rows += part.rows;
+    }
+    rows.content = Buffer<std::uint8_t, cuda>{std::span<const std::uint8_t>(content)};
+    result.push_back(std::move(rows));
+  }
+  return result;
+}
+
+/// Weights of one layer, in device memory. Matrices are [out, in]; where a quantised one has rows,
+/// the one of 16 bits is not read and may be empty.
 template <class Element>
 struct CudaLayerWeights {
   Buffer<float, cuda> attention_norm;     ///< [hidden_size]
@@ -37,6 +77,11 @@ struct CudaLayerWeights {
   /// [2 * intermediate_size, hidden_size]: gate's row i is row 2 i, up's is row 2 i + 1.
   Buffer<Element, cuda> gate_up;
   Buffer<Element, cuda> down;  ///< [hidden_size, intermediate_size]
+
+  CudaQuantisedMatrix quantised_query_key_value;
+  CudaQuantisedMatrix quantised_output;
+  CudaQuantisedMatrix quantised_gate_up;
+  CudaQuantisedMatrix quantised_down;
 };
 
 /// A model's weights in device memory; any number of decoders may share them. Construction
@@ -44,21 +89,25 @@ struct CudaLayerWeights {
 template <class Element>
 class CudaDecoderWeights {
  public:
-  /// tied: the output projection is the embedding.
+  /// tied: the output projection is the embedding. allocate: false leaves matrices but for the
+  /// embedding without memory, until they are set or quantised ones are put in their place.
   /// \throws Error(kShape) naming the extent that does not fit; Error(kDevice).
-  CudaDecoderWeights(const CudaDecoderShape& shape, bool tied)
+  CudaDecoderWeights(const CudaDecoderShape& shape, bool tied, bool allocate = true)
       : shape_(checked(shape)),
         embedding(size(shape.vocab_size, shape.hidden_size)),
         output_norm(size(shape.hidden_size, 1)),
-        output(tied ? 0 : size(shape.vocab_size, shape.hidden_size)) {
+        output(tied || !allocate ? 0 : size(shape.vocab_size, shape.hidden_size)) {
+    const auto matrix = [&](std::int64_t rows, std::int64_t cols) {
+      return Buffer<Element, cuda>(allocate ? size(rows, cols) : 0);
+    };
     for (std::int64_t l = 0; l < shape.num_layers; ++l) {
       CudaLayerWeights<Element> layer;
       layer.attention_norm = Buffer<float, cuda>(size(shape.hidden_size, 1));
-      layer.query_key_value = Buffer<Element, cuda>(size(shape.fused_size(), shape.hidden_size));
-      layer.output = Buffer<Element, cuda>(size(shape.hidden_size, shape.query_size()));
+      layer.query_key_value = matrix(shape.fused_size(), shape.hidden_size);
+      layer.output = matrix(shape.hidden_size, shape.query_size());
       layer.feed_forward_norm = Buffer<float, cuda>(size(shape.hidden_size, 1));
-      layer.gate_up = Buffer<Element, cuda>(size(2 * shape.intermediate_size, shape.hidden_size));
-      layer.down = Buffer<Element, cuda>(size(shape.hidden_size, shape.intermediate_size));
+      layer.gate_up = matrix(2 * shape.intermediate_size, shape.hidden_size);
+      layer.down = matrix(shape.hidden_size, shape.intermediate_size);
       layers.push_back(std::move(layer));
     }
   }
@@ -75,7 +124,8 @@ class CudaDecoderWeights {
     std::vector<Element> fused(query.begin(), query.end());
     fused.insert(fused.end(), key.begin(), key.end());
     fused.insert(fused.end(), value.begin(), value.end());
-    layers[static_cast<std::size_t>(layer)].query_key_value.upload(fused);
+    set(layers[static_cast<std::size_t>(layer)].query_key_value, shape_.fused_size(),
+        shape_.hidden_size, fused);
   }
   /// gate, up: [intermediate_size, hidden_size]. \throws Error(kShape, kDevice).
   void set_gate_up(std::int64_t layer, std::span<const Element> gate, std::span<const Element> up) {
@@ -88,7 +138,40 @@ class CudaDecoderWeights {
       rows.insert(rows.end(), gate.begin() + from, gate.begin() + to);
       rows.insert(rows.end(), up.begin() + from, up.begin() + to);
     }
-    layers[static_cast<std::size_t>(layer)].gate_up.upload(rows);
+    set(layers[static_cast<std::size_t>(layer)].gate_up, 2 * shape_.intermediate_size,
+        shape_.hidden_size, rows);
+  }
+  /// One of the matrices of 16 bits, which is allocated if it has no memory yet.
+  /// \throws Error(kShape, kDevice).
+  static void set(Buffer<Element, cuda>& matrix, std::int64_t rows, std::int64_t cols,
+                  std::span<const Element> content) {
+    if (matrix.size() == 0) matrix = Buffer<Element, cuda>(size(rows, cols));
+    matrix.upload(content);
+  }
+
+  /// Whether any matrix is quantised.
+  bool is_quantised() const {
+    return !quantised_output.empty() ||
+           std::any_of(layers.begin(), layers.end(), [](const CudaLayerWeights<Element>& layer) {
+             return !layer.quantised_query_key_value.empty() || !layer.quantised_output.empty() ||
+                    !layer.quantised_gate_up.empty() || !layer.quantised_down.empty();
+           });
+  }
+  /// Device memory.
+  std::size_t bytes() const {
+    const auto of = [](const CudaQuantisedMatrix& matrix) {
+      std::size_t sum = 0;
+      for (const CudaQuantisedRows& rows : matrix) sum += rows.content.bytes();
+      return sum;
+    };
+    std::size_t sum =
+        embedding.bytes() + output_norm.bytes() + output.bytes() + of(quantised_output);
+    for (const CudaLayerWeights<Element>& layer : layers)
+      sum += layer.attention_norm.bytes() + layer.query_key_value.bytes() + layer.output.bytes() +
+             layer.feed_forward_norm.bytes() + layer.gate_up.bytes() + layer.down.bytes() +
+             of(layer.quantised_query_key_value) + of(layer.quantised_output) +
+             of(layer.quantised_gate_up) + of(layer.quantised_down);
+    return sum;
   }
 
  private:
@@ -123,6 +206,7 @@ class CudaDecoderWeights {
   std::vector<CudaLayerWeights<Element>> layers;
   Buffer<float, cuda> output_norm;  ///< [hidden_size]
   Buffer<Element, cuda> output;     ///< [vocab_size, hidden_size]; empty where tied
+  CudaQuantisedMatrix quantised_output;
 };
 
 /// What a CudaDecoder is made of.
@@ -236,7 +320,7 @@ __global__ void __launch_bounds__(kHeadDim / 2)
 /// A step feeds each session's token (feed(), prefill() or the step before chose it), appends to
 /// its cache and chooses its next one. Arithmetic: activations are float32 and weights are widened
 /// for one session; for several, and in prefill, activations are rounded to Element before each
-/// product with weights. Residual sums are float32.
+/// product with weights, and so are quantised weights. Residual sums are float32.
 template <class Element, int kHeadDim>
 class CudaDecoder {
  public:
@@ -249,6 +333,7 @@ class CudaDecoder {
             {weights.shape().num_qo_heads, weights.shape().num_kv_heads, weights.shape().head_dim},
             options.step, options.overlap),
         vector_(options.overlap, options.vector_multiprocessors),
+        quantised_vector_(options.overlap, vector_.blocks()),
         overlap_(options.overlap && supports_overlap()),
         frequencies_(options.step.frequencies.begin(), options.step.frequencies.end()) {
     options_.step.frequencies = {};
@@ -275,6 +360,7 @@ class CudaDecoder {
       rounded_ = Buffer<Element, cuda>(
           size(rows, std::max({s.hidden_size, s.query_size(), s.intermediate_size})));
       gate_up_ = Buffer<float, cuda>(size(rows, 2 * s.intermediate_size));
+      widened_ = Buffer<Element, cuda>(static_cast<std::size_t>(widened_size(weights)));
     }
     if (options.max_chunk > 0) {
       chunk_.emplace(attention_.shape(), options.step, options.max_chunk);
@@ -374,7 +460,7 @@ class CudaDecoder {
                     chunk_hidden_.data() + (length - 1) * s.hidden_size,
                     weights_->output_norm.data(), logits_.data() + session * s.vocab_size);
     set_choice(task, session);
-    vector_.launch(task, VectorEpilogue::kChoose, stream);
+    multiply(task, weights_->quantised_output, VectorEpilogue::kChoose, stream);
     choose(choice_params(session, vector_.blocks()), 1, stream);
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   }
@@ -406,8 +492,8 @@ class CudaDecoder {
     const CudaDecoderShape& s = shape();
     norm_rows(chunk_hidden_.data() + first * s.hidden_size, weights_->output_norm.data(), rows,
               stream);
-    products_->launch(weights_->output_matrix(), s.vocab_size, s.hidden_size, rounded_.data(), rows,
-                      to, false, stream);
+    multiply_rows(weights_->output_matrix(), weights_->quantised_output, s.vocab_size,
+                  s.hidden_size, rounded_.data(), rows, to, false, stream);
   }
 
   /// This decoder's first session as others see it.
@@ -499,6 +585,67 @@ class CudaDecoder {
     task.y = y;
     return task;
   }
+  /// task's product, by `quantised` where it has rows.
+  void multiply(const MatrixVectorTask<Element>& task, const CudaQuantisedMatrix& quantised,
+                VectorEpilogue epilogue, cudaStream_t stream, bool alone = false) const {
+    if (quantised.empty()) return vector_.launch(task, epilogue, stream, alone);
+    float* y = task.y;
+    for (const CudaQuantisedRows& part : quantised) {
+      QuantisedVectorTask rows;
+      rows.type = part.type;
+      rows.matrix = part.content.data();
+      rows.rows = part.rows;
+      rows.cols = part.cols;
+      rows.x = task.x;
+      rows.norm = task.norm;
+      rows.norm_eps = task.norm_eps;
+      rows.y = y;
+      rows.candidates = task.candidates;
+      rows.choice = task.choice;
+      rows.totals = task.totals;
+      rows.sequence = task.sequence;
+      quantised_vector_.launch(rows, epilogue, stream, alone);
+      y += epilogue == VectorEpilogue::kGatedSilu ? part.rows / 2 : part.rows;
+    }
+  }
+
+  /// Rows of a quantised matrix that are widened at once: 2^25 weights, 64 MB.
+  static std::int64_t widened_rows(const CudaQuantisedRows& part) {
+    const std::int64_t most = (std::int64_t{1} << 25) / part.cols / kQuantisedTileRows;
+    return std::min(part.rows, std::max<std::int64_t>(most, 1) * kQuantisedTileRows);
+  }
+  static std::int64_t widened_size(const CudaDecoderWeights<Element>& weights) {
+    std::int64_t size = 0;
+    const auto count = [&](const CudaQuantisedMatrix& matrix) {
+      for (const CudaQuantisedRows& part : matrix)
+        size = std::max(size, widened_rows(part) * part.cols);
+    };
+    count(weights.quantised_output);
+    for (const CudaLayerWeights<Element>& layer : weights.layers) {
+      count(layer.quantised_query_key_value);
+      count(layer.quantised_output);
+      count(layer.quantised_gate_up);
+      count(layer.quantised_down);
+    }
+    return size;
+  }
+  /// Y = X W^T (+ Y) for several rows: a quantised matrix is widened first, some rows at a time.
+  void multiply_rows(const Element* w, const CudaQuantisedMatrix& quantised, std::int64_t rows,
+                     std::int64_t cols, const Element* x, std::int64_t count, float* y, bool add,
+                     cudaStream_t stream) {
+    if (quantised.empty()) return products_->launch(w, rows, cols, x, count, y, add, stream);
+    for (const CudaQuantisedRows& part : quantised) {
+      const std::int64_t most = widened_rows(part);
+      for (std::int64_t row = 0; row < part.rows; row += most) {
+        const std::int64_t some = std::min(most, part.rows - row);
+        dequantise(part.type, part.content.data() + quantised_bytes(part.type, row, cols), some,
+                   cols, widened_.data(), stream);
+        products_->launch(widened_.data(), some, cols, x, count, y, add, stream, rows);
+        y += some;
+      }
+    }
+  }
+
   void set_choice(MatrixVectorTask<Element>& task, std::int64_t session) {
     task.candidates = candidates_.data();
     task.choice = options_.choice;
@@ -552,9 +699,9 @@ class CudaDecoder {
     if (lists_) write_lists(stream);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
-      vector_.launch(vector_task(w.query_key_value.data(), s.fused_size(), s.hidden_size, hidden,
-                                 w.attention_norm.data(), fused_.data()),
-                     kStore, stream);
+      multiply(vector_task(w.query_key_value.data(), s.fused_size(), s.hidden_size, hidden,
+                           w.attention_norm.data(), fused_.data()),
+               w.quantised_query_key_value, kStore, stream);
       DecodeAttentionTensors<Element> x = attention_tensors(l);
       x.out = attended_.data();
       x.output_type = ElementType::kF32;
@@ -562,15 +709,15 @@ class CudaDecoder {
         attend_groups(l, x, stream);
       else
         attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
-      vector_.launch(vector_task(w.output.data(), s.hidden_size, s.query_size(), attended_.data(),
-                                 nullptr, hidden),
-                     kAdd, stream, true);
-      vector_.launch(vector_task(w.gate_up.data(), 2 * s.intermediate_size, s.hidden_size, hidden,
-                                 w.feed_forward_norm.data(), activated_.data()),
-                     kGatedSilu, stream);
-      vector_.launch(vector_task(w.down.data(), s.hidden_size, s.intermediate_size,
-                                 activated_.data(), nullptr, hidden),
-                     kAdd, stream);
+      multiply(vector_task(w.output.data(), s.hidden_size, s.query_size(), attended_.data(),
+                           nullptr, hidden),
+               w.quantised_output, kAdd, stream, true);
+      multiply(vector_task(w.gate_up.data(), 2 * s.intermediate_size, s.hidden_size, hidden,
+                           w.feed_forward_norm.data(), activated_.data()),
+               w.quantised_gate_up, kGatedSilu, stream);
+      multiply(vector_task(w.down.data(), s.hidden_size, s.intermediate_size, activated_.data(),
+                           nullptr, hidden),
+               w.quantised_down, kAdd, stream);
     }
     // The token is counted before the next is chosen: choices go by the index that is chosen for.
     step_.advance(stream, overlap_);
@@ -578,7 +725,7 @@ class CudaDecoder {
         vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size, hidden,
                     weights_->output_norm.data(), logits_.data());
     set_choice(task, 0);
-    vector_.launch(task, kChoose, stream);
+    multiply(task, weights_->quantised_output, kChoose, stream);
     choose(choice_params(0, vector_.blocks()), 1, stream);
   }
 
@@ -627,19 +774,19 @@ class CudaDecoder {
   void finish_layer(const CudaLayerWeights<Element>& w, float* hidden, std::int64_t rows,
                     cudaStream_t stream) {
     const CudaDecoderShape& s = shape();
-    products_->launch(w.output.data(), s.hidden_size, s.query_size(), rounded_.data(), rows, hidden,
-                      true, stream);
+    multiply_rows(w.output.data(), w.quantised_output, s.hidden_size, s.query_size(),
+                  rounded_.data(), rows, hidden, true, stream);
     norm_rows(hidden, w.feed_forward_norm.data(), rows, stream);
-    products_->launch(w.gate_up.data(), 2 * s.intermediate_size, s.hidden_size, rounded_.data(),
-                      rows, gate_up_.data(), false, stream);
+    multiply_rows(w.gate_up.data(), w.quantised_gate_up, 2 * s.intermediate_size, s.hidden_size,
+                  rounded_.data(), rows, gate_up_.data(), false, stream);
     const std::int64_t elements = rows * s.intermediate_size;
     detail::launch_kernel(
         "gated_silu_kernel", detail::gated_silu_kernel<Element>,
         dim3(static_cast<unsigned>((elements / 2 + detail::kRowThreads - 1) / detail::kRowThreads)),
         detail::kRowThreads, stream, overlap_, gate_up_.data(),
         reinterpret_cast<std::uint16_t*>(rounded_.data()), elements);
-    products_->launch(w.down.data(), s.hidden_size, s.intermediate_size, rounded_.data(), rows,
-                      hidden, true, stream);
+    multiply_rows(w.down.data(), w.quantised_down, s.hidden_size, s.intermediate_size,
+                  rounded_.data(), rows, hidden, true, stream);
   }
 
   void step_many(cudaStream_t stream) {
@@ -648,8 +795,8 @@ class CudaDecoder {
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       norm_rows(hidden_.data(), w.attention_norm.data(), batch, stream);
-      products_->launch(w.query_key_value.data(), s.fused_size(), s.hidden_size, rounded_.data(),
-                        batch, fused_.data(), false, stream);
+      multiply_rows(w.query_key_value.data(), w.quantised_query_key_value, s.fused_size(),
+                    s.hidden_size, rounded_.data(), batch, fused_.data(), false, stream);
       DecodeAttentionTensors<Element> x = attention_tensors(l);
       x.out = rounded_.data();
       x.output_type = element_type_of<Element>;
@@ -658,8 +805,8 @@ class CudaDecoder {
     }
     step_.advance(stream, overlap_);
     norm_rows(hidden_.data(), weights_->output_norm.data(), batch, stream);
-    products_->launch(weights_->output_matrix(), s.vocab_size, s.hidden_size, rounded_.data(),
-                      batch, logits_.data(), false, stream);
+    multiply_rows(weights_->output_matrix(), weights_->quantised_output, s.vocab_size,
+                  s.hidden_size, rounded_.data(), batch, logits_.data(), false, stream);
     const detail::TokenChoiceParams p = choice_params(0, detail::kCandidateParts);
     detail::launch_kernel("candidates_kernel", detail::candidates_kernel<detail::kVectorThreads>,
                           dim3(detail::kCandidateParts, static_cast<unsigned>(batch)),
@@ -686,8 +833,8 @@ class CudaDecoder {
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       norm_rows(hidden, w.attention_norm.data(), length, stream);
-      products_->launch(w.query_key_value.data(), s.fused_size(), s.hidden_size, rounded_.data(),
-                        length, fused_.data(), false, stream);
+      multiply_rows(w.query_key_value.data(), w.quantised_query_key_value, s.fused_size(),
+                    s.hidden_size, rounded_.data(), length, fused_.data(), false, stream);
       const DecodeAttentionTensors<Element> all = attention_tensors(l);
       ChunkAttentionTensors<Element> x;
       x.query = fused_.data();
@@ -711,6 +858,7 @@ class CudaDecoder {
   DecodeStep step_;
   DecodeAttentionPlan<Element, kHeadDim> attention_;
   MatrixVectorPlan<Element> vector_;
+  QuantisedVectorPlan quantised_vector_;
   std::optional<MatrixProducts<Element>> products_;             // several rows
   std::optional<ChunkAttentionPlan<Element, kHeadDim>> chunk_;  // prefill
   bool overlap_;
@@ -728,6 +876,7 @@ class CudaDecoder {
   Buffer<float, cuda> attended_;   // [query_size], one session
   Buffer<float, cuda> activated_;  // [intermediate_size], one session
   Buffer<Element, cuda> rounded_;  // [rows, widest]: inputs of products
+  Buffer<Element, cuda> widened_;  // rows of a quantised matrix, for products with several rows
   Buffer<float, cuda> gate_up_;    // [rows, 2 intermediate_size]
   Buffer<float, cuda> logits_;     // [batch, vocab_size]
   Buffer<TokenCandidate, cuda> candidates_;

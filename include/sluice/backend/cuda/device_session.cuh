@@ -151,6 +151,17 @@ class CapturedGraph {
   cudaGraphExec_t executable_ = nullptr;
 };
 
+/// place_quantised() of a whole matrix. \throws Error(kShape, kDevice).
+inline CudaQuantisedMatrix quantised_of(std::span<const CudaPackedRows> parts, std::int64_t rows,
+                                        std::int64_t cols, const char* name) {
+  std::int64_t found = 0;
+  for (const CudaPackedRows& part : parts) found += part.rows;
+  if (found != rows)
+    throw Error(ErrorCode::kShape, {"content does not fit", "CudaDeviceModel", name,
+                                    std::to_string(rows), std::to_string(found)});
+  return place_quantised(parts, cols);
+}
+
 }  // namespace detail
 
 // --- The model -----------------------------------------------------------------------------------
@@ -175,7 +186,7 @@ CudaDeviceModel<Element>::CudaDeviceModel(const CudaDecoderShape& shape, CudaRot
   device = require_cuda_device("CudaDeviceModel", device);
   const CudaDeviceScope scope(device);
   content_ = std::make_unique<Content>(
-      Content{CudaDecoderWeights<Element>(shape, tied), std::move(rotation), device});
+      Content{CudaDecoderWeights<Element>(shape, tied, false), std::move(rotation), device});
 }
 template <class Element>
 CudaDeviceModel<Element>::~CudaDeviceModel() {
@@ -190,7 +201,14 @@ void CudaDeviceModel<Element>::set_embedding(std::span<const Element> embedding)
 template <class Element>
 void CudaDeviceModel<Element>::set_output(std::span<const Element> output) {
   const CudaDeviceScope scope = content_->scope();
-  content_->weights.output.upload(output);
+  CudaDecoderWeights<Element>& weights = content_->weights;
+  weights.set(weights.output, shape().vocab_size, shape().hidden_size, output);
+}
+template <class Element>
+void CudaDeviceModel<Element>::set_output(const CudaPackedRows& output) {
+  const CudaDeviceScope scope = content_->scope();
+  content_->weights.quantised_output =
+      detail::quantised_of(std::array{output}, shape().vocab_size, shape().hidden_size, "output");
 }
 template <class Element>
 void CudaDeviceModel<Element>::set_output_norm(std::span<const float> norm) {
@@ -203,12 +221,30 @@ void CudaDeviceModel<Element>::set_layer(std::int64_t layer,
   const CudaDeviceScope scope = content_->scope();
   CudaDecoderWeights<Element>& weights = content_->weights;
   CudaLayerWeights<Element>& to = weights.layers[static_cast<std::size_t>(layer)];
+  const CudaDecoderShape& s = weights.shape();
   to.attention_norm.upload(content.attention_norm);
-  weights.set_query_key_value(layer, content.query, content.key, content.value);
-  to.output.upload(content.output);
   to.feed_forward_norm.upload(content.feed_forward_norm);
-  weights.set_gate_up(layer, content.gate, content.up);
-  to.down.upload(content.down);
+  if (content.packed_query.content.empty())
+    weights.set_query_key_value(layer, content.query, content.key, content.value);
+  else
+    to.quantised_query_key_value = detail::quantised_of(
+        std::array{content.packed_query, content.packed_key, content.packed_value}, s.fused_size(),
+        s.hidden_size, "query, key and value");
+  if (content.packed_output.content.empty())
+    weights.set(to.output, s.hidden_size, s.query_size(), content.output);
+  else
+    to.quantised_output = detail::quantised_of(std::array{content.packed_output}, s.hidden_size,
+                                               s.query_size(), "output of attention");
+  if (content.packed_gate_up.content.empty())
+    weights.set_gate_up(layer, content.gate, content.up);
+  else
+    to.quantised_gate_up = detail::quantised_of(
+        std::array{content.packed_gate_up}, 2 * s.intermediate_size, s.hidden_size, "gate and up");
+  if (content.packed_down.content.empty())
+    weights.set(to.down, s.hidden_size, s.intermediate_size, content.down);
+  else
+    to.quantised_down = detail::quantised_of(std::array{content.packed_down}, s.hidden_size,
+                                             s.intermediate_size, "down");
 }
 
 template <class Element>
@@ -225,12 +261,7 @@ int CudaDeviceModel<Element>::device_index() const {
 }
 template <class Element>
 std::size_t CudaDeviceModel<Element>::bytes() const {
-  const CudaDecoderWeights<Element>& w = content_->weights;
-  std::size_t bytes = w.embedding.bytes() + w.output_norm.bytes() + w.output.bytes();
-  for (const CudaLayerWeights<Element>& layer : w.layers)
-    bytes += layer.attention_norm.bytes() + layer.query_key_value.bytes() + layer.output.bytes() +
-             layer.feed_forward_norm.bytes() + layer.gate_up.bytes() + layer.down.bytes();
-  return bytes;
+  return content_->weights.bytes();
 }
 
 // --- The stream ----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "sluice/backend/cuda/decoder_shape.hpp"
+#include "sluice/backend/cuda/quantised_layout.hpp"
 #include "sluice/core/backend.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/token.hpp"
@@ -45,6 +46,15 @@ struct CudaLayerContent {
   std::span<const Element> gate;
   std::span<const Element> up;
   std::span<const Element> down;
+
+  // Quantised matrices (quantised_packing.hpp), in place of those above, which are empty then:
+  // query, key and value all three; gate and up as one, with their rows in turns.
+  CudaPackedRows packed_query;
+  CudaPackedRows packed_key;
+  CudaPackedRows packed_value;
+  CudaPackedRows packed_output;
+  CudaPackedRows packed_gate_up;
+  CudaPackedRows packed_down;
 };
 
 /// A model's weights in device memory, for any number of sessions. Element: bf16 or f16. Setters
@@ -58,7 +68,8 @@ class CudaDeviceModel {
   /// \throws Error(kDevice) saying what was found, unless that is a GPU that this backend can use.
   static void require_device(int device = kCurrentDevice);
 
-  /// tied: the output projection is the embedding. device: on which it and its sessions live.
+  /// tied: the output projection is the embedding, in Element. device: on which it and its sessions
+  /// live. Matrices get their memory when they are set: all are, before there is a session.
   /// \throws Error(kShape) naming the extent that does not fit; Error(kDevice).
   CudaDeviceModel(const CudaDecoderShape& shape, CudaRotation rotation, bool tied,
                   int device = kCurrentDevice);
@@ -70,6 +81,7 @@ class CudaDeviceModel {
   void set_embedding(std::span<const Element> embedding);
   /// [vocab_size, hidden_size]; not called where tied.
   void set_output(std::span<const Element> output);
+  void set_output(const CudaPackedRows& output);
   void set_output_norm(std::span<const float> norm);
   void set_layer(std::int64_t layer, const CudaLayerContent<Element>& content);
 

@@ -109,7 +109,8 @@ template <class Element, int kHeadDim>
 class CudaKindDecoder {
  public:
   /// biases: per layer [fused_size] of queries, keys and values (Qwen2), or none. Both must outlive
-  /// the decoder. \throws Error(kConfig, kShape, kDevice).
+  /// the decoder. \throws Error(kUnsupported) for quantised weights; Error(kConfig, kShape,
+  /// kDevice).
   CudaKindDecoder(const CudaDecoderWeights<Element>& weights, const CudaKindDecoderOptions& options,
                   cudaStream_t stream, std::span<const Buffer<float, cuda>> biases = {})
       : weights_(&weights),
@@ -125,6 +126,9 @@ class CudaKindDecoder {
         stream_(stream) {
     const CudaDecoderShape& s = shape();
     const KindRetentionConfig& c = options.retention;
+    if (weights.is_quantised())
+      throw Error(ErrorCode::kUnsupported, {"weights of 16 bits alone", "CudaKindDecoder",
+                                            "weights", "bf16 or f16", "quantised matrices"});
     if (!biases.empty() && static_cast<std::int64_t>(biases.size()) != s.num_layers)
       throw Error(ErrorCode::kShape, {"one bias a layer", "CudaKindDecoder", "biases",
                                       std::to_string(s.num_layers), std::to_string(biases.size())});

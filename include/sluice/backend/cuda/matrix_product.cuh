@@ -50,10 +50,12 @@ class MatrixProducts {
   MatrixProducts(const MatrixProducts&) = delete;
   MatrixProducts& operator=(const MatrixProducts&) = delete;
 
-  /// add: Y's old values are added. May be captured. \throws Error(kDevice).
+  /// add: Y's old values are added. stride: elements between rows of Y, 0: `rows`. May be captured.
+  /// \throws Error(kDevice).
   void launch(const Element* w, std::int64_t rows, std::int64_t cols, const Element* x,
-              std::int64_t count, float* y, bool add, cudaStream_t stream) {
-    const Plan& plan = plan_of({rows, cols, count});
+              std::int64_t count, float* y, bool add, cudaStream_t stream,
+              std::int64_t stride = 0) {
+    const Plan& plan = plan_of({rows, cols, count, stride > 0 ? stride : rows});
     const float one = 1;
     const float zero = 0;
     check_cublas(cublasLtMatmul(handle_, plan.operation, &one, w, plan.w, x, plan.x,
@@ -63,7 +65,7 @@ class MatrixProducts {
   }
 
  private:
-  using Extents = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+  using Extents = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   struct Plan {
     cublasLtMatmulDesc_t operation = nullptr;
     cublasLtMatrixLayout_t w = nullptr;
@@ -83,11 +85,11 @@ class MatrixProducts {
   const Plan& plan_of(const Extents& extents) {
     const auto found = plans_.find(extents);
     if (found != plans_.end()) return found->second;
-    const auto [rows, cols, count] = extents;
+    const auto [rows, cols, count, stride] = extents;
     Plan& plan = plans_[extents];
     try {
       make(plan, static_cast<std::uint64_t>(rows), static_cast<std::uint64_t>(cols),
-           static_cast<std::uint64_t>(count));
+           static_cast<std::uint64_t>(count), stride);
     } catch (...) {
       destroy(plan);
       plans_.erase(extents);
@@ -96,7 +98,8 @@ class MatrixProducts {
     return plan;
   }
 
-  void make(Plan& plan, std::uint64_t rows, std::uint64_t cols, std::uint64_t count) {
+  void make(Plan& plan, std::uint64_t rows, std::uint64_t cols, std::uint64_t count,
+            std::int64_t stride) {
     constexpr cudaDataType_t kType = std::is_same_v<Element, bf16> ? CUDA_R_16BF : CUDA_R_16F;
     check_cublas(cublasLtMatmulDescCreate(&plan.operation, CUBLAS_COMPUTE_32F, CUDA_R_32F),
                  "cublasLtMatmulDescCreate");
@@ -111,8 +114,7 @@ class MatrixProducts {
     check_cublas(
         cublasLtMatrixLayoutCreate(&plan.x, kType, cols, count, static_cast<std::int64_t>(cols)),
         "cublasLtMatrixLayoutCreate");
-    check_cublas(cublasLtMatrixLayoutCreate(&plan.y, CUDA_R_32F, rows, count,
-                                            static_cast<std::int64_t>(rows)),
+    check_cublas(cublasLtMatrixLayoutCreate(&plan.y, CUDA_R_32F, rows, count, stride),
                  "cublasLtMatrixLayoutCreate");
     cublasLtMatmulPreference_t preference = nullptr;
     check_cublas(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");

@@ -25,6 +25,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "sluice/core/element.hpp"
 
@@ -59,6 +60,13 @@ constexpr QuantisedLayout quantised_layout(ElementType type) {
 constexpr bool is_quantised(ElementType type) {
   return quantised_layout(type).chunk_cols > 0;
 }
+
+/// Rows of a matrix on the host, arranged for the device.
+struct CudaPackedRows {
+  ElementType type = ElementType::kF32;
+  std::int64_t rows = 0;
+  std::span<const std::uint8_t> content;  ///< [quantised_bytes(type, rows, cols)]; empty: none
+};
 
 /// Device memory of a matrix. Precondition: is_quantised(type).
 constexpr std::int64_t quantised_bytes(ElementType type, std::int64_t rows, std::int64_t cols) {

@@ -10,6 +10,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <iterator>
 #include <memory>
 #include <optional>
@@ -21,6 +22,8 @@
 
 #include "sluice/attention/draft_tree.hpp"
 #include "sluice/backend/cuda/device_session.hpp"
+#include "sluice/backend/cuda/quantised_layout.hpp"
+#include "sluice/backend/cuda/quantised_packing.hpp"
 #include "sluice/backend/cuda/tag.hpp"
 #include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/retention.hpp"
@@ -57,6 +60,27 @@ struct ZeroPadding {
   std::int64_t size(std::int64_t count) const { return count / unit * padded; }
 };
 
+/// \throws Error(kUnsupported) for a value that Element has no room for.
+template <CudaElement Element>
+void check_fits(std::span<const float> values, const char* name) {
+  if constexpr (std::same_as<Element, f16>)
+    for (const float value : values)
+      if (std::isfinite(value) && std::abs(value) >= 65520.0F)  // what rounds to infinity
+        throw Error(ErrorCode::kUnsupported,
+                    {"a weight does not fit the element type", "CudaModel", name,
+                     "below 65520, or bf16 weights", std::to_string(value)});
+}
+template <CudaElement Element>
+void check_fits(const WeightMatrix& matrix, const char* name) {
+  if constexpr (std::same_as<Element, f16>) {
+    std::vector<float> row(static_cast<std::size_t>(matrix.cols));
+    for (std::int64_t r = 0; r < matrix.rows; ++r) {
+      dequantise(matrix.type, matrix.row(r), matrix.cols, row.data());
+      check_fits<Element>(std::span<const float>(row), name);
+    }
+  }
+}
+
 /// A stored matrix of any type, rounded to Element, zeros added. \throws Error(kUnsupported) for a
 /// weight that Element has no room for.
 template <CudaElement Element>
@@ -75,34 +99,41 @@ std::vector<Element> rounded_matrix(const WeightMatrix& matrix, const char* name
     for (std::int64_t c = 0; c < matrix.cols; c += in_cols.unit, to += in_cols.padded)
       for (std::int64_t i = 0; i < in_cols.unit; ++i)
         to[i] = Element(row[static_cast<std::size_t>(c + i)]);
-    if constexpr (std::same_as<Element, f16>)
-      for (const float value : row)
-        if (std::isfinite(value) && std::abs(value) >= 65520.0F)  // what rounds to infinity
-          throw Error(ErrorCode::kUnsupported,
-                      {"a weight does not fit the element type", "CudaModel", name,
-                       "below 65520, or bf16 weights", std::to_string(value)});
+    check_fits<Element>(std::span<const float>(row), name);
   }
   return result;
 }
 
 }  // namespace detail
 
-/// A decoder whose weights lie on the GPU, in bf16 or f16 whatever the file stores: quantised types
-/// are widened, and float32 is rounded. Heads of other sizes than the kernels' are padded with
-/// zeros, which changes no result and costs their memory and time. Immutable; sessions share it.
+/// How a CudaModel stores matrices.
+enum class CudaWeights : std::uint8_t {
+  kStored,   ///< quantised types as the file has them, the others as kElement
+  kElement,  ///< all widened or rounded to Element
+};
+
+/// A decoder whose weights lie on the GPU. Quantised matrices (Q8_0, Q6_K, Q4_0, Q4_1, Q4_K) keep
+/// the levels and scales of the file (quantised_layout.hpp): a step reads those and rounds no
+/// weight, a chunk widens them to Element on its way. The rest is bf16 or f16: float32 matrices,
+/// rounded; embeddings that are looked up, also where the output projection is the same matrix and
+/// quantised; gate and up of two types; attention's matrices where heads of other sizes than the
+/// kernels' are padded with zeros, which changes no result and costs their memory and time.
+/// Immutable; sessions share it.
 template <CudaElement Element>
 class CudaModel {
  public:
   /// Copies the weights to a device, on which its sessions then run; the loaded model is kept, its
   /// pages are not read again. \throws Error(kUnsupported) naming what the GPU does not do;
   /// Error(kShape); Error(kDevice) where there is no such device or no memory.
-  explicit CudaModel(std::shared_ptr<const Decoder> decoder, int device = kCurrentDevice)
-      : decoder_(std::move(decoder)) {
+  explicit CudaModel(std::shared_ptr<const Decoder> decoder, int device = kCurrentDevice,
+                     CudaWeights weights = CudaWeights::kStored)
+      : decoder_(std::move(decoder)), weights_(weights) {
     const DecoderConfig& c = decoder_->config();
     const DecoderWeights& w = decoder_->weights();
     check_supported(*decoder_);
     const std::int64_t head_dim = padded_head_dim(c.head_dim);
-    const bool tied = w.output.data == w.embedding.data;
+    const bool packed_output = is_packed(w.output);
+    const bool tied = w.output.data == w.embedding.data && !packed_output;
     const Rotary& rotary = decoder_->rotary(0);
     CudaRotation rotation{.frequencies = {},
                           .attention_factor = rotary.attention_factor(),
@@ -114,35 +145,23 @@ class CudaModel {
                          c.num_kv_heads, head_dim, c.num_layers(), c.norm_eps, c.sm_scale},
         std::move(rotation), tied, device);
     device_->set_embedding(detail::rounded_matrix<Element>(w.embedding, "embedding"));
-    if (!tied) device_->set_output(detail::rounded_matrix<Element>(w.output, "output"));
-    device_->set_output_norm(w.output_norm);
-    const detail::ZeroPadding heads{c.head_dim, head_dim};
-    for (std::size_t l = 0; l < w.layers.size(); ++l) {
-      const DecoderLayerWeights& from = w.layers[l];
-      const auto query = detail::rounded_matrix<Element>(from.query, "query", heads);
-      const auto key = detail::rounded_matrix<Element>(from.key, "key", heads);
-      const auto value = detail::rounded_matrix<Element>(from.value, "value", heads);
-      const auto output =
-          detail::rounded_matrix<Element>(from.output, "output of attention", {}, heads);
-      const auto gate = detail::rounded_matrix<Element>(from.gate, "gate");
-      const auto up = detail::rounded_matrix<Element>(from.up, "up");
-      const auto down = detail::rounded_matrix<Element>(from.down, "down");
-      device_->set_layer(static_cast<std::int64_t>(l), {.attention_norm = from.attention_norm,
-                                                        .query = query,
-                                                        .key = key,
-                                                        .value = value,
-                                                        .output = output,
-                                                        .feed_forward_norm = from.feed_forward_norm,
-                                                        .gate = gate,
-                                                        .up = up,
-                                                        .down = down});
+    if (packed_output) {
+      const Packed output = packed({w.output}, "output");
+      device_->set_output(output.rows);
+    } else if (!tied) {
+      device_->set_output(detail::rounded_matrix<Element>(w.output, "output"));
     }
+    device_->set_output_norm(w.output_norm);
+    for (std::size_t l = 0; l < w.layers.size(); ++l)
+      set_layer(static_cast<std::int64_t>(l), w.layers[l], {c.head_dim, head_dim});
   }
 
   const Decoder& decoder() const { return *decoder_; }
   const CudaDeviceModel<Element>& device() const { return *device_; }
   /// The index of the device that it lies on.
   int device_index() const { return device_->device_index(); }
+  /// How matrices are stored.
+  CudaWeights weights() const { return weights_; }
   /// Device memory of the weights.
   std::size_t bytes() const { return device_->bytes(); }
 
@@ -193,7 +212,65 @@ class CudaModel {
     return best;
   }
 
+  /// A matrix as the device has it, and where it lies.
+  struct Packed {
+    std::vector<std::uint8_t> content;
+    CudaPackedRows rows;
+  };
+
+  bool is_packed(const WeightMatrix& matrix) const {
+    return weights_ == CudaWeights::kStored && is_quantised(matrix.type);
+  }
+  /// Matrices of one type and shape, their rows in turns. \throws Error(kUnsupported) for a weight
+  /// that Element has no room for.
+  static Packed packed(std::initializer_list<WeightMatrix> matrices, const char* name) {
+    for (const WeightMatrix& matrix : matrices) detail::check_fits<Element>(matrix, name);
+    Packed result;
+    result.content = pack_quantised({matrices.begin(), matrices.size()});
+    result.rows = {matrices.begin()->type,
+                   static_cast<std::int64_t>(matrices.size()) * matrices.begin()->rows,
+                   result.content};
+    return result;
+  }
+
+  void set_layer(std::int64_t layer, const DecoderLayerWeights& from,
+                 const detail::ZeroPadding& heads) {
+    using Matrix = std::vector<Element>;
+    const bool whole_heads = heads.unit == heads.padded;
+    CudaLayerContent<Element> to;
+    to.attention_norm = from.attention_norm;
+    to.feed_forward_norm = from.feed_forward_norm;
+    Packed packed_query, packed_key, packed_value, packed_output, packed_gate_up, packed_down;
+    Matrix query, key, value, output, gate, up, down;
+    if (whole_heads && is_packed(from.query) && is_packed(from.key) && is_packed(from.value)) {
+      to.packed_query = (packed_query = packed({from.query}, "query")).rows;
+      to.packed_key = (packed_key = packed({from.key}, "key")).rows;
+      to.packed_value = (packed_value = packed({from.value}, "value")).rows;
+    } else {
+      to.query = query = detail::rounded_matrix<Element>(from.query, "query", heads);
+      to.key = key = detail::rounded_matrix<Element>(from.key, "key", heads);
+      to.value = value = detail::rounded_matrix<Element>(from.value, "value", heads);
+    }
+    if (whole_heads && is_packed(from.output))
+      to.packed_output = (packed_output = packed({from.output}, "output of attention")).rows;
+    else
+      to.output = output =
+          detail::rounded_matrix<Element>(from.output, "output of attention", {}, heads);
+    if (is_packed(from.gate) && from.up.type == from.gate.type) {
+      to.packed_gate_up = (packed_gate_up = packed({from.gate, from.up}, "gate and up")).rows;
+    } else {
+      to.gate = gate = detail::rounded_matrix<Element>(from.gate, "gate");
+      to.up = up = detail::rounded_matrix<Element>(from.up, "up");
+    }
+    if (is_packed(from.down))
+      to.packed_down = (packed_down = packed({from.down}, "down")).rows;
+    else
+      to.down = down = detail::rounded_matrix<Element>(from.down, "down");
+    device_->set_layer(layer, to);
+  }
+
   std::shared_ptr<const Decoder> decoder_;
+  CudaWeights weights_;
   std::unique_ptr<CudaDeviceModel<Element>> device_;
 };
 
@@ -211,7 +288,7 @@ struct CudaCacheView {
 };
 
 /// Session (stream/session.hpp) on a GPU: the same options and verbs, and the same results to
-/// rounding. Weights, keys and values are of one type.
+/// rounding. Keys and values are of Element, and so are weights that are not quantised.
 ///
 /// | verb                                                  |                                    |
 /// |-------------------------------------------------------|------------------------------------|
@@ -221,8 +298,9 @@ struct CudaCacheView {
 ///
 /// Policies: sinks + window, window, full, with rotated keys; others are Error(kUnsupported).
 /// Arithmetic: a step's activations are float32; a chunk of two tokens and more is read as a
-/// matrix, for which the inputs of products are rounded to Element: logits are then within 2^-9
-/// (bf16) or 2^-12 (f16) of their size times the square root of the number of products.
+/// matrix, for which the inputs of products, and quantised weights, are rounded to Element: logits
+/// are then within 2^-9 (bf16) or 2^-12 (f16) of their size times the square root of the number of
+/// products.
 /// The token of the greatest logit is chosen on the device. Otherwise logits come to the host, so
 /// that the same sampler draws, with the same seed, as on the CPU.
 ///
