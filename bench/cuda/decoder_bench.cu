@@ -3,10 +3,13 @@
 /// batches of sessions, prefill, and a million tokens of one stream. One JSON object a line, on
 /// stdout.
 ///
-/// usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--parts] [--tokens N]
+/// usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--weights TYPE]... [--parts]
+///                      [--tokens N]
 ///   --case      one of them; without it all but curve, which is a step of the first geometry by
 ///   the
 ///               size of its cache, 256 to 16,384 entries (recompute_torch.py)
+///   --weights   bf16, q8_0, q6_k, q4_0, q4_1 or q4_k, for all matrices but the embedding; several
+///               run in turn (bf16); --parts, endless and curve know bf16 alone
 ///   --tokens N  how many the endless stream has (a million)
 ///   --parts     also the products of a step, each alone
 #include <algorithm>
@@ -17,6 +20,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <sluice/sluice.cuh>
@@ -37,6 +41,21 @@ struct Geometry {
   CudaDecoderShape shape;
 };
 
+constexpr std::pair<const char*, ElementType> kTypes[] = {
+    {"bf16", ElementType::kBF16}, {"q8_0", ElementType::kQ8_0}, {"q6_k", ElementType::kQ6_K},
+    {"q4_0", ElementType::kQ4_0}, {"q4_1", ElementType::kQ4_1}, {"q4_k", ElementType::kQ4_K}};
+/// By its name on the command line; kF32: there is no such type here.
+ElementType type_of(const std::string& name) {
+  for (const auto& [known, type] : kTypes)
+    if (name == known) return type;
+  return ElementType::kF32;
+}
+const char* name_of(ElementType type) {
+  for (const auto& [name, known] : kTypes)
+    if (type == known) return name;
+  return "none";
+}
+
 Geometry llama_2_7b() {
   return {"llama-2-7b", {32000, 4096, 11008, 32, 32, 128, 32, 1e-5, 1 / std::sqrt(128.0)}};
 }
@@ -44,12 +63,16 @@ Geometry llama_3_8b() {
   return {"llama-3-8b", {128256, 4096, 14336, 32, 8, 128, 32, 1e-5, 1 / std::sqrt(128.0)}};
 }
 
-double weight_bytes(const CudaDecoderShape& s) {
+/// Of the matrices that a step reads.
+double weight_bytes(const CudaDecoderShape& s, ElementType type) {
+  const auto matrix = [&](std::int64_t rows, std::int64_t cols) {
+    return static_cast<double>(is_quantised(type) ? quantised_bytes(type, rows, cols)
+                                                  : 2 * rows * cols);
+  };
   const double layer =
-      static_cast<double>(s.hidden_size) *
-      static_cast<double>(s.fused_size() + s.query_size() + 3 * s.intermediate_size);
-  return 2 * (layer * static_cast<double>(s.num_layers) +
-              static_cast<double>(s.vocab_size * s.hidden_size));
+      matrix(s.fused_size(), s.hidden_size) + matrix(s.hidden_size, s.query_size()) +
+      matrix(2 * s.intermediate_size, s.hidden_size) + matrix(s.hidden_size, s.intermediate_size);
+  return layer * static_cast<double>(s.num_layers) + matrix(s.vocab_size, s.hidden_size);
 }
 
 CudaDecoderOptions options_for(const CudaDecoderShape& s, std::int64_t batch, std::int64_t window,
@@ -68,7 +91,7 @@ CudaDecoderOptions options_for(const CudaDecoderShape& s, std::int64_t batch, st
 }
 
 /// Sessions whose caches are full of random rows.
-void measure_step(const Geometry& g, const Weights& weights, std::int64_t batch,
+void measure_step(const Geometry& g, const Weights& weights, ElementType type, std::int64_t batch,
                   std::int64_t entries, bool overlap, double ceiling) {
   std::vector<double> frequencies;
   CudaDecoderOptions options = options_for(g.shape, batch, entries, 0, frequencies);
@@ -88,14 +111,14 @@ void measure_step(const Geometry& g, const Weights& weights, std::int64_t batch,
   const double us =
       time_graph([&](cudaStream_t stream) { model.step(stream); }, batch > 8 ? 3 : 8, 9, &spread);
   const double bytes =
-      weight_bytes(g.shape) + static_cast<double>(batch * entries * 4) *
-                                  static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
+      weight_bytes(g.shape, type) + static_cast<double>(batch * entries * 4) *
+                                        static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
   std::printf(
-      "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"bf16\", \"sessions\": %lld, "
+      "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"%s\", \"sessions\": %lld, "
       "\"entries\": %lld, \"overlap\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, \"tokens_per_s\": "
       "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f, "
       "\"cache_mbytes_per_session\": %.1f}\n",
-      g.name, static_cast<long long>(batch), static_cast<long long>(entries),
+      g.name, name_of(type), static_cast<long long>(batch), static_cast<long long>(entries),
       overlap ? "true" : "false", us * 1e-3, spread * 1e-3, static_cast<double>(batch) / us * 1e6,
       bytes * 1e-9, bytes / us * 1e-6, bytes / us * 1e-6 / ceiling,
       static_cast<double>(model.cache_bytes()) / static_cast<double>(batch) * 1e-6);
@@ -162,8 +185,8 @@ void measure_parts(const Geometry& g, const Weights& weights, bool overlap) {
 }
 
 /// A prompt read in chunks.
-void measure_prefill(const Geometry& g, const Weights& weights, std::int64_t prompt,
-                     std::int64_t window, std::int64_t chunk) {
+void measure_prefill(const Geometry& g, const Weights& weights, ElementType type,
+                     std::int64_t prompt, std::int64_t window, std::int64_t chunk) {
   std::vector<double> frequencies;
   Model model(weights, options_for(g.shape, 1, window + 4, chunk, frequencies));
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(prompt));
@@ -187,9 +210,10 @@ void measure_prefill(const Geometry& g, const Weights& weights, std::int64_t pro
     check_cuda(cudaEventDestroy(end), "cudaEventDestroy");
   }
   std::printf(
-      "{\"bench\": \"decoder_prefill\", \"model\": \"%s\", \"prompt\": %lld, \"window\": %lld, "
+      "{\"bench\": \"decoder_prefill\", \"model\": \"%s\", \"type\": \"%s\", \"prompt\": %lld, "
+      "\"window\": %lld, "
       "\"chunk\": %lld, \"ms\": %.2f, \"tokens_per_s\": %.0f}\n",
-      g.name, static_cast<long long>(prompt), static_cast<long long>(window),
+      g.name, name_of(type), static_cast<long long>(prompt), static_cast<long long>(window),
       static_cast<long long>(chunk), best, static_cast<double>(prompt) / best * 1e3);
   std::fflush(stdout);
 }
@@ -262,21 +286,26 @@ void measure_endless(std::int64_t tokens) {
 int main(int count, char** arguments) {
   bool parts = false;
   std::string only;
+  std::vector<ElementType> types;
   std::int64_t tokens = 1000000;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--parts") == 0) {
       parts = true;
     } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
+    } else if (std::strcmp(arguments[i], "--weights") == 0 && i + 1 < count &&
+               type_of(arguments[i + 1]) != ElementType::kF32) {
+      types.push_back(type_of(arguments[++i]));
     } else if (std::strcmp(arguments[i], "--tokens") == 0 && i + 1 < count) {
       tokens = std::max(10000LL, std::atoll(arguments[++i]));
     } else {
       std::fprintf(stderr,
-                   "usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--parts] "
-                   "[--tokens N]\n");
+                   "usage: decoder_bench [--case step|sessions|prefill|endless|curve] "
+                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--parts] [--tokens N]\n");
       return 2;
     }
   }
+  if (types.empty()) types.push_back(ElementType::kBF16);
   const auto wanted = [&](const char* name) {
     return only.empty() || only == name;
   };
@@ -288,29 +317,30 @@ int main(int count, char** arguments) {
       const Geometry g = llama_2_7b();
       const std::unique_ptr<Weights> weights = random_weights(g.shape);
       for (std::int64_t entries = 256; entries <= 16384; entries *= 2)
-        measure_step(g, *weights, 1, entries, true, ceiling);
+        measure_step(g, *weights, ElementType::kBF16, 1, entries, true, ceiling);
       return 0;
     }
-    for (const Geometry& g : {llama_2_7b(), llama_3_8b()}) {
-      const std::unique_ptr<Weights> weights = random_weights(g.shape);
-      const bool small = g.shape.num_kv_heads == g.shape.num_qo_heads;
-      if (parts)
-        for (const bool overlap : {false, true}) measure_parts(g, *weights, overlap);
-      if (wanted("step"))
-        for (const std::int64_t entries : small ? std::vector<std::int64_t>{256, 1024, 4096}
-                                                : std::vector<std::int64_t>{1024, 4096, 32768})
-          for (const bool overlap : {false, true})
-            measure_step(g, *weights, 1, entries, overlap, ceiling);
-      // 256 sessions of the first geometry would need 137 GB.
-      if (wanted("sessions"))
-        for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 8, 64, 112}
-                                                 : std::vector<std::int64_t>{1, 8, 64, 256})
-          measure_step(g, *weights, sessions, 1024, true, ceiling);
-      if (wanted("prefill")) {
-        measure_prefill(g, *weights, 4096, 1024, 1024);
-        measure_prefill(g, *weights, 32768, 4096, 2048);
+    for (const Geometry& g : {llama_2_7b(), llama_3_8b()})
+      for (const ElementType type : types) {
+        const std::unique_ptr<Weights> weights = random_weights(g.shape, type);
+        const bool small = g.shape.num_kv_heads == g.shape.num_qo_heads;
+        if (parts && type == ElementType::kBF16)
+          for (const bool overlap : {false, true}) measure_parts(g, *weights, overlap);
+        if (wanted("step"))
+          for (const std::int64_t entries : small ? std::vector<std::int64_t>{256, 1024, 4096}
+                                                  : std::vector<std::int64_t>{1024, 4096, 32768})
+            for (const bool overlap : {false, true})
+              measure_step(g, *weights, type, 1, entries, overlap, ceiling);
+        // 256 sessions of the first geometry would need 137 GB.
+        if (wanted("sessions"))
+          for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 8, 64, 112}
+                                                   : std::vector<std::int64_t>{1, 8, 64, 256})
+            measure_step(g, *weights, type, sessions, 1024, true, ceiling);
+        if (wanted("prefill")) {
+          measure_prefill(g, *weights, type, 4096, 1024, 1024);
+          measure_prefill(g, *weights, type, 32768, 4096, 2048);
+        }
       }
-    }
   } catch (const Error& error) {
     std::fprintf(stderr, "decoder_bench: %s\n", error.what());
     return 1;

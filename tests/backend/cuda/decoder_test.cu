@@ -359,6 +359,40 @@ TEST(CudaDecoder, OneSessionAgainstFloat64) {
   }
 }
 
+// Steps round no weight. Chunks and batches round weights as well as inputs, each by 2^-9 at most.
+TEST(CudaDecoder, QuantisedWeightsAgainstFloat64) {
+  SKIP_WITHOUT_DEVICE();
+  for (const ElementType type : {ElementType::kQ8_0, ElementType::kQ6_K, ElementType::kQ4_0,
+                                 ElementType::kQ4_1, ElementType::kQ4_K}) {
+    SCOPED_TRACE(std::string(to_string(type)));
+    const SmallModel model(64, false, 81, type);
+    std::vector<std::int32_t> prompt;
+    Random random(6);
+    for (int i = 0; i < 33; ++i) prompt.push_back(static_cast<std::int32_t>(random.below(300)));
+    PlainDecoder oracle = model.oracle(4, 24);
+    CudaDecoder<bf16, 64> steps(*model.device, model.options(1, 4, 24, 0, true));
+    CudaDecoder<bf16, 64> chunks(*model.device, model.options(1, 4, 24, 7, true));
+    CudaDecoder<bf16, 64> batch(*model.device, model.options(3, 4, 24, 0, true));
+    std::vector<double> expected;
+    for (const std::int32_t token : prompt) {
+      expected = oracle.step(token);
+      steps.feed(std::vector<std::int32_t>{token});
+      steps.step(nullptr);
+      ASSERT_LE(relative_error(steps.logits(), expected), kExactBound);
+      batch.feed(std::vector<std::int32_t>(3, token));
+      batch.step(nullptr);
+    }
+    chunks.prefill(0, prompt);
+    EXPECT_LE(relative_error(chunks.logits(), expected), 2 * kRoundedBound);
+    const std::vector<float> logits = batch.logits();
+    for (std::size_t b = 0; b < 3; ++b)
+      EXPECT_LE(relative_error(std::span<const float>(logits).subspan(300 * b, 300), expected),
+                2 * kRoundedBound)
+          << "session " << b;
+    EXPECT_EQ(steps.tokens()[0], argmax(steps.logits()));
+  }
+}
+
 // As small_chunks(): a prompt in chunks, then steps across the ring's end.
 TEST(CudaDecoder, Small) {
   SKIP_WITHOUT_DEVICE();

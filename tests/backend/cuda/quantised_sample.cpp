@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include <sluice/backend/cuda/quantised_packing.hpp>
@@ -26,9 +27,9 @@ f16 half_at(const std::uint8_t* bytes) {
 }
 
 template <class Block>
-void set_scales(Block& block, Random& random) {
+void set_scales(Block& block, Random& random, double size) {
   const auto scale = [&](double of_largest) {
-    return f16(static_cast<float>((0.5 + random.uniform()) / of_largest));
+    return f16(static_cast<float>(size * (0.5 + random.uniform()) / of_largest));
   };
   if constexpr (std::is_same_v<Block, BlockQ8_0>) {
     block.d = scale(80);
@@ -44,13 +45,13 @@ void set_scales(Block& block, Random& random) {
 }
 
 template <class Block>
-void fill(std::vector<std::uint8_t>& stored, Random& random) {
+void fill(std::vector<std::uint8_t>& stored, Random& random, double size) {
   for (std::size_t at = 0; at < stored.size(); at += sizeof(Block)) {
     std::array<std::uint8_t, sizeof(Block)> bytes;
     for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random.next() >> 40);
     Block block;
     std::memcpy(&block, bytes.data(), sizeof(block));
-    set_scales(block, random);
+    set_scales(block, random, size);
     std::memcpy(stored.data() + at, &block, sizeof(block));
   }
 }
@@ -113,7 +114,7 @@ std::vector<float> unpacked(ElementType type, const std::vector<std::uint8_t>& p
 }
 
 QuantisedSample random_quantised(ElementType type, std::int64_t rows, std::int64_t cols,
-                                 std::uint64_t seed) {
+                                 std::uint64_t seed, double size) {
   QuantisedSample sample;
   sample.type = type;
   sample.rows = rows;
@@ -121,11 +122,11 @@ QuantisedSample random_quantised(ElementType type, std::int64_t rows, std::int64
   Random random(seed);
   sample.stored.resize(static_cast<std::size_t>(storage_bytes(type, rows * cols)));
   switch (type) {
-    case ElementType::kQ8_0: fill<BlockQ8_0>(sample.stored, random); break;
-    case ElementType::kQ4_0: fill<BlockQ4_0>(sample.stored, random); break;
-    case ElementType::kQ4_1: fill<BlockQ4_1>(sample.stored, random); break;
-    case ElementType::kQ4_K: fill<BlockQ4_K>(sample.stored, random); break;
-    case ElementType::kQ6_K: fill<BlockQ6_K>(sample.stored, random); break;
+    case ElementType::kQ8_0: fill<BlockQ8_0>(sample.stored, random, size); break;
+    case ElementType::kQ4_0: fill<BlockQ4_0>(sample.stored, random, size); break;
+    case ElementType::kQ4_1: fill<BlockQ4_1>(sample.stored, random, size); break;
+    case ElementType::kQ4_K: fill<BlockQ4_K>(sample.stored, random, size); break;
+    case ElementType::kQ6_K: fill<BlockQ6_K>(sample.stored, random, size); break;
     case ElementType::kF32:
     case ElementType::kF16:
     case ElementType::kBF16: break;

@@ -21,9 +21,9 @@ struct QuantisedSample {
   std::vector<float> magnitudes;
 };
 
-/// Random levels and scales; values have a size of about 1. cols: a multiple of the type's block.
+/// Random levels and scales; values have about this size. cols: a multiple of the type's block.
 QuantisedSample random_quantised(sluice::ElementType type, std::int64_t rows, std::int64_t cols,
-                                 std::uint64_t seed);
+                                 std::uint64_t seed, double size = 1);
 
 /// Gate's and up's rows in turns, as the device has them.
 std::vector<std::uint8_t> packed_in_turns(const QuantisedSample& gate, const QuantisedSample& up);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -15,6 +16,7 @@
 
 #include "backend/cuda/decoder_oracle.hpp"
 #include "backend/cuda/device_test.hpp"
+#include "backend/cuda/quantised_sample.hpp"
 
 namespace sluice_test {
 
@@ -28,10 +30,16 @@ struct SmallModel {
   std::vector<double> frequencies;
   std::optional<CudaDecoderWeights<bf16>> device;
 
-  SmallModel(int head_dim, bool interleaved, std::uint64_t seed) {
+  /// type: kBF16 or a quantised one, for all matrices but the embedding.
+  SmallModel(int head_dim, bool interleaved, std::uint64_t seed,
+             ElementType type = ElementType::kBF16) {
+    const bool quantised = is_quantised(type);
+    const bool whole = block_shape(type).values == 256;
     plain = {.vocab_size = 300,
-             .hidden_size = 192,
-             .intermediate_size = 328,
+             .hidden_size = whole ? 256 : 192,
+             .intermediate_size = whole       ? 512
+                                  : quantised ? 352
+                                              : 328,
              .num_qo_heads = 4,
              .num_kv_heads = 2,
              .head_dim = head_dim,
@@ -57,34 +65,71 @@ struct SmallModel {
       for (float& x : v) x += 1;
       return v;
     };
-    device.emplace(shape, false);
+    const auto sample = [&](std::int64_t rows, std::int64_t cols) {
+      return random_quantised(type, rows, cols, random.next(),
+                              1.5 / std::sqrt(static_cast<double>(cols)));
+    };
+    const auto rows_of = [](const QuantisedSample& x) {
+      return CudaPackedRows{x.type, x.rows, x.packed};
+    };
+    device.emplace(shape, false, !quantised);
     host.embedding =
         random_floats(random, static_cast<std::size_t>(shape.vocab_size * shape.hidden_size), 1);
     for (float& v : host.embedding) v = static_cast<float>(bf16(v));
-    host.output = matrix(shape.vocab_size, shape.hidden_size);
+    if (quantised) {
+      const QuantisedSample output = sample(shape.vocab_size, shape.hidden_size);
+      device->quantised_output = place_quantised(std::array{rows_of(output)}, shape.hidden_size);
+      host.output = output.values;
+    } else {
+      host.output = matrix(shape.vocab_size, shape.hidden_size);
+      device->output.upload(rounded_to<bf16>(host.output));
+    }
     host.output_norm = norm();
     device->embedding.upload(rounded_to<bf16>(host.embedding));
-    device->output.upload(rounded_to<bf16>(host.output));
     device->output_norm.upload(host.output_norm);
     for (std::int64_t l = 0; l < shape.num_layers; ++l) {
       PlainLayer layer;
       layer.attention_norm = norm();
-      layer.query = matrix(shape.query_size(), shape.hidden_size);
-      layer.key = matrix(shape.kv_size(), shape.hidden_size);
-      layer.value = matrix(shape.kv_size(), shape.hidden_size);
-      layer.output = matrix(shape.hidden_size, shape.query_size());
       layer.feed_forward_norm = norm();
-      layer.gate = matrix(shape.intermediate_size, shape.hidden_size);
-      layer.up = matrix(shape.intermediate_size, shape.hidden_size);
-      layer.down = matrix(shape.hidden_size, shape.intermediate_size);
       CudaLayerWeights<bf16>& to = device->layers[static_cast<std::size_t>(l)];
       to.attention_norm.upload(layer.attention_norm);
       to.feed_forward_norm.upload(layer.feed_forward_norm);
-      to.output.upload(rounded_to<bf16>(layer.output));
-      to.down.upload(rounded_to<bf16>(layer.down));
-      device->set_query_key_value(l, rounded_to<bf16>(layer.query), rounded_to<bf16>(layer.key),
-                                  rounded_to<bf16>(layer.value));
-      device->set_gate_up(l, rounded_to<bf16>(layer.gate), rounded_to<bf16>(layer.up));
+      if (quantised) {
+        const QuantisedSample query = sample(shape.query_size(), shape.hidden_size);
+        const QuantisedSample key = sample(shape.kv_size(), shape.hidden_size);
+        const QuantisedSample value = sample(shape.kv_size(), shape.hidden_size);
+        const QuantisedSample output = sample(shape.hidden_size, shape.query_size());
+        const QuantisedSample gate = sample(shape.intermediate_size, shape.hidden_size);
+        const QuantisedSample up = sample(shape.intermediate_size, shape.hidden_size);
+        const QuantisedSample down = sample(shape.hidden_size, shape.intermediate_size);
+        const std::vector<std::uint8_t> both = packed_in_turns(gate, up);
+        to.quantised_query_key_value = place_quantised(
+            std::array{rows_of(query), rows_of(key), rows_of(value)}, shape.hidden_size);
+        to.quantised_output = place_quantised(std::array{rows_of(output)}, shape.query_size());
+        to.quantised_gate_up = place_quantised(
+            std::array{CudaPackedRows{type, 2 * shape.intermediate_size, both}}, shape.hidden_size);
+        to.quantised_down = place_quantised(std::array{rows_of(down)}, shape.intermediate_size);
+        layer.query = query.values;
+        layer.key = key.values;
+        layer.value = value.values;
+        layer.output = output.values;
+        layer.gate = gate.values;
+        layer.up = up.values;
+        layer.down = down.values;
+      } else {
+        layer.query = matrix(shape.query_size(), shape.hidden_size);
+        layer.key = matrix(shape.kv_size(), shape.hidden_size);
+        layer.value = matrix(shape.kv_size(), shape.hidden_size);
+        layer.output = matrix(shape.hidden_size, shape.query_size());
+        layer.gate = matrix(shape.intermediate_size, shape.hidden_size);
+        layer.up = matrix(shape.intermediate_size, shape.hidden_size);
+        layer.down = matrix(shape.hidden_size, shape.intermediate_size);
+        to.output.upload(rounded_to<bf16>(layer.output));
+        to.down.upload(rounded_to<bf16>(layer.down));
+        device->set_query_key_value(l, rounded_to<bf16>(layer.query), rounded_to<bf16>(layer.key),
+                                    rounded_to<bf16>(layer.value));
+        device->set_gate_up(l, rounded_to<bf16>(layer.gate), rounded_to<bf16>(layer.up));
+      }
       host.layers.push_back(std::move(layer));
     }
   }
