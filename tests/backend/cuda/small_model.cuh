@@ -90,11 +90,9 @@ struct SmallModel {
     for (std::int64_t l = 0; l < shape.num_layers; ++l) {
       PlainLayer layer;
       layer.attention_norm = norm();
-      layer.feed_forward_norm = norm();
       CudaLayerWeights<bf16>& to = device->layers[static_cast<std::size_t>(l)];
-      to.attention_norm.upload(layer.attention_norm);
-      to.feed_forward_norm.upload(layer.feed_forward_norm);
       if (quantised) {
+        layer.feed_forward_norm = norm();
         const QuantisedSample query = sample(shape.query_size(), shape.hidden_size);
         const QuantisedSample key = sample(shape.kv_size(), shape.hidden_size);
         const QuantisedSample value = sample(shape.kv_size(), shape.hidden_size);
@@ -121,6 +119,7 @@ struct SmallModel {
         layer.key = matrix(shape.kv_size(), shape.hidden_size);
         layer.value = matrix(shape.kv_size(), shape.hidden_size);
         layer.output = matrix(shape.hidden_size, shape.query_size());
+        layer.feed_forward_norm = norm();
         layer.gate = matrix(shape.intermediate_size, shape.hidden_size);
         layer.up = matrix(shape.intermediate_size, shape.hidden_size);
         layer.down = matrix(shape.hidden_size, shape.intermediate_size);
@@ -130,6 +129,8 @@ struct SmallModel {
                                     rounded_to<bf16>(layer.value));
         device->set_gate_up(l, rounded_to<bf16>(layer.gate), rounded_to<bf16>(layer.up));
       }
+      to.attention_norm.upload(layer.attention_norm);
+      to.feed_forward_norm.upload(layer.feed_forward_norm);
       host.layers.push_back(std::move(layer));
     }
   }

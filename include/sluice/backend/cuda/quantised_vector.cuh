@@ -6,8 +6,8 @@
 /// into equal spans of chunks, one per warp, through a ring that is filled before the kernel waits
 /// for the one before it. Widening every weight to float32 and reading its x would cost more
 /// instructions and shared memory than the bus leaves time for at 4 bits. So levels become f16
-/// (exact: integers up to 128), and a tensor core multiplies 8 rows' 16 columns by x, as matrix A,
-/// of which two rows are used: x 2^e = high + low, both f16, e for each chunk's columns such that
+/// (exact: integers up to 128), and a tensor core multiplies 8 rows' levels (matrix B) by x (matrix
+/// A): x 2^e = high + low, both f16, in alternate rows of A; e for each chunk's columns such that
 /// the largest fits. An x is then off by 2^-23 of itself at most, or by 2^-39 of its chunk's
 /// largest where that is more. Products of levels are exact in float32; sums are float32, by blocks
 /// of one scale, and each block's sum meets its scale once.
@@ -55,9 +55,7 @@ struct QuantisedVectorParams {
 
 /// Chunks per warp in flight: about the bytes of kVectorStages there, and few enough that two
 /// blocks share a multiprocessor with 14,336 columns.
-constexpr int quantised_stages(const QuantisedLayout& layout) {
-  return layout.chunk_cols == 64 ? 6 : 5;
-}
+inline constexpr int kQuantisedStages = 5;
 
 // Two levels as f16, exact: 2^10 + level is written into the bits, and 2^10 is taken away.
 
@@ -69,13 +67,23 @@ __device__ inline std::uint32_t halves_of_bytes(std::uint32_t word, std::uint32_
       : "r"(__byte_perm(word, 0x64646464U, selector)), "r"(0x64806480U));
   return result;
 }
+/// Bits that `mask` keeps, and the two exponents: one instruction, of which one constant may be
+/// written into it.
+template <std::uint32_t kMask>
+__device__ std::uint32_t masked_halves(std::uint32_t word) {
+  std::uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;"  // (a & b) | c
+      : "=r"(result)
+      : "r"(word), "n"(kMask), "r"(0x64006400U));
+  return result;
+}
 /// Nibbles 0 and 4 of `word`, less kOffset (0 or 8).
 template <int kOffset>
 __device__ std::uint32_t halves_of_nibbles(std::uint32_t word) {
   std::uint32_t result;
   asm("sub.f16x2 %0, %1, %2;"
       : "=r"(result)
-      : "r"((word & 0x000f000fU) | 0x64006400U), "r"(kOffset == 8 ? 0x64086408U : 0x64006400U));
+      : "r"(masked_halves<0x000f000fU>(word)), "r"(kOffset == 8 ? 0x64086408U : 0x64006400U));
   return result;
 }
 /// Nibbles 1 and 5: (2^10 + 16 q) / 16 - 64 - kOffset.
@@ -84,16 +92,19 @@ __device__ std::uint32_t halves_of_upper_nibbles(std::uint32_t word) {
   std::uint32_t result;
   asm("fma.rn.f16x2 %0, %1, %2, %3;"
       : "=r"(result)
-      : "r"((word & 0x00f000f0U) | 0x64006400U), "r"(0x2c002c00U),
+      : "r"(masked_halves<0x00f000f0U>(word)), "r"(0x2c002c00U),
         "r"(kOffset == 8 ? 0xd480d480U : 0xd400d400U));
   return result;
 }
 
-/// c += levels times x, for 16 columns: x.x and x.y of `high` or of `low` by the thread's group.
-__device__ inline void multiply_levels(float (&c)[4], std::uint32_t x0, std::uint32_t x1,
-                                       std::uint32_t levels0, std::uint32_t levels1) {
-  const std::uint32_t a[4] = {x0, 0, x1, 0};
-  Half<f16>::multiply_add(c, a, levels0, levels1);
+/// 16 bytes to shared memory beside everything else, if `wanted`, without a branch.
+__device__ inline void copy_async_if(void* to, const void* from, bool wanted) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %2, 0;\n\t"
+      "@p cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n\t}" ::"r"(
+          static_cast<unsigned>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(wanted ? 1 : 0)
+      : "memory");
 }
 
 /// What a thread needs of a chunk, and its part of the product. The two sums of a thread belong to
@@ -101,7 +112,6 @@ __device__ inline void multiply_levels(float (&c)[4], std::uint32_t x0, std::uin
 template <ElementType kType>
 struct QuantisedChunk {
   static constexpr QuantisedLayout kLayout = quantised_layout(kType);
-  static constexpr int kStages = quantised_stages(kLayout);
   static constexpr bool kBytes = kLayout.chunk_cols == 64;
   static constexpr int kOffset = kType == ElementType::kQ4_0 ? 8 : 0;
   static constexpr int kPairs = kLayout.chunk_cols / 32;  // of 16 columns
@@ -141,46 +151,49 @@ struct QuantisedChunk {
     float2 minima = {0, 0};
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const uint4 a = x[8 * pair];
-      float c[4] = {0, 0, 0, 0};
+      // One matrix A for both: its rows 0 ... 7 are x at the first 16 columns, 8 ... 15 at the
+      // second. What each product has in the other's rows is not looked at.
+      const uint4 quad = x[8 * pair];
+      const std::uint32_t a[4] = {quad.x, quad.y, quad.z, quad.w};
+      float first[4] = {0, 0, 0, 0};
+      float second[4] = {0, 0, 0, 0};
       if constexpr (kBytes) {
-        const std::uint32_t first = words[2 * pair];
-        const std::uint32_t second = words[2 * pair + 1];
-        multiply_levels(c, a.x, a.y, halves_of_bytes(first, 0x4140),
-                        halves_of_bytes(first, 0x4342));
-        if constexpr (kType == ElementType::kQ6_K) {
-          const std::uint32_t s = scale_words[pair];
-          sum.x = fmaf(signed_byte(s, 0), c[0], sum.x);
-          sum.y = fmaf(signed_byte(s, 1), c[1], sum.y);
-          c[0] = c[1] = c[2] = c[3] = 0;
-          multiply_levels(c, a.z, a.w, halves_of_bytes(second, 0x4140),
-                          halves_of_bytes(second, 0x4342));
-          sum.x = fmaf(signed_byte(s, 2), c[0], sum.x);
-          sum.y = fmaf(signed_byte(s, 3), c[1], sum.y);
-        } else {
-          multiply_levels(c, a.z, a.w, halves_of_bytes(second, 0x4140),
-                          halves_of_bytes(second, 0x4342));
-        }
+        const std::uint32_t low = words[2 * pair];
+        const std::uint32_t high = words[2 * pair + 1];
+        Half<f16>::multiply_add(first, a, halves_of_bytes(low, 0x4140),
+                                halves_of_bytes(low, 0x4342));
+        Half<f16>::multiply_add(second, a, halves_of_bytes(high, 0x4140),
+                                halves_of_bytes(high, 0x4342));
       } else {
-        const std::uint32_t word = words[pair];
-        multiply_levels(c, a.x, a.y, halves_of_nibbles<kOffset>(word),
-                        halves_of_upper_nibbles<kOffset>(word));
-        multiply_levels(c, a.z, a.w, halves_of_nibbles<kOffset>(word >> 8),
-                        halves_of_upper_nibbles<kOffset>(word >> 8));
+        const std::uint32_t low = words[pair];
+        const std::uint32_t high = words[pair] >> 8;
+        Half<f16>::multiply_add(first, a, halves_of_nibbles<kOffset>(low),
+                                halves_of_upper_nibbles<kOffset>(low));
+        Half<f16>::multiply_add(second, a, halves_of_nibbles<kOffset>(high),
+                                halves_of_upper_nibbles<kOffset>(high));
       }
+      if constexpr (kType == ElementType::kQ6_K) {
+        const std::uint32_t s = scale_words[pair];
+        sum.x = fmaf(signed_byte(s, 0), first[0], sum.x);
+        sum.y = fmaf(signed_byte(s, 1), first[1], sum.y);
+        sum.x = fmaf(signed_byte(s, 2), second[2], sum.x);
+        sum.y = fmaf(signed_byte(s, 3), second[3], sum.y);
+        continue;
+      }
+      const float2 block = {first[0] + second[2], first[1] + second[3]};
       if constexpr (kType == ElementType::kQ4_K) {
         // scale words 0 and 1: scales of blocks 0, 1 and 2, 3; words 2 and 3: minima.
         const std::uint32_t s = scale_words[pair / 2] >> (pair % 2 * 16);
         const std::uint32_t m = scale_words[2 + pair / 2] >> (pair % 2 * 16);
         const float total = x_sums[pair];
-        sum.x = fmaf(static_cast<float>(s & 0xffU), c[0], sum.x);
-        sum.y = fmaf(static_cast<float>(s >> 8 & 0xffU), c[1], sum.y);
+        sum.x = fmaf(static_cast<float>(s & 0xffU), block.x, sum.x);
+        sum.y = fmaf(static_cast<float>(s >> 8 & 0xffU), block.y, sum.y);
         minima.x = fmaf(static_cast<float>(m & 0xffU), total, minima.x);
         minima.y = fmaf(static_cast<float>(m >> 8 & 0xffU), total, minima.y);
-      } else if constexpr (kType != ElementType::kQ6_K) {
+      } else {
         const std::uint32_t s = scale_words[pair];
-        sum.x = fmaf(Half<f16>::low(s), c[0], sum.x);
-        sum.y = fmaf(Half<f16>::high(s), c[1], sum.y);
+        sum.x = fmaf(Half<f16>::low(s), block.x, sum.x);
+        sum.y = fmaf(Half<f16>::high(s), block.y, sum.y);
         if constexpr (kType == ElementType::kQ4_1) {
           const float total = x_sums[pair];
           minima.x = fmaf(Half<f16>::low(more_words[pair]), total, minima.x);
@@ -219,11 +232,11 @@ struct QuantisedMemory {
   std::int64_t bytes;
 };
 __host__ __device__ inline QuantisedMemory quantised_memory(const QuantisedLayout& layout,
-                                                            int stages, std::int64_t chunks,
+                                                            std::int64_t chunks,
                                                             std::int64_t rows_of_block) {
   QuantisedMemory m{};
   m.ring = chunks * layout.chunk_cols * 4;
-  m.x_sums = m.ring + std::int64_t{stages} * kVectorWarps * layout.chunk_bytes;
+  m.x_sums = m.ring + std::int64_t{kQuantisedStages} * kVectorWarps * layout.chunk_bytes;
   m.factors = m.x_sums + (layout.has_min ? chunks * layout.chunk_cols / 32 * 4 : 0);
   m.sums = m.factors + (chunks + 3) / 4 * 16;
   m.bytes = m.sums + rows_of_block * 4;
@@ -234,7 +247,7 @@ template <ElementType kType>
 __global__ void __launch_bounds__(kVectorThreads, 2)
     quantised_vector_kernel(const __grid_constant__ QuantisedVectorParams params) {
   constexpr QuantisedLayout kLayout = QuantisedChunk<kType>::kLayout;
-  constexpr int kStages = QuantisedChunk<kType>::kStages;
+  constexpr int kStages = kQuantisedStages;
   constexpr int kScaleRuns = (kLayout.chunk_bytes - kQuantisedLevelBytes) / 16;
   constexpr int kQuads = kLayout.chunk_cols / 4;  // threads that arrange a chunk of x
   static_assert(kQuantisedLevelBytes == 16 * kWarpSize && kScaleRuns <= kWarpSize);
@@ -248,7 +261,7 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
   const int warp = tid / kWarpSize;
   const int lane = tid % kWarpSize;
   const int chunks = (p.cols + kLayout.chunk_cols - 1) / kLayout.chunk_cols;
-  const QuantisedMemory memory = quantised_memory(kLayout, kStages, chunks, 0);
+  const QuantisedMemory memory = quantised_memory(kLayout, chunks, 0);
   uint4* const xs = reinterpret_cast<uint4*>(quantised_vector_memory);
   unsigned char* const ring = quantised_vector_memory + memory.ring + warp * kLayout.chunk_bytes;
   float* const x_sums = reinterpret_cast<float*>(quantised_vector_memory + memory.x_sums);
@@ -272,14 +285,12 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
       (static_cast<std::int64_t>(first_tile) * chunks + begin) * kLayout.chunk_bytes + 16 * lane;
   int fetched = begin;
   const auto fetch = [&](int stage) {
-    if (fetched < end) {
-      unsigned char* const to = ring + stage * kVectorWarps * kLayout.chunk_bytes + 16 * lane;
-      copy_async_or_zero(to, from, true);
-      if (lane < kScaleRuns)
-        copy_async_or_zero(to + kQuantisedLevelBytes, from + kQuantisedLevelBytes, true);
-      from += kLayout.chunk_bytes;
-      ++fetched;
-    }
+    unsigned char* const to = ring + stage * kVectorWarps * kLayout.chunk_bytes + 16 * lane;
+    copy_async_if(to, from, fetched < end);
+    copy_async_if(to + kQuantisedLevelBytes, from + kQuantisedLevelBytes,
+                  fetched < end && lane < kScaleRuns);
+    from += kLayout.chunk_bytes;
+    ++fetched;
     copies_commit();
   };
 #pragma unroll
@@ -325,10 +336,14 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
       for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, step);
     }
     if (i < quads) {
-      // [32 columns][high, low][4 threads] of 16 bytes: two of 16 columns' fragments.
-      uint2* const to = reinterpret_cast<uint2*>(xs + i / 8 * 8 + i % 4) + i / 4 % 2;
-      to[0] = {high[0], high[1]};
-      to[8] = {low[0], low[1]};
+      // [32 columns][high, low][4 threads] of 16 bytes: columns 0, 1 of 4 of the first 16 and of
+      // the second, columns 2, 3 of both.
+      std::uint32_t* const to =
+          reinterpret_cast<std::uint32_t*>(xs + i / 8 * 8 + i % 4) + i / 4 % 2;
+      to[0] = high[0];
+      to[2] = high[1];
+      to[16] = low[0];
+      to[18] = low[1];
       if (i % kQuads == 0)
         factors[i / kQuads] = __uint_as_float(static_cast<unsigned>(exponent - 14) << 23);
       if constexpr (kLayout.has_min)
@@ -534,7 +549,7 @@ class QuantisedVectorPlan {
     const std::int64_t chunks = (task.cols + layout.chunk_cols - 1) / layout.chunk_cols;
     const std::int64_t tiles = (task.rows + kQuantisedTileRows - 1) / kQuantisedTileRows;
     std::int64_t bytes =
-        detail::quantised_memory(layout, detail::quantised_stages(layout), chunks,
+        detail::quantised_memory(layout, chunks,
                                  ((tiles + blocks_ - 1) / blocks_ + 1) * kQuantisedTileRows)
             .bytes;
     require(bytes <= most_shared_ - kStaticBytes, "cols and rows", "what shared memory holds",
