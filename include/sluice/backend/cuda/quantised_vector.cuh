@@ -53,9 +53,9 @@ struct QuantisedVectorParams {
   VectorEpilogue epilogue;
 };
 
-/// Chunks per warp in flight: about the bytes of kVectorStages there, and few enough that two
-/// blocks share a multiprocessor with 14,336 columns.
-inline constexpr int kQuantisedStages = 5;
+/// Chunks per warp in flight. Two blocks share a multiprocessor with 14,336 columns; 5 and 6 stages
+/// are as fast at 4 bits and slower at 8 (bench/cuda/NOTES.md).
+inline constexpr int kQuantisedStages = 4;
 
 // Two levels as f16, exact: 2^10 + level is written into the bits, and 2^10 is taken away.
 
