@@ -11,15 +11,14 @@
 ///   nibbles 0, 4, 1, 5 and the columns 32 j + 16 + 4 t + 0 ... 3 as nibbles 2, 6, 3, 7, lowest
 ///   nibble first (4 bits). So the run is thread 4 g + t's part of matrix fragments (PTX ISA,
 ///   mma.m16n8k16, matrix B) whose 16 columns have the same scale.
-/// - scales, all [t][...][row 2 t, row 2 t + 1], t in 0 ... 3, S the sub-blocks of a chunk:
-///
-/// | type | value of a level q  | scales of a chunk |
-/// |------|---------------------|------------------------------------------------------------------|
-/// | Q8_0 | d q                 | d f16 [t][S = 2][2] | | Q6_K | d scale q           | scale int8
-/// [t][S = 4][2]; d f16 [t][2]                           | | Q4_0 | d (q - 8)           | d f16
-/// [t][S = 4][2]                                              | | Q4_1 | d q + m             | d
-/// f16 [t][S = 4][2]; m f16 [t][S = 4][2]                         | | Q4_K | d scale q - dmin min|
-/// scale, then min, uint8 [t][2][S = 4][2]; d, then dmin f16 [t][2][2] |
+/// - scales, for t in 0 ... 3, the last [2] being rows 2 t and 2 t + 1, S the sub-blocks of a
+///   chunk; by type, with the value of a level q:
+///   - Q8_0, d q: d f16 [t][S = 2][2];
+///   - Q6_K, d scale q: scale int8 [t][S = 4][2], then d f16 [t][2];
+///   - Q4_0, d (q - 8): d f16 [t][S = 4][2];
+///   - Q4_1, d q + m: d f16 [t][S = 4][2], then m f16 [t][S = 4][2];
+///   - Q4_K, d scale q - dmin min: scale, then min, uint8 [t][2][S = 4][2], then d and dmin, f16
+///     [t][2][2].
 ///
 /// These are the numbers of the file: nothing is rounded.
 #pragma once
