@@ -728,29 +728,37 @@ def draw_decoder_cuda(records, folder):
     """Left: a token by the cache's size, above what its bytes need. Right: tokens/s by sessions."""
     made, (single, many) = figure(columns=2, width=5.2)
     steps = [record for record in records if record["overlap"]]
+    styles = dict(zip(dict.fromkeys(record.get("type", "") for record in steps),
+                      (("o", "-"), ("s", "--"), ("v", "--"), ("^", "-."), ("D", "-."), ("x", "-."))))
     for index, model in enumerate(dict.fromkeys(record["model"] for record in steps)):
         colour = [ACCENT, SECOND, THIRD, FOURTH][index % 4]
-        alone = sorted((record["entries"], record["ms"], record["of_read_ceiling"])
-                       for record in steps if record["model"] == model and record["sessions"] == 1)
-        if alone:
-            entries = [row[0] for row in alone]
-            single.plot(entries, [row[1] for row in alone], "o-", color=colour, linewidth=1.8,
-                        markersize=4, label=model)
-            single.plot(entries, [row[1] * row[2] for row in alone], ":", color=colour,
-                        linewidth=1.2, label="its bytes at the read ceiling")
-        batch = sorted((record["sessions"], 1e3 * record["sessions"] / record["ms"])
-                       for record in steps if record["model"] == model
-                       and record["entries"] == 1024)
-        if batch:
-            many.plot(*zip(*batch), "o-", color=colour, linewidth=1.8, markersize=4, label=model)
+        for weights, (marker, line) in styles.items():
+            rows = [record for record in steps
+                    if record["model"] == model and record.get("type", "") == weights]
+            alone = sorted((record["entries"], record["ms"], record["of_read_ceiling"])
+                           for record in rows if record["sessions"] == 1)
+            if alone:
+                entries = [row[0] for row in alone]
+                single.plot(entries, [row[1] for row in alone], line, marker=marker, color=colour,
+                            linewidth=1.4, markersize=4, label=f"{model}, {weights}")
+                if (marker, line) == ("o", "-"):
+                    single.plot(entries, [row[1] * row[2] for row in alone], ":", color=colour,
+                                linewidth=1.2, label="its bytes at the read ceiling")
+            batch = sorted((record["sessions"], 1e3 * record["sessions"] / record["ms"])
+                           for record in rows if record["entries"] == 1024)
+            if len(batch) > 1:
+                many.plot(*zip(*batch), line, marker=marker, color=colour, linewidth=1.8,
+                          markersize=4, label=f"{model}, {weights}")
     for axis, name in ((single, "entries in the cache"), (many, "sessions of 1,024 entries")):
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.xaxis.set_major_formatter(FuncFormatter(thousands))
         axis.yaxis.set_major_formatter(FuncFormatter(thousands))
         axis.set_xlabel(name)
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=6, frameon=False, ncols=2)
         tidy(axis)
+    single.set_ylim(top=1.6 * max((record["ms"] for record in steps if record["sessions"] == 1),
+                                  default=1))
     single.set_ylabel("ms a token")
     many.set_ylabel("tokens/s, all sessions")
     save(made, folder, "decoder_cuda", records)

@@ -299,7 +299,7 @@ struct CudaCacheView {
 /// Policies: sinks + window, window, full, with rotated keys; others are Error(kUnsupported).
 /// Arithmetic: a step's activations are float32; a chunk of two tokens and more is read as a
 /// matrix, for which the inputs of products, and quantised weights, are rounded to Element: logits
-/// are then within 2^-9 (bf16) or 2^-12 (f16) of their size times the square root of the number of
+/// are then within 2^-8 (bf16) or 2^-11 (f16) of their size times the square root of the number of
 /// products.
 /// The token of the greatest logit is chosen on the device. Otherwise logits come to the host, so
 /// that the same sampler draws, with the same seed, as on the CPU.
