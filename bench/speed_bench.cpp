@@ -53,8 +53,8 @@ using namespace sluice;
 
 constexpr const char* kHelp =
     "usage: speed_bench MODEL.gguf THREADS [int8] [onednn | no-onednn] TASK...\n"
-    "MODEL.gguf may be random-TYPE (Q8_0, Q4_0, BF16, F32): SmolLM2-135M's geometry, seeded "
-    "weights\n"
+    "MODEL.gguf may be random-TYPE or random-1b-TYPE (Q8_0, Q4_0, BF16, F32): SmolLM2-135M's or\n"
+    "Llama 3.2 1B's geometry, seeded weights\n"
     "int8: activations are rounded, to 8 bits where weights are quantised, to bf16 where they are "
     "that\n"
     "onednn, no-onednn: chunks through oneDNN always, or never; else where the processor has AMX\n"
@@ -418,8 +418,10 @@ void print_limits(const Setting& setting) {
 Model load(const std::string& name) {
   for (const ElementType type :
        {ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kBF16, ElementType::kF32})
-    if (name == "random-" + std::string(to_string(type)))
-      return bench::random_decoder(bench::smollm2_135m(), type);
+    for (const auto& [prefix, geometry] :
+         {std::pair{"random-", bench::smollm2_135m()}, std::pair{"random-1b-", bench::llama_1b()}})
+      if (name == prefix + std::string(to_string(type)))
+        return bench::random_decoder(geometry, type);
   return load_decoder(std::make_shared<const GgufFile>(name));
 }
 
