@@ -53,9 +53,11 @@ struct CudaDeviceDuplex<Element>::State {
         snapshot(1) {
     const std::lock_guard<std::mutex> lock(detail::capture_mutex());
     const CudaDecoderWeights<Element>& weights = model.content().weights;
-    CudaDecoderOptions source = options_of(model, config.source);
+    CudaDecoderOptions source;
+    source.step = detail::step_of_one(config.source, model.rotation());
     source.max_chunk = max_chunk;
-    const CudaDecoderOptions target = options_of(model, config.target);
+    CudaDecoderOptions target;
+    target.step = detail::step_of_one(config.target, model.rotation());
     switch (model.shape().head_dim) {
       case 64: pair = std::make_unique<Pair<64>>(weights, source, target); break;
       case 128: pair = std::make_unique<Pair<128>>(weights, source, target); break;
@@ -92,22 +94,6 @@ struct CudaDeviceDuplex<Element>::State {
                      "cudaMemcpyAsync");
       });
     });
-  }
-
-  static CudaDecoderOptions options_of(const CudaDeviceModel<Element>& model,
-                                       const CudaDeviceGroupConfig& config) {
-    const CudaRotation& rotation = model.rotation();
-    CudaDecoderOptions options;
-    options.step = {.num_sink_tokens = config.num_sink_tokens,
-                    .window_size = config.window_size,
-                    .capacity = config.capacity,
-                    .position_rule = config.position_rule,
-                    .origin = config.origin,
-                    .batch_size = 1,
-                    .frequencies = rotation.frequencies,
-                    .attention_factor = rotation.attention_factor,
-                    .interleaved = rotation.interleaved};
-    return options;
   }
 
   CudaDeviceScope scope() const { return CudaDeviceScope(device); }

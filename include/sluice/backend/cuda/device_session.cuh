@@ -162,6 +162,21 @@ inline CudaQuantisedMatrix quantised_of(std::span<const CudaPackedRows> parts, s
   return place_quantised(parts, cols);
 }
 
+/// The step of one stream. Config: CudaDeviceSessionConfig, or a group's of CudaDeviceDuplexConfig.
+/// The rotation must outlive what is made of it.
+template <class Config>
+DecodeStepConfig step_of_one(const Config& config, const CudaRotation& rotation) {
+  return {.num_sink_tokens = config.num_sink_tokens,
+          .window_size = config.window_size,
+          .capacity = config.capacity,
+          .position_rule = config.position_rule,
+          .origin = config.origin,
+          .batch_size = 1,
+          .frequencies = rotation.frequencies,
+          .attention_factor = rotation.attention_factor,
+          .interleaved = rotation.interleaved};
+}
+
 }  // namespace detail
 
 // --- The model -----------------------------------------------------------------------------------
@@ -282,17 +297,8 @@ struct CudaDeviceSession<Element>::State {
         nll_on_device(static_cast<std::size_t>(config.likelihood_rows)),
         rows(static_cast<std::size_t>(config.max_chunk > 1 ? config.likelihood_rows * vocab : 0)) {
     const std::lock_guard<std::mutex> lock(detail::capture_mutex());
-    const CudaRotation& rotation = model.rotation();
     CudaDecoderOptions options;
-    options.step = {.num_sink_tokens = config.num_sink_tokens,
-                    .window_size = config.window_size,
-                    .capacity = config.capacity,
-                    .position_rule = config.position_rule,
-                    .origin = config.origin,
-                    .batch_size = 1,
-                    .frequencies = rotation.frequencies,
-                    .attention_factor = rotation.attention_factor,
-                    .interleaved = rotation.interleaved};
+    options.step = detail::step_of_one(config, model.rotation());
     options.max_chunk = config.max_chunk > 1 ? config.max_chunk : 0;
     const CudaDecoderWeights<Element>& weights = model.content().weights;
     switch (model.shape().head_dim) {

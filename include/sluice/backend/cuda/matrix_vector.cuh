@@ -336,17 +336,13 @@ void launch_vector_kernel(const char* name, void (*kernel)(Params), const Params
 
 }  // namespace detail
 
-/// Launches products with one vector on the current device. Holds no memory.
-///
-/// `overlap`: launches may start before the kernel before them in the stream has ended and fetch
-/// weights meanwhile (programmatic dependent launch, sm_90 and later). Nobody may then write
-/// weights in the stream.
-template <class Element>
-class MatrixVectorPlan {
+namespace detail {
+
+/// What launches of products with one vector need to know of the current device.
+class VectorDevice {
  public:
-  /// multiprocessors: how many a launch takes up, so that another stream's kernels keep the rest;
-  /// 0: all. \throws Error(kDevice).
-  explicit MatrixVectorPlan(bool overlap, int multiprocessors = 0) {
+  /// \throws Error(kDevice).
+  VectorDevice(bool overlap, int multiprocessors) {
     int device = 0;
     int major = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -359,19 +355,72 @@ class MatrixVectorPlan {
         cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
     overlap_ = overlap && major >= 9;
+  }
+
+  int blocks() const { return blocks_; }
+  bool overlap() const { return overlap_; }
+  /// Dynamic shared memory that a block may have.
+  int most_bytes() const { return most_shared_ - kStaticBytes; }
+  /// So much that no two blocks share a multiprocessor.
+  std::int64_t bytes_alone(std::int64_t bytes) const {
+    return std::max<std::int64_t>(bytes, most_shared_ / 2 + 1024);
+  }
+  /// Sets a kernel's attributes; that address is to be launched (backend.cuh).
+  template <class Kernel>
+  void prepare(Kernel kernel) const {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes()),
+        "cudaFuncSetAttribute");
+    prefer_shared_memory(kernel);
+  }
+
+ private:
+  static constexpr int kStaticBytes = 1024;  // what the kernels declare besides, rounded up
+
+  bool overlap_ = false;
+  int blocks_ = 0;
+  int most_shared_ = 0;
+};
+
+/// A kernel's parameters of a MatrixVectorTask or QuantisedVectorTask.
+template <class Task>
+MatrixVectorParams vector_params(const Task& task) {
+  return {.matrix = task.matrix,
+          .x = task.x,
+          .norm = task.norm,
+          .y = task.y,
+          .candidates = task.candidates,
+          .totals = task.totals,
+          .sequence = task.sequence,
+          .seed = task.choice.seed,
+          .norm_eps = task.norm_eps,
+          .temperature = task.choice.temperature,
+          .rows = static_cast<int>(task.rows),
+          .cols = static_cast<int>(task.cols)};
+}
+
+}  // namespace detail
+
+/// Launches products with one vector on the current device. Holds no memory.
+///
+/// `overlap`: launches may start before the kernel before them in the stream has ended and fetch
+/// weights meanwhile (programmatic dependent launch, sm_90 and later). Nobody may then write
+/// weights in the stream.
+template <class Element>
+class MatrixVectorPlan {
+ public:
+  /// multiprocessors: how many a launch takes up, so that another stream's kernels keep the rest;
+  /// 0: all. \throws Error(kDevice).
+  explicit MatrixVectorPlan(bool overlap, int multiprocessors = 0)
+      : device_(overlap, multiprocessors) {
     for (const std::array<Kernel, 2>& both : kernels_)
-      for (const Kernel kernel : both) {
-        check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        most_shared_ - kStaticBytes),
-                   "cudaFuncSetAttribute");
-        detail::prefer_shared_memory(kernel);
-      }
+      for (const Kernel kernel : both) device_.prepare(kernel);
   }
 
   /// Blocks of every launch: candidates that kChoose leaves.
-  int blocks() const { return blocks_; }
+  int blocks() const { return device_.blocks(); }
   /// Whether launches start early: asked for, and the GPU can.
-  bool overlap() const { return overlap_; }
+  bool overlap() const { return device_.overlap(); }
 
   /// May be captured. `alone`: not two of its blocks on a multiprocessor, for a launch whose blocks
   /// find the multiprocessors busy and would crowd on the first that is free.
@@ -390,33 +439,19 @@ class MatrixVectorPlan {
             "an even number where gated", task.rows);
     const std::int64_t padded =
         (task.cols + detail::kVectorChunk - 1) / detail::kVectorChunk * detail::kVectorChunk;
-    const std::int64_t rows_of_block = 2 * ((task.rows / 2 + blocks_ - 1) / blocks_) + 2;
+    const std::int64_t rows_of_block = 2 * ((task.rows / 2 + blocks() - 1) / blocks()) + 2;
     std::int64_t bytes = (padded + rows_of_block) * static_cast<std::int64_t>(sizeof(float)) +
                          std::int64_t{detail::kVectorStages} * detail::kVectorThreads * 16;
-    require(bytes <= most_shared_ - kStaticBytes, "cols and rows", "what shared memory holds",
-            bytes);
-    if (alone) bytes = std::max<std::int64_t>(bytes, most_shared_ / 2 + 1024);
-    const detail::MatrixVectorParams params{.matrix = task.matrix,
-                                            .x = task.x,
-                                            .norm = task.norm,
-                                            .y = task.y,
-                                            .candidates = task.candidates,
-                                            .totals = task.totals,
-                                            .sequence = task.sequence,
-                                            .seed = task.choice.seed,
-                                            .norm_eps = task.norm_eps,
-                                            .temperature = task.choice.temperature,
-                                            .rows = static_cast<int>(task.rows),
-                                            .cols = static_cast<int>(task.cols)};
+    require(bytes <= device_.most_bytes(), "cols and rows", "what shared memory holds", bytes);
+    if (alone) bytes = device_.bytes_alone(bytes);
     detail::launch_vector_kernel(
         "matrix_vector_kernel",
-        kernels_[static_cast<std::size_t>(epilogue)][task.norm != nullptr ? 1 : 0], params, blocks_,
-        bytes, overlap_, stream);
+        kernels_[static_cast<std::size_t>(epilogue)][task.norm != nullptr ? 1 : 0],
+        detail::vector_params(task), blocks(), bytes, overlap(), stream);
   }
 
  private:
   using Kernel = void (*)(detail::MatrixVectorParams);
-  static constexpr int kStaticBytes = 1024;  // what the kernels declare besides, rounded up
 
   template <VectorEpilogue kEpilogue>
   static std::array<Kernel, 2> kernels_of() {
@@ -428,9 +463,7 @@ class MatrixVectorPlan {
   std::array<std::array<Kernel, 2>, 4> kernels_ = {
       kernels_of<VectorEpilogue::kStore>(), kernels_of<VectorEpilogue::kAdd>(),
       kernels_of<VectorEpilogue::kGatedSilu>(), kernels_of<VectorEpilogue::kChoose>()};
-  bool overlap_ = false;
-  int blocks_ = 0;
-  int most_shared_ = 0;
+  detail::VectorDevice device_;
 };
 
 }  // namespace sluice

@@ -503,78 +503,61 @@ __global__ void __launch_bounds__(kDequantiseThreads)
 class QuantisedVectorPlan {
  public:
   /// \throws Error(kDevice).
-  explicit QuantisedVectorPlan(bool overlap, int multiprocessors = 0) {
-    int device = 0;
-    int major = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&blocks_, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
-    if (multiprocessors > 0) blocks_ = std::min(blocks_, multiprocessors);
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-               "cudaDeviceGetAttribute");
-    check_cuda(
-        cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
-    overlap_ = overlap && major >= 9;
-    for (const Kernel kernel : kernels_) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      most_shared_ - kStaticBytes),
-                 "cudaFuncSetAttribute");
-      detail::prefer_shared_memory(kernel);
-    }
+  explicit QuantisedVectorPlan(bool overlap, int multiprocessors = 0)
+      : device_(overlap, multiprocessors) {
+    for (const Kernel kernel : kernels_) device_.prepare(kernel);
   }
 
   /// Blocks of every launch: candidates that kChoose leaves.
-  int blocks() const { return blocks_; }
+  int blocks() const { return device_.blocks(); }
 
   /// May be captured. `alone`: as MatrixVectorPlan::launch().
   /// \throws Error(kShape) if type or extents do not fit; Error(kDevice) if the launch is refused.
   void launch(const QuantisedVectorTask& task, VectorEpilogue epilogue, cudaStream_t stream,
               bool alone = false) const {
-    const auto require = [](bool good, const char* field, const std::string& expected,
-                            const std::string& found) {
+    // Texts are made for an error alone: a launch allocates nothing.
+    const auto require = [](bool good, const char* field, auto&& expected, auto&& found) {
       if (!good)
         throw Error(ErrorCode::kShape, {"matrix-vector product does not fit", "QuantisedVectorTask",
-                                        field, expected, found});
+                                        field, expected(), found()});
     };
-    require(is_quantised(task.type), "type", "a quantised type", std::string(to_string(task.type)));
+    const auto text = [](const char* words) {
+      return [words] {
+        return std::string(words);
+      };
+    };
+    const auto number = [](std::int64_t value) {
+      return [value] {
+        return std::to_string(value);
+      };
+    };
+    require(is_quantised(task.type), "type", text("a quantised type"),
+            [&] { return std::string(to_string(task.type)); });
     const std::int64_t block = block_shape(task.type).values;
-    require(task.cols >= block && task.cols % block == 0, "cols",
-            "a positive multiple of " + std::to_string(block), std::to_string(task.cols));
-    require(task.rows >= 1 && task.rows <= (std::int64_t{1} << 30), "rows", "1 to 2^30",
-            std::to_string(task.rows));
+    require(
+        task.cols >= block && task.cols % block == 0, "cols",
+        [&] { return "a positive multiple of " + std::to_string(block); }, number(task.cols));
+    require(task.rows >= 1 && task.rows <= (std::int64_t{1} << 30), "rows", text("1 to 2^30"),
+            number(task.rows));
     require(epilogue != VectorEpilogue::kGatedSilu || task.rows % 2 == 0, "rows",
-            "an even number where gated", std::to_string(task.rows));
+            text("an even number where gated"), number(task.rows));
     const QuantisedLayout layout = quantised_layout(task.type);
     const std::int64_t chunks = (task.cols + layout.chunk_cols - 1) / layout.chunk_cols;
     const std::int64_t tiles = (task.rows + kQuantisedTileRows - 1) / kQuantisedTileRows;
     std::int64_t bytes =
         detail::quantised_memory(layout, chunks,
-                                 ((tiles + blocks_ - 1) / blocks_ + 1) * kQuantisedTileRows)
+                                 ((tiles + blocks() - 1) / blocks() + 1) * kQuantisedTileRows)
             .bytes;
-    require(bytes <= most_shared_ - kStaticBytes, "cols and rows", "what shared memory holds",
-            std::to_string(bytes) + " bytes");
-    if (alone) bytes = std::max<std::int64_t>(bytes, most_shared_ / 2 + 1024);
-    const detail::QuantisedVectorParams params{.common = {.matrix = task.matrix,
-                                                          .x = task.x,
-                                                          .norm = task.norm,
-                                                          .y = task.y,
-                                                          .candidates = task.candidates,
-                                                          .totals = task.totals,
-                                                          .sequence = task.sequence,
-                                                          .seed = task.choice.seed,
-                                                          .norm_eps = task.norm_eps,
-                                                          .temperature = task.choice.temperature,
-                                                          .rows = static_cast<int>(task.rows),
-                                                          .cols = static_cast<int>(task.cols)},
-                                               .epilogue = epilogue};
+    require(bytes <= device_.most_bytes(), "cols and rows", text("what shared memory holds"),
+            [&] { return std::to_string(bytes) + " bytes"; });
+    if (alone) bytes = device_.bytes_alone(bytes);
+    const detail::QuantisedVectorParams params{detail::vector_params(task), epilogue};
     detail::launch_vector_kernel("quantised_vector_kernel", kernels_[index_of(task.type)], params,
-                                 blocks_, bytes, overlap_, stream);
+                                 blocks(), bytes, device_.overlap(), stream);
   }
 
  private:
   using Kernel = void (*)(detail::QuantisedVectorParams);
-  static constexpr int kStaticBytes = 1024;  // what the kernels declare besides, rounded up
   static constexpr ElementType kTypes[] = {ElementType::kQ8_0, ElementType::kQ6_K,
                                            ElementType::kQ4_0, ElementType::kQ4_1,
                                            ElementType::kQ4_K};
@@ -589,9 +572,7 @@ class QuantisedVectorPlan {
       detail::quantised_vector_kernel<kTypes[0]>, detail::quantised_vector_kernel<kTypes[1]>,
       detail::quantised_vector_kernel<kTypes[2]>, detail::quantised_vector_kernel<kTypes[3]>,
       detail::quantised_vector_kernel<kTypes[4]>};
-  bool overlap_ = false;
-  int blocks_ = 0;
-  int most_shared_ = 0;
+  detail::VectorDevice device_;
 };
 
 /// Writes rows of a quantised matrix as Element, rounded once: to [rows, cols], from the tiles that
