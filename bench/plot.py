@@ -74,8 +74,9 @@ JSON lines: one object a line, empty lines and lines beginning with # ignored. `
 
   {"bench": "decode_attention", "case": "1028", "default": true, "overlap": true, "us": 4.4, ...}
       lines of the GPU programs name themselves by `bench`; drawn are decode_attention beside torch
-      (decode_attention_torch.py) and flashinfer (decode_attention_flashinfer.py), decoder_step,
-      prefill_attention and recompute_cuda (recompute_torch.py)
+      (decode_attention_torch.py) and flashinfer (decode_attention_flashinfer.py), decoder_step beside
+      decoder_step_torch and decoder_llama_cpp (of the programs of these names), prefill_attention and
+      recompute_cuda (recompute_torch.py)
 
 Other kinds (context_bench, head_map_bench, listen_bench, perplexity_bench, parts of
 stream_layers_bench and of the GPU programs; TABLES) are tables of their own: they are read over.
@@ -128,6 +129,8 @@ GPU = {
     "recompute_cuda": {"entries": int, "meta": dict},
     "decoder_step": {"model": str, "entries": int, "sessions": int, "overlap": bool,
                      "ms": int | float, "of_read_ceiling": int | float},
+    "decoder_step_torch": {"model": str, "entries": int},
+    "decoder_llama_cpp": {"model": str, "task": str, "type": str, "llama_cpp_ms": int | float},
     "prefill_attention": {"kernel": str, "window": int, "tflop_per_s": int | float},
 }
 # Read over: nothing is drawn of them.
@@ -211,6 +214,10 @@ def check_record(record, where):
              "recompute_cuda": [record.get("entries")] + [
                  record[field] for field in RECOMPUTE_CUDA if record.get(field) is not None],
              "decoder_step": [record.get(field) for field in ("entries", "sessions", "ms")],
+             "decoder_step_torch": [record.get("entries")] + [
+                 record[field] for field in ("compiled_ms", "best_ms", "sluice_ms")
+                 if record.get(field) is not None],
+             "decoder_llama_cpp": [record.get("llama_cpp_ms"), record.get("sluice_ms", 1)],
              "prefill_attention": [record.get("window"), record.get("tflop_per_s")]}[kind]
     bad = [v for v in drawn if not (isinstance(v, int | float) and 0 < v < math.inf)]
     if bad or not drawn:
@@ -724,10 +731,54 @@ def draw_decode_attention_cuda(records, folder):
     save(made, folder, "decode_attention_cuda", records)
 
 
+def step_ratios(records):
+    """{peer: {(model, entries): its time over sluice's of the same run}}; the least of several."""
+    found = collections.defaultdict(dict)
+    for record in records:
+        if record["bench"] == "decoder_step_torch":
+            ways = {"PyTorch, compiled": record.get("compiled_ms"),
+                    "PyTorch, its best way": record.get("best_ms")}
+        elif record["bench"] == "decoder_llama_cpp" and record["task"] == "step":
+            ways = {f"llama.cpp, {record['type']}": record["llama_cpp_ms"]}
+        else:
+            continue
+        for peer, ms in ways.items():
+            if ms and record.get("sluice_ms"):
+                case = record["model"], record["entries"]
+                ratio = ms / record["sluice_ms"]
+                found[peer][case] = min(ratio, found[peer].get(case, math.inf))
+    return dict(found)
+
+
+def draw_step_ratios(axis, peers):
+    """Bars of step_ratios, in groups by case."""
+    cases = sorted({case for ratios in peers.values() for case in ratios})
+    width = 0.8 / len(peers)
+    colours = (OTHER_COLOURS[3], SECOND, THIRD, FOURTH, *OTHER_COLOURS)
+    for index, ((peer, ratios), colour) in enumerate(zip(peers.items(), colours)):
+        shown = [place for place, case in enumerate(cases) if case in ratios]
+        bars = axis.bar([place + (index - (len(peers) - 1) / 2) * width for place in shown],
+                        [ratios[cases[place]] for place in shown], width=width, color=colour,
+                        label=peer)
+        axis.bar_label(bars, fmt="%.2f", fontsize=5)
+    axis.axhline(1, color=ACCENT, linewidth=1.4, label="sluice, in the same run")
+    axis.set_xticks(range(len(cases)), [f"{model}\n{entries:,}" for model, entries in cases],
+                    fontsize=6)
+    axis.set_ylim(top=1.3 * axis.get_ylim()[1])
+    axis.set_xlabel("entries in the cache")
+    axis.set_ylabel("times as long a token as sluice")
+    axis.legend(fontsize=6, frameon=False, ncols=2)
+    tidy(axis)
+
+
 def draw_decoder_cuda(records, folder):
-    """Left: a token by the cache's size, above what its bytes need. Right: tokens/s by sessions."""
-    made, (single, many) = figure(columns=2, width=5.2)
-    steps = [record for record in records if record["overlap"]]
+    """A token by the cache's size, above what its bytes need; tokens/s by sessions; peers' times."""
+    peers = step_ratios(records)
+    made, (single, many, *beside) = figure(columns=3 if peers else 2, width=5.2)
+    for axis in beside:
+        draw_step_ratios(axis, peers)
+    steps = [record for record in records
+             if record["bench"] == "decoder_step" and record["overlap"]]
     styles = dict(zip(dict.fromkeys(record.get("type", "") for record in steps),
                       (("o", "-"), ("s", "--"), ("v", "--"), ("^", "-."), ("D", "-."), ("x", "-."))))
     for index, model in enumerate(dict.fromkeys(record["model"] for record in steps)):
@@ -877,7 +928,8 @@ DRAW = {"perplexity": draw_perplexity, "endless": draw_endless,
         "switch": draw_switch, "policy": draw_policies, "passkey": draw_passkey,
         "versus": draw_versus, "steps": draw_steps, "curve": draw_curves,
         "streaminnc": draw_streaminnc, "decode_attention torch flashinfer": draw_decode_attention_cuda,
-        "decoder_step": draw_decoder_cuda, "prefill_attention": draw_prefill_attention_cuda,
+        "decoder_step decoder_step_torch decoder_llama_cpp": draw_decoder_cuda,
+        "prefill_attention": draw_prefill_attention_cuda,
         "recompute_cuda": draw_recompute_cuda}
 
 

@@ -55,5 +55,31 @@ class Endless(unittest.TestCase):
         self.assertEqual(len(set(found)), len(found), found)
 
 
+def torch_step(**fields):
+    return {"bench": "decoder_step_torch", "model": "m", "entries": 256, **fields}
+
+
+class StepRatios(unittest.TestCase):
+    def test_a_time_over_that_of_its_own_run(self):
+        rows = [torch_step(compiled_ms=6.0, best_ms=5.0, sluice_ms=4.0),
+                {"bench": "decoder_llama_cpp", "task": "step", "model": "m", "type": "q8_0",
+                 "entries": 1024, "llama_cpp_ms": 9.0, "sluice_ms": 3.0}]
+        self.assertEqual(plot.step_ratios(rows), {
+            "PyTorch, compiled": {("m", 256): 1.5}, "PyTorch, its best way": {("m", 256): 1.25},
+            "llama.cpp, q8_0": {("m", 1024): 3.0}})
+
+    def test_of_several_runs_the_least(self):
+        rows = [torch_step(best_ms=5.0, sluice_ms=4.0), torch_step(best_ms=4.4, sluice_ms=4.0),
+                torch_step(best_ms=4.8, sluice_ms=4.0)]
+        self.assertEqual(plot.step_ratios(rows), {"PyTorch, its best way": {("m", 256): 1.1}})
+
+    def test_what_has_no_ratio_is_left_out(self):
+        rows = [torch_step(best_ms=5.0), torch_step(sluice_ms=4.0, errors={"tuned": "no"}),
+                {"bench": "decoder_step", "model": "m", "entries": 256, "ms": 4.0},
+                {"bench": "decoder_llama_cpp", "task": "prefill", "model": "m", "type": "q8_0",
+                 "prompt": 4096, "llama_cpp_ms": 9.0, "sluice_ms": 3.0}]
+        self.assertEqual(plot.step_ratios(rows), {})
+
+
 if __name__ == "__main__":
     unittest.main()
