@@ -11,8 +11,9 @@
 #include "sluice/attention/variant.hpp"
 #include "sluice/core/element.hpp"
 #include "support/attention_scene.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::AttentionVariant;
 using sluice::bf16;
@@ -106,4 +107,4 @@ TYPED_TEST(AttendElements, WithoutRotation) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -22,8 +22,9 @@
 #include "sluice/position/rotary.hpp"
 #include "support/attention_scene.hpp"
 #include "support/naive_attention.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::AlibiBias;
 using sluice::AllVisible;
@@ -1040,4 +1041,4 @@ TEST(AttendWorkspace, ErrorsNameTheExtent) {
   EXPECT_EQ(AttentionWorkspace<cpu>(nullptr, good, 1).rotary(), nullptr);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -23,8 +23,9 @@
 #include "sluice/position/rotary.hpp"
 #include "support/cache_driver.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::between;
@@ -344,4 +345,4 @@ TEST(ClusterSelection, RefusesWhatMakesNoSense) {
   EXPECT_EQ(field({.dense_layers = -1}), "dense_layers");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -10,9 +10,10 @@
 
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 // cache-and-kernel-algorithms D.2, which ran Medusa's buffers for these paths.
 TEST(DraftTree, OfPathsHasMedusasBuffers) {
@@ -112,5 +113,5 @@ TEST(DraftMask, AgreesWithWalkingUpAndWithItsTiles) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -27,8 +27,9 @@
 #include "support/attention_scene.hpp"
 #include "support/naive_attention.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::attend;
 using sluice::attention_mass;
@@ -777,4 +778,4 @@ TEST(AttentionMass, AGroupThatIsNotThereHasNone) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -17,8 +17,9 @@
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using List = std::vector<std::int64_t>;
@@ -187,4 +188,4 @@ TEST(AttentionSpans, AreTheirDefinition) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -18,8 +18,9 @@
 #include "sluice/position/vision_positions.hpp"
 #include "support/naive_kinds.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -244,4 +245,4 @@ TEST(KindKvCache, MovesRepliesWithoutRoundingTwice) {
   EXPECT_EQ(text, 16);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -30,8 +30,9 @@
 #include "sluice/core/random.hpp"
 #include "support/cache_driver.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::between;
@@ -914,4 +915,4 @@ TEST(Kivi, RefusesWhatDoesNotFit) {
   EXPECT_THROW(make(16, 32, 16, raw), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

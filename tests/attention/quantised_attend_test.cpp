@@ -19,9 +19,10 @@
 #include "sluice/core/random.hpp"
 #include "sluice/core/threads.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::between;
 
@@ -276,5 +277,5 @@ TYPED_TEST(QuantisedAttention, PassesNaNOn) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

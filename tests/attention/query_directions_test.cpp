@@ -10,8 +10,9 @@
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
 #include "sluice/position/rotary.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -72,4 +73,4 @@ TEST(QueryDirections, WhatDoesNotFit) {
   EXPECT_THROW(QueryDirections(1, 2, 2, 8).filters(), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -18,8 +18,9 @@
 
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::error_of;
@@ -231,4 +232,4 @@ TEST(RetrievalCache, RefusesWhatMakesNoSense) {
   EXPECT_EQ(code({}), ErrorCode::kOrder);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

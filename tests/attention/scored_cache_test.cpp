@@ -26,8 +26,9 @@
 #include "sluice/position/rotary.hpp"
 #include "support/naive_attention.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::between;
@@ -650,4 +651,4 @@ TEST(ScoredCache, ShapesThatDoNotFit) {
       make({2, 2, 8, 8}, 4, std::vector<float>(32), ScorePolicy::q_filters(4, 2, 2, 1)));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -19,8 +19,9 @@
 #include "sluice/core/random.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::between;
@@ -364,4 +365,4 @@ TEST(Selection, RefusesWhatMakesNoSense) {
   EXPECT_TRUE(tokens({{0}, 0}));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

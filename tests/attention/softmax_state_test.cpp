@@ -11,8 +11,9 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/core/view.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::HeadsView;
 using sluice::kEmptyLse;
@@ -315,4 +316,4 @@ TEST(SinkLogit, EachQueryHeadHasItsOwn) {
   expect_near(out, {0.268941F, 0.556591F, 0.342347F, 0.708509F, 0, 0, 0.342347F, 0.708509F}, 1e-6);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

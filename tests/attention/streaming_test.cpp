@@ -22,8 +22,9 @@
 #include "sluice/position/alibi.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/naive_attention.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::AlibiBias;
 using sluice::attend;
@@ -641,4 +642,4 @@ TEST(Streaming, ARestoredStreamContinuesBitForBit) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -11,8 +11,9 @@
 
 #include "sluice/core/random.hpp"
 #include "sluice/position/alibi.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::AlibiBias;
 using sluice::AllVisible;
@@ -181,4 +182,4 @@ TEST(SinkTerms, AreWhatTheyAreCalled) {
   EXPECT_EQ(sluice::NoSinkTerm::logit(7), -std::numeric_limits<float>::infinity());
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -12,8 +12,9 @@
 
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::error_of;
@@ -87,4 +88,4 @@ TEST(FrameStore, FindsDamage) {
   EXPECT_EQ(error_of([] { FrameStore(1, 8, "/no/such/folder"); })->code(), ErrorCode::kIo);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

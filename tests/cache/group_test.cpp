@@ -25,8 +25,9 @@
 #include "sluice/position/position.hpp"
 #include "sluice/position/rotary.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::CacheStatus;
 using sluice::contiguous_views;
@@ -741,4 +742,4 @@ TEST(ContiguousViews, ErrorsNameTheOrder) {
   EXPECT_EQ(narrow->detail().found, "0");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

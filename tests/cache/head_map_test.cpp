@@ -12,8 +12,9 @@
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/error.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -176,4 +177,4 @@ TEST(HeadMap, WhatIsNeededIsWhatIsHeld) {
             ErrorCode::kShape);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

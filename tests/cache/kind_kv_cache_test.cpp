@@ -19,8 +19,9 @@
 #include "sluice/position/vision_positions.hpp"
 #include "support/naive_kinds.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -493,4 +494,4 @@ TEST(KindKvCacheTransactions, AFileCannotPullRunsApart) {
   EXPECT_EQ(loaded.total(), retention.total());
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

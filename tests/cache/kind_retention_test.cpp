@@ -13,8 +13,9 @@
 #include "sluice/core/random.hpp"
 #include "support/naive_kinds.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using test::error_of;
@@ -329,4 +330,4 @@ TEST(KindRetention, HoldsEachKindToItsRoom) {
   EXPECT_EQ(retention.size(), 0);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -18,8 +18,9 @@
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
 #include "sluice/position/rotary.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::bf16;
 using sluice::ByteReader;
@@ -611,4 +612,4 @@ TEST(KvCacheAccess, SaysHowLayersAreKept) {
   EXPECT_EQ(f.cache.retentions().size(), 2U);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

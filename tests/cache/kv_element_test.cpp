@@ -16,9 +16,10 @@
 #include "sluice/cache/kv_cache.hpp"
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -363,5 +364,5 @@ TEST(QuantisedCache, RestoresWhatItSavedAndNothingElse) {
   save_and_restore<q8_0, q4_0>();
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

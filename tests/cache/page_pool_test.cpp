@@ -14,9 +14,10 @@
 
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr auto kNoCopy = [](std::int64_t, std::int64_t, std::int64_t) {
   FAIL() << "nothing is shared";
@@ -214,5 +215,5 @@ TEST(PageTable, EqualsListsOfValuesOnRandomOperations) {
   EXPECT_GT(gathered, 0) << "no table ever became too many runs";
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -13,8 +13,9 @@
 #include "sluice/core/byte_stream.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -179,4 +180,4 @@ TEST(PerChunk, EndlessInTheSameSlots) {
   EXPECT_EQ(shown(retention, 0).back(), 8 * 200'000 - 1);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

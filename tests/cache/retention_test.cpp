@@ -18,8 +18,9 @@
 #include "sluice/core/byte_stream.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::ByteReader;
 using sluice::ByteWriter;
@@ -1221,4 +1222,4 @@ TEST(RetentionEndless, MoreTokensThanAPositionCountsAreRefused) {
   EXPECT_EQ(error->detail().field, "total");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

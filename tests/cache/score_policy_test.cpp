@@ -13,8 +13,9 @@
 
 #include "sluice/core/error.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -166,4 +167,4 @@ TEST(ScorePolicy, ErrorsNameTheField) {
   expect("origin", [](ScorePolicy& p) { p.origin = std::nan(""); });
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

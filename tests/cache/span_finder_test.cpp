@@ -6,7 +6,9 @@
 #include <numeric>
 #include <vector>
 
-namespace {
+#include "support/test_unit.hpp"
+
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -70,4 +72,4 @@ TEST(SpanFinder, CutsTheMiddleOfABlock) {
   EXPECT_EQ(kept(0, 0, TextCut::kProtected), (Tokens{100, 7, 8, 10, 101, 10}));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

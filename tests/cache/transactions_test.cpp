@@ -20,9 +20,10 @@
 #include "sluice/core/random.hpp"
 #include "sluice/core/threads.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::between;
 
@@ -401,5 +402,5 @@ TEST(PageStore, RefusesExtentsThatMakeNoSense) {
   EXPECT_EQ(field_of({2, std::int64_t{1} << 48, 4, 4}, two), "elements");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

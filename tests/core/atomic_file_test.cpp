@@ -17,9 +17,10 @@
 #include <gtest/gtest.h>
 
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 namespace fs = std::filesystem;
 
@@ -233,5 +234,5 @@ TEST_F(AtomicFile, TwoWritersLeaveOneWholeContent) {
   EXPECT_EQ(entries(), 1U);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -11,8 +11,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 enum class Colour : std::uint16_t { kRed = 1, kBlue = 0x0203 };
 
@@ -201,5 +203,5 @@ TEST(ByteStream, RefusesTypesWhoseBytesAreNotTheirValue) {
                 !StreamValue<long double> && !StreamValue<const int*>);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -9,9 +9,10 @@
 #include <gtest/gtest.h>
 
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 std::vector<std::byte> bytes_of(std::string_view text) {
   std::vector<std::byte> bytes(text.size());
@@ -94,5 +95,5 @@ TEST(Crc64, SeesEveryFlippedBitAndEveryShortBurst) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

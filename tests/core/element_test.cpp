@@ -12,9 +12,10 @@
 #include <gtest/gtest.h>
 
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr std::uint32_t kAllHalves = 0x10000;
 
@@ -182,5 +183,5 @@ TEST(ElementType, BlocksAndWords) {
   static_assert(block_shape(ElementType::kBF16).bytes == sizeof(bf16));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

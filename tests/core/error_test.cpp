@@ -7,8 +7,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 std::string text(ErrorDetail detail) {
   return Error(ErrorCode::kFormat, std::move(detail)).what();
@@ -50,5 +52,5 @@ TEST(Error, EveryCodeHasAWordOfItsOwn) {
   EXPECT_EQ(words.size(), 8U);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

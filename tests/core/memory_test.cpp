@@ -12,9 +12,10 @@
 #include <gtest/gtest.h>
 
 #include "sluice/core/element.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 template <class T>
 class BufferTest : public testing::Test {};
@@ -103,5 +104,5 @@ TEST(Buffer, SizesThatCannotBeAreRefused) {
     EXPECT_THROW(Buffer<double>{size}, std::bad_alloc);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -7,8 +7,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 // From a separate implementation of splitmix64 and xoshiro256** on unbounded integers, itself
 // checked against their authors' published values.
@@ -118,5 +120,5 @@ TEST(Random, BelowStaysBelow) {
   for (int count : counts) EXPECT_NEAR(count, 20'000, 5 * std::sqrt(16'000.0));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

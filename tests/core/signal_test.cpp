@@ -8,9 +8,10 @@
 #include <vector>
 
 #include "sluice/core/spsc_ring.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 TEST(Signal, ARaiseBetweenLookingAndWaitingIsNotMissed) {
   Signal signal;
@@ -76,5 +77,5 @@ TEST(SpscRing, TwoThreads) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

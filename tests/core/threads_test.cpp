@@ -23,9 +23,10 @@
 #include <gtest/gtest.h>
 
 #include "support/sanitizers.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 void sleep_ms(int duration) {
   std::this_thread::sleep_for(std::chrono::milliseconds(duration));
@@ -394,5 +395,5 @@ TEST(ThreadTeam, ThrowsWhenTheSystemHasNoMoreThreads) {
 }
 #endif
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

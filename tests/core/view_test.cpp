@@ -7,8 +7,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 std::vector<int> counted(std::size_t size) {
   std::vector<int> values(size);
@@ -87,5 +89,5 @@ TEST(ViewsDeathTest, IndicesOutOfRangeAreAsserted) {
 }
 #endif
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

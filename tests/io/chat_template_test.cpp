@@ -19,9 +19,10 @@
 #include "sluice/io/chat_template.hpp"
 #include "sluice/io/json.hpp"
 #include "sluice/io/load_tokenizer.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::expect_error;
 
@@ -66,7 +67,7 @@ TEST(ChatTemplateGoldens, RendersTheFamiliesAsJinja) {
       EXPECT_EQ(chat.render(messages, prompt, variables), entry.at("text").get<std::string>());
       ++rendered[name];
     } else {
-      const auto error = test::error_of([&] { chat.render(messages, prompt, variables); });
+      const auto error = test::expected_error([&] { chat.render(messages, prompt, variables); });
       ASSERT_TRUE(error);
       const std::string reason = entry.at("error");
       if (error->code() == ErrorCode::kConfig) {
@@ -96,7 +97,7 @@ TEST(ChatTemplateGoldens, EveryPieceOfTheLanguageAsJinja) {
       EXPECT_EQ(render(source, variables), entry.at("text").get<std::string>());
     } else {
       ++errors;
-      const auto error = test::error_of([&] { render(source, variables); });
+      const auto error = test::expected_error([&] { render(source, variables); });
       if (!error) continue;
       EXPECT_EQ(error->detail().where, "chat template");
       EXPECT_NE(error->detail().field.find("line "), std::string::npos) << error->what();
@@ -128,7 +129,7 @@ TEST(ChatTemplate, ErrorsSayWhere) {
   expect_error(ErrorCode::kUnsupported, {"filter 'xmlattr'", "line 2, column 8"},
                [] { render("{% if true %}\n{{ 'x' | xmlattr }}{% endif %}"); });
   const auto error_of = [](const std::string& source) {
-    return *test::error_of([&] { render(source); });
+    return *test::expected_error([&] { render(source); });
   };
   EXPECT_EQ(error_of("{% macro m() %}{% endmacro %}").code(), ErrorCode::kUnsupported);
   EXPECT_EQ(error_of("{% include 'x' %}").code(), ErrorCode::kUnsupported);
@@ -213,7 +214,7 @@ TEST(ChatTemplateLimits, HostileTemplatesEnd) {
   };
   for (const auto& [name, source] : cases) {
     SCOPED_TRACE(name);
-    const auto error = test::error_of([&, &text = source] { render(text); });
+    const auto error = test::expected_error([&, &text = source] { render(text); });
     if (error) {
       EXPECT_EQ(error->code(), ErrorCode::kCapacity) << error->what();
     }
@@ -223,7 +224,7 @@ TEST(ChatTemplateLimits, HostileTemplatesEnd) {
 TEST(ChatTemplateLimits, ValuesThatReferToEachOtherLeaveNothingBehind) {
   // A cycle: its text is refused, and a leak checker finds nothing.
   EXPECT_EQ(render("{% set ns = namespace() %}{% set ns.me = [ns] %}{{ ns.me|length }}"), "1");
-  EXPECT_EQ(test::error_of([] {
+  EXPECT_EQ(test::expected_error([] {
               render("{% set ns = namespace() %}{% set ns.me = [ns] %}{{ ns.me }}");
             })->code(),
             ErrorCode::kUnsupported);
@@ -260,5 +261,5 @@ TEST(ChatTemplateDamage, TruncatedAndMutated) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -13,9 +13,10 @@
 #include "sluice/io/detokenizer.hpp"
 #include "sluice/io/load_tokenizer.hpp"
 #include "sluice/io/tokenizer.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr std::string_view kReplaced = "\xEF\xBF\xBD";
 
@@ -154,5 +155,5 @@ TEST(Detokenizer, ACopyContinues) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

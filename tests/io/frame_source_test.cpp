@@ -19,9 +19,10 @@
 
 #include "io/io_test_support.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::expect_error;
 using test::TempFolder;
@@ -492,5 +493,5 @@ TEST(ChildProcess, ArgumentsStayWhatTheyAre) {
   EXPECT_EQ(std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()), strange);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

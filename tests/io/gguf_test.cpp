@@ -22,9 +22,10 @@
 
 #include "io/io_test_support.hpp"
 #include "sluice/io/gguf_writer.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::Bytes;
 using test::expect_error;
@@ -351,7 +352,7 @@ TEST(Gguf, EachDamagedFieldIsNamed) {
   for (const Damage& damage : table) {
     SCOPED_TRACE(std::string(damage.field) + " = " + std::to_string(damage.value));
     const Bytes bytes = test::exact_copy(full_image().set(damage.field, damage.value).bytes());
-    const auto error = test::error_of([&] { GgufFile::from_bytes(bytes, "image.gguf"); });
+    const auto error = test::expected_error([&] { GgufFile::from_bytes(bytes, "image.gguf"); });
     ASSERT_TRUE(error);
     EXPECT_EQ(error->code(), damage.code) << error->what();
     EXPECT_EQ(error->detail().where, "image.gguf");
@@ -400,7 +401,7 @@ TEST(Gguf, AMissingTensorOfASplitModelSaysSo) {
 TEST(Gguf, MessagesStayShortAndPrintable) {
   Image image;
   image.header(1, 0).tensor("\x1b[31m" + std::string(100'000, 'x'), {8}, 99, 0).align(32).data(32);
-  const auto error = test::error_of([&] { GgufFile::from_bytes(image.bytes(), "file"); });
+  const auto error = test::expected_error([&] { GgufFile::from_bytes(image.bytes(), "file"); });
   ASSERT_TRUE(error);
   EXPECT_LT(std::string(error->what()).size(), 600U);
   EXPECT_EQ(std::string(error->what()).find('\x1b'), std::string::npos);
@@ -643,5 +644,5 @@ TEST(GgufWriter, AFailedWriteLeavesNothingBehind) {
   EXPECT_FALSE(std::filesystem::exists(folder.path("taken.partial")));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

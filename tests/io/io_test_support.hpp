@@ -88,7 +88,7 @@ inline std::uint32_t crc32(std::span<const std::byte> bytes) {
 
 /// The error that `function` throws; a test failure if it throws none, or another type.
 template <class Function>
-std::optional<Error> error_of(Function function) {
+std::optional<Error> expected_error(Function function) {
   try {
     function();
   } catch (const Error& error) {
@@ -103,7 +103,7 @@ std::optional<Error> error_of(Function function) {
 template <class Function>
 void expect_error(ErrorCode code, std::initializer_list<std::string_view> parts,
                   Function function) {
-  const std::optional<Error> error = error_of(function);
+  const std::optional<Error> error = expected_error(function);
   if (!error) return;
   EXPECT_EQ(error->code(), code) << error->what();
   EXPECT_FALSE(error->detail().what.empty()) << error->what();

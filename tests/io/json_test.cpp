@@ -9,9 +9,10 @@
 #include <gtest/gtest.h>
 
 #include "io/io_test_support.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::expect_error;
 using test::loads_or_throws;
@@ -82,7 +83,7 @@ TEST(ParseJson, DuplicateNames) {
 
 TEST(ParseJson, MessagesStayShortAndPrintable) {
   const auto error =
-      test::error_of([] { parse_json("{\"\x1b[31m" + std::string(100'000, 'x'), "text"); });
+      test::expected_error([] { parse_json("{\"\x1b[31m" + std::string(100'000, 'x'), "text"); });
   ASSERT_TRUE(error);
   EXPECT_LT(std::string(error->what()).size(), 600U);
   EXPECT_EQ(std::string(error->what()).find('\x1b'), std::string::npos);
@@ -183,5 +184,5 @@ TEST_F(JsonFields, ErrorsNameFileFieldExpectedAndFound) {
                [] { json_int(Json::array(), "a", "config.json"); });
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -19,9 +19,10 @@
 
 #include "io/io_test_support.hpp"
 #include "support/sanitizers.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::expect_error;
 using test::TempFolder;
@@ -123,5 +124,5 @@ TEST(ReadPages, AnEmptyMappingIsRead) {
   read_pages({}, "nothing", true, [](std::size_t) { FAIL(); });
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

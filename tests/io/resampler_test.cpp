@@ -12,9 +12,10 @@
 #include "io/io_test_support.hpp"
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr double kPi = std::numbers::pi;
 
@@ -139,5 +140,5 @@ TEST(Resampler, RefusesConfigurationsByName) {
   expect_error(ErrorCode::kUnsupported, {"ratio"}, [] { Resampler resampler(44101, 44100); });
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -20,9 +20,10 @@
 #include <gtest/gtest.h>
 
 #include "io/io_test_support.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::Bytes;
 using test::expect_error;
@@ -174,7 +175,7 @@ TEST(Safetensors, DamageIsNamed) {
   for (const Damage& damage : table) {
     SCOPED_TRACE(damage.header.substr(0, 100));
     const Bytes bytes = test::exact_copy(image(damage.header, damage.data_size));
-    const auto error = test::error_of([&] { parse(bytes); });
+    const auto error = test::expected_error([&] { parse(bytes); });
     ASSERT_TRUE(error);
     EXPECT_EQ(error->code(), ErrorCode::kFormat) << error->what();
     EXPECT_TRUE(error->detail().where.starts_with("image.st")) << error->what();
@@ -500,5 +501,5 @@ TEST(SafetensorsIndex, EveryTruncationAndMutationLoadsOrThrows) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -19,9 +19,10 @@
 #include "io/io_test_support.hpp"
 #include "io/wav_writer.hpp"
 #include "sluice/core/random.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::expect_error;
 using test::TempFolder;
@@ -163,11 +164,11 @@ TEST(SoundFile, DamagedFilesAreTypedErrors) {
   for (const double share : {0.0, 0.01, 0.1, 0.5, 0.9}) {
     const auto size = static_cast<std::size_t>(share * static_cast<double>(whole.size()));
     const std::string part = folder.write("part.flac", std::span(whole).first(size));
-    const std::optional<Error> error = test::error_of([&] { read_all(open_audio(part)); });
+    const std::optional<Error> error = test::expected_error([&] { read_all(open_audio(part)); });
     ASSERT_TRUE(error) << share;
     EXPECT_EQ(error->code(), ErrorCode::kFormat) << error->what();
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -27,9 +27,10 @@
 #include "sluice/io/gguf_writer.hpp"
 #include "sluice/io/load_tokenizer.hpp"
 #include "sluice/io/tokenizer.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::expect_error;
 using test::loads_or_throws;
@@ -548,7 +549,7 @@ TEST(Tokenizer, LoadsFoldersAndFiles) {
   EXPECT_EQ(load_tokenizer(folder.path()).chat_template(), "old");
   folder.write("chat_template.jinja", "new");
   EXPECT_EQ(load_tokenizer(folder.path()).chat_template(), "new");
-  EXPECT_EQ(test::error_of([&] { load_tokenizer(folder.path("missing.json")); })->code(),
+  EXPECT_EQ(test::expected_error([&] { load_tokenizer(folder.path("missing.json")); })->code(),
             ErrorCode::kIo);
   folder.write("tokenizer_config.json", R"({"eos_token": )");
   expect_error(ErrorCode::kFormat, {"tokenizer_config.json", "byte"},
@@ -771,7 +772,7 @@ TEST(TokenizerDamage, ErrorsNameTheField) {
     SCOPED_TRACE(entry.patch.dump());
     Json file = tokenizer_json(entry.base);
     file.merge_patch(entry.patch);
-    const auto error = test::error_of([&] { from_json(file); });
+    const auto error = test::expected_error([&] { from_json(file); });
     if (!error) continue;
     EXPECT_EQ(error->code(), entry.code) << error->what();
     EXPECT_EQ(error->detail().where, "tokenizer.json") << error->what();
@@ -868,5 +869,5 @@ TEST(TokenizerDamage, RunsOfSpacesAreWithinTheLimits) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

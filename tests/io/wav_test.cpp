@@ -19,9 +19,10 @@
 #include "io/wav_writer.hpp"
 #include "sluice/core/random.hpp"
 #include "sluice/io/audio_input.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::Bytes;
 using test::expect_error;
@@ -364,5 +365,5 @@ TEST(AudioPackets, KeepTheSourceClock) {
   expect_error(ErrorCode::kConfig, {"room"}, [&] { AudioPackets none(input, 10, 9); });
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

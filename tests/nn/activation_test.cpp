@@ -10,8 +10,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr double kPi = 3.14159265358979323846;
 
@@ -99,5 +101,5 @@ INSTANTIATE_TEST_SUITE_P(All, ActivationTest,
                            return "";
                          });
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

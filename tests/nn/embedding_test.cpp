@@ -8,9 +8,10 @@
 #include <gtest/gtest.h>
 
 #include "support/random_matrix.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 class Embedding : public testing::TestWithParam<ElementType> {};
 
@@ -57,5 +58,5 @@ TEST(EmbeddingDeathTest, TokensOutsideTheVocabularyAreAsserted) {
 }
 #endif
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

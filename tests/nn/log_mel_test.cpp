@@ -12,9 +12,10 @@
 
 #include "sluice/nn/stream_window.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using Rows = std::vector<std::vector<double>>;
 
@@ -576,5 +577,5 @@ TEST(RealFft, EveryPlannedLength) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

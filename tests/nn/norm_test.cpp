@@ -8,8 +8,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 std::vector<float> random_values(std::int64_t count, unsigned seed, double scale = 1.0) {
   std::mt19937 random(seed);
@@ -118,5 +120,5 @@ TEST(RmsNorm, HeadsAreNormalisedOneByOne) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

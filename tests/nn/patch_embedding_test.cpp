@@ -10,9 +10,10 @@
 
 #include "sluice/core/random.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using Frame = std::vector<std::uint8_t>;
 
@@ -209,5 +210,5 @@ TEST(PatchRows, RefusesConfigurationsByName) {
   EXPECT_EQ(field_of([](PatchConfig& c) { c.deviation[2] = 0; }), "deviation");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

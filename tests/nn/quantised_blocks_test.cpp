@@ -13,8 +13,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 // What tests/oracle/make_quant_goldens.py wrote.
 struct Golden {
@@ -164,5 +166,5 @@ TEST(QuantisedBlocks, TypedInBlocksOf32) {
   for (std::size_t i = 0; i < 4; ++i) EXPECT_EQ(back[i], clipped_to[i]);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

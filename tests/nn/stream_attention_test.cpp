@@ -11,9 +11,10 @@
 #include <gtest/gtest.h>
 
 #include "support/frame_stream.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::error_of;
 using test::expect_close;
@@ -402,5 +403,5 @@ TEST(StreamAttention, RefusesWhatIsNoLayer) {
   EXPECT_EQ(code_of(good, other), ErrorCode::kShape);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

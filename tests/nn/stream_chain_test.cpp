@@ -16,9 +16,10 @@
 #include "sluice/nn/stream_pool.hpp"
 #include "sluice/nn/stream_recurrent.hpp"
 #include "support/frame_stream.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::error_of;
 using test::expect_close;
@@ -371,5 +372,5 @@ TEST(StreamStates, RestoreNothingFromBadBytes) {
   EXPECT_EQ(a.values, b.values);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

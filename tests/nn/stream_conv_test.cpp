@@ -10,9 +10,10 @@
 #include <gtest/gtest.h>
 
 #include "support/frame_stream.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::between;
 using test::error_of;
@@ -449,5 +450,5 @@ TEST(PackedLinear, EveryNumberOfRowsGivesTheSameBits) {
     }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -10,9 +10,10 @@
 #include <gtest/gtest.h>
 
 #include "support/frame_stream.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::error_of;
 using test::expect_close;
@@ -204,5 +205,5 @@ TEST(StreamGroupNorm, NormalisesByTheFramesSoFar) {
   EXPECT_TRUE(error_of([&] { const StreamGroupNorm norm(1, weight, Values(3)); }));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -12,9 +12,10 @@
 #include <gtest/gtest.h>
 
 #include "support/frame_stream.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::error_of;
 using test::expect_close;
@@ -192,5 +193,5 @@ TEST(NormalisedDeviation, IsRelativeToTheRange) {
   EXPECT_EQ(normalised_rms_deviation(b, b), 0.0);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -8,9 +8,10 @@
 #include <gtest/gtest.h>
 
 #include "support/frame_stream.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::error_of;
 using test::expect_close;
@@ -146,5 +147,5 @@ TEST(RecurrentLayers, RefuseOtherShapes) {
   EXPECT_TRUE(error_of([&] { const StreamGru gru(shape(6, 0), shape(6, 2)); }));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

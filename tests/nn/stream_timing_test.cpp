@@ -10,9 +10,10 @@
 
 #include "sluice/nn/stream_attention.hpp"
 #include "sluice/nn/stream_window.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr StreamTiming symmetric(std::int64_t kernel, std::int64_t stride) {
   return StreamKernelConfig::same(kernel, stride).timing();
@@ -223,5 +224,5 @@ TEST(StreamTiming, CountsBeyond32Bits) {
   EXPECT_EQ(last_input(kNemoSymmetric, many), 8 * many + 7);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -6,8 +6,9 @@
 #include <vector>
 
 #include "sluice/core/error.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::alibi_bias;
 using sluice::alibi_slopes;
@@ -65,4 +66,4 @@ TEST(AlibiBias, IsExactLateInAStream) {
   EXPECT_EQ(alibi_bias(0.25F, 1e12 + 0.5, 1e12 + 1), -0.125F);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

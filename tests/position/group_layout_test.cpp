@@ -11,7 +11,9 @@
 #include <type_traits>
 #include <vector>
 
-namespace {
+#include "support/test_unit.hpp"
+
+namespace SLUICE_TEST_UNIT {
 
 using sluice::BatchLayout;
 using sluice::GroupedLayout;
@@ -468,4 +470,4 @@ TEST(GroupLayoutDeathTest, AssertsItsPreconditions) {
 }
 #endif
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

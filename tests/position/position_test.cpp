@@ -6,7 +6,9 @@
 #include <limits>
 #include <type_traits>
 
-namespace {
+#include "support/test_unit.hpp"
+
+namespace SLUICE_TEST_UNIT {
 
 using sluice::Position;
 using sluice::Position3;
@@ -31,4 +33,4 @@ TEST(PositionRule, HasTheNamesOfTheOptions) {
   EXPECT_EQ(to_string(PositionRule::kInText), "in-text");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -19,8 +19,9 @@
 #include "sluice/core/random.hpp"
 #include "sluice/core/view.hpp"
 #include "sluice/position/position.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::bf16;
 using sluice::f16;
@@ -701,4 +702,4 @@ TEST(RotaryTable, OutlivesTheRotationItWasMadeFrom) {
   EXPECT_EQ(row_of(table, 1), angles_of(Rotary(plain(8, 8)), sluice::on_all_axes(4)));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -8,8 +8,9 @@
 #include <vector>
 
 #include "sluice/position/group_layout.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using sluice::fill_positions;
 using sluice::on_all_axes;
@@ -244,4 +245,4 @@ TEST(FillPositions, RefusesSpansWithoutSense) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

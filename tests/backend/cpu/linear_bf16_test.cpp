@@ -13,9 +13,10 @@
 #include "sluice/nn/linear.hpp"
 #include "support/kernel_arithmetic.hpp"
 #include "support/random_matrix.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::multiply_add;
 using test::random_values;
@@ -181,5 +182,5 @@ TEST(LinearBf16, QuantisedAndOtherPlainWeightsKeepFloat32Activations) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

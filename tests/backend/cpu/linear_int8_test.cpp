@@ -14,9 +14,10 @@
 #include "sluice/nn/linear.hpp"
 #include "support/kernel_arithmetic.hpp"
 #include "support/random_matrix.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using test::kernels;
 using test::multiply_add;
@@ -341,5 +342,5 @@ TEST(LinearInt8Many, PlainWeightsKeepFloat32Activations) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

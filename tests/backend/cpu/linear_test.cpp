@@ -12,9 +12,10 @@
 
 #include "sluice/backend/cpu/linear_task.hpp"
 #include "support/random_matrix.hpp"
+#include "support/test_unit.hpp"
 
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 constexpr ElementType kTypes[] = {ElementType::kF32,  ElementType::kF16,  ElementType::kBF16,
                                   ElementType::kQ8_0, ElementType::kQ4_0, ElementType::kQ4_1,
@@ -267,5 +268,5 @@ TEST(WeightMatrix, ValidationNamesWhatIsWrong) {
   EXPECT_EQ(field_of({ElementType::kF32, nullptr, 2, 64}), "data an address");
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -16,8 +16,10 @@
 
 #include <gtest/gtest.h>
 
+#include "support/test_unit.hpp"
+
 namespace sluice {
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using simd::kWidth;
 using simd::VecF;
@@ -515,5 +517,5 @@ TEST(Simd, LowBytesAndIntegerMaxima) {
   EXPECT_EQ(bytes[kWidth], 77);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
 }  // namespace sluice

@@ -10,8 +10,9 @@
 
 #include "backend/cuda/cache_lists.hpp"
 #include "backend/cuda/segment_check.cuh"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using namespace sluice_test;
@@ -123,4 +124,4 @@ TEST(CacheLists, OfTheCpusCachesAfterRandomOperations) {
   EXPECT_GE(segments, 4U);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -19,8 +19,9 @@
 
 #include "backend/cuda/decode_oracle.hpp"
 #include "backend/cuda/device_test.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using sluice_test::DecodeOracle;
@@ -626,4 +627,4 @@ TEST(DecodeFull, ACacheWithoutRoomSaysSo) {
   ASSERT_TRUE(std::isnan(lse.download()[1]));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -20,8 +20,9 @@
 #include "backend/cuda/decoder_oracle.hpp"
 #include "backend/cuda/device_test.hpp"
 #include "backend/cuda/small_model.cuh"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using sluice_test::argmax;
@@ -556,4 +557,4 @@ TEST(CudaDecoder, RefusesWhatDoesNotFit) {
   EXPECT_THROW((CudaDecoder<bf16, 64>(*model.device, options)), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -8,9 +8,11 @@
 
 #include <sluice/backend/cuda/duplex.cuh>
 
+#include "support/test_unit.hpp"
+
 #include "backend/cuda/small_model.cuh"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using namespace sluice_test;
@@ -106,4 +108,4 @@ TEST(CudaDuplex, RefusesWhatDoesNotFit) {
   EXPECT_THROW(pair.run(std::vector<std::int32_t>(257, 1), 1, 7, DuplexStreams::kTwo), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -17,8 +17,9 @@
 
 #include "backend/cuda/device_test.hpp"
 #include "support/naive_kinds.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -278,4 +279,4 @@ TEST(KindDecoder, EqualsItsDefinitionWhereTextLeavesEarlier) {
   run_conversation(2, 4);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

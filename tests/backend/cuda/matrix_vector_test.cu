@@ -13,9 +13,11 @@
 
 #include <sluice/core/random.hpp>
 
+#include "support/test_unit.hpp"
+
 #include "backend/cuda/device_test.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using sluice_test::random_floats;
@@ -194,4 +196,4 @@ TEST(TokenChoice, DrawsFromTheSoftmax) {
   }
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

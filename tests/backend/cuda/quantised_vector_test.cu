@@ -16,8 +16,9 @@
 
 #include "backend/cuda/device_test.hpp"
 #include "backend/cuda/quantised_sample.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using sluice_test::QuantisedSample;
@@ -246,4 +247,4 @@ TEST(QuantisedVector, RefusesWhatDoesNotFit) {
   EXPECT_THROW(plan.launch(task, VectorEpilogue::kStore, nullptr), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

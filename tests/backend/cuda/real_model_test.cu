@@ -16,8 +16,9 @@
 
 #include "backend/cuda/device_test.hpp"
 #include "backend/cuda/real_model_oracle.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using sluice_test::RealModel;
@@ -145,4 +146,4 @@ TEST(RealModel, WritesTheSameTextOnBothSides) {
               worst, chunked, rounding);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

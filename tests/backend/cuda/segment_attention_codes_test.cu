@@ -4,9 +4,11 @@
 #include <tuple>
 #include <type_traits>
 
+#include "support/test_unit.hpp"
+
 #include "backend/cuda/segment_check.cuh"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using namespace sluice_test;
@@ -39,4 +41,4 @@ TYPED_TEST(SegmentAttentionCodes, Small) {
                        std::tuple_element_t<2, TypeParam>::value>();
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -6,9 +6,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "support/test_unit.hpp"
+
 #include "backend/cuda/segment_check.cuh"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using namespace sluice_test;
@@ -232,4 +234,4 @@ TEST(SegmentAttentionShapes, RefusesWhatDoesNotFit) {
   EXPECT_THROW(Plan(shape, {}, {16, 32}), Error);
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT

@@ -19,8 +19,9 @@
 
 #include "backend/cuda/device_test.hpp"
 #include "support/property.hpp"
+#include "support/test_unit.hpp"
 
-namespace {
+namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 
@@ -350,4 +351,4 @@ TEST(VisionTower, RefusesWhatDoesNotFit) {
   EXPECT_TRUE(test::error_of([&] { CudaVisionTower<bf16, 80>(weights, 4, 4, nullptr); }));
 }
 
-}  // namespace
+}  // namespace SLUICE_TEST_UNIT
