@@ -97,6 +97,7 @@
 #include "sluice/stream/attention_policy.hpp"
 #include "sluice/stream/backend_traits.hpp"
 #include "sluice/stream/block_beam.hpp"
+#include "sluice/stream/checkpoint_places.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/ctc.hpp"
 #include "sluice/stream/deadline.hpp"

@@ -274,7 +274,7 @@ class KvCache {
     for (const Layer& layer : layers_)
       for (const HeadClass& part : layer.classes) {
         const Retention& retention = retentions_[static_cast<std::size_t>(part.retention)];
-        if (!only_appends(retention))
+        if (!retention.only_appends())
           bytes += retention.config().capacity * part.num_heads * row_bytes();
       }
     return {retentions_, Buffer<std::byte>(static_cast<std::size_t>(bytes))};
@@ -292,7 +292,7 @@ class KvCache {
           std::memcpy(to, row, size);
           to += size;
         },
-        [](const Retention& retention) { return !only_appends(retention); });
+        [](const Retention& retention) { return !retention.only_appends(); });
   }
   /// Returns to a captured state, exactly: as far as truncate() and save() go, nothing tells it
   /// from a cache that never went on. Allocates nothing. Precondition: retentions that only append
@@ -307,7 +307,7 @@ class KvCache {
           std::memcpy(row, from, size);
           from += size;
         },
-        [](const Retention& retention) { return !only_appends(retention); });
+        [](const Retention& retention) { return !retention.only_appends(); });
   }
   /// Becomes a copy of `other`, a cache made with the same shape and retentions: the fork of a
   /// stream whose rows are few (a window). Copies what is kept; allocates nothing.
@@ -660,11 +660,6 @@ class KvCache {
       }
   }
 
-  /// Whether a token's row stays where it is until it is taken back.
-  static bool only_appends(const Retention& retention) {
-    return retention.config().eviction == Eviction::kPerQuery &&
-           retention.window() >= kUnlimitedWindow;
-  }
   /// Bytes of one token's key and value in one head.
   std::int64_t row_bytes() const {
     const auto bytes = [](std::int64_t count, std::size_t size) {

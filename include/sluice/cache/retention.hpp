@@ -271,13 +271,19 @@ class Retention {
     return runs_[run].first_index + rank;
   }
 
+  /// With kPerQuery: how many slots have rows that belong to the state. They are the first ones.
+  std::int64_t stored_slots() const {
+    const std::int64_t written = unlimited() ? total_ : high_water_;
+    return written < config_.capacity ? written : config_.capacity;
+  }
+  /// Whether a token's row stays where it is until it is taken back.
+  bool only_appends() const { return config_.eviction == Eviction::kPerQuery && unlimited(); }
   /// Calls visit(slot) for every slot whose row belongs to the state: kept tokens, and with
   /// kPerQuery older ones that a truncation may bring back. Fixed order.
   template <class Visit>
   void each_stored_slot(Visit&& visit) const {
     if (config_.eviction == Eviction::kPerQuery && !unlimited()) {
-      const std::int64_t used = high_water_ < config_.capacity ? high_water_ : config_.capacity;
-      for (std::int64_t slot = 0; slot < used; ++slot) visit(slot);
+      for (std::int64_t slot = 0; slot < stored_slots(); ++slot) visit(slot);
       return;
     }
     const std::int64_t count = rank_count();

@@ -37,6 +37,7 @@
 #include "sluice/core/view.hpp"
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/model/decoder.hpp"
+#include "sluice/stream/checkpoint_places.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/likelihood.hpp"
 #include "sluice/stream/metrics.hpp"
@@ -65,13 +66,6 @@ struct SessionOptions {
   /// Reading takes a checkpoint by itself at the first end of a chunk that is this many tokens
   /// behind the newest one (or the beginning). 0: never.
   std::int64_t checkpoint_every = 0;
-};
-
-/// Names a checkpoint of one session. Ids are never used twice.
-struct CheckpointId {
-  std::uint64_t serial = 0;  ///< 0: none
-
-  friend constexpr bool operator==(const CheckpointId&, const CheckpointId&) = default;
 };
 
 /// What Session::update() found and did. Everything was read if kept + computed is the number of
@@ -109,6 +103,117 @@ inline void check_room(std::int64_t coming, std::int64_t room, const char* where
     throw Error(ErrorCode::kCapacity,
                 {"the full cache cannot hold that many tokens", where, "tokens",
                  "at most " + std::to_string(room), std::to_string(coming)});
+}
+/// \throws Error(kOrder) unless node 0 is the token written last, Error(kShape) for a token outside
+/// the vocabulary.
+inline void check_draft(const DraftTree& draft, std::optional<Token> pending, std::int64_t vocab,
+                        const char* where) {
+  if (!pending || draft.size() == 0 || draft.token(0) != *pending)
+    throw Error(ErrorCode::kOrder,
+                {"the draft does not begin with the token written last", where, "node 0",
+                 pending ? std::to_string(*pending) : "a token written by step()",
+                 draft.size() == 0 ? "an empty draft" : std::to_string(draft.token(0))});
+  check_vocabulary(draft.tokens(), vocab, where);
+}
+/// \throws Error(kCapacity) unless the draft fits.
+inline void check_draft_room(const DraftTree& draft, CacheStatus status, std::int64_t max_chunk,
+                             const char* where) {
+  if (status != CacheStatus::kOk)
+    throw Error(ErrorCode::kCapacity,
+                {"the draft does not fit the chunk or the cache", where, "nodes",
+                 "at most " + std::to_string(max_chunk) + ", and room in a full cache",
+                 std::to_string(draft.size())});
+}
+/// Options that every backend checks alike. \throws Error(kConfig) naming the one out of range.
+inline const SessionOptions& checked_session(const SessionOptions& options) {
+  constexpr std::int64_t kMaxHistory = std::int64_t{1} << 40;
+  const auto fail = [](const char* field, const char* expected, std::int64_t found) {
+    throw Error(ErrorCode::kConfig,
+                {"option out of range", "SessionOptions", field, expected, std::to_string(found)});
+  };
+  if (options.history < 0 || options.history > kMaxHistory)
+    fail("history", "0 to 2^40", options.history);
+  if (options.checkpoints < 0) fail("checkpoints", "0 or more", options.checkpoints);
+  if (options.checkpoint_every < 0) fail("checkpoint_every", "0 or more", options.checkpoint_every);
+  if (options.checkpoint_every > 0 && options.checkpoints == 0)
+    fail("checkpoints", "at least 1, for checkpoint_every", options.checkpoints);
+  return options;
+}
+
+// --- Snapshots -----------------------------------------------------------------------------------
+// magic, version, what identifies model and options; has_state, position, wrote_since_input;
+// sampler; cache; the tokens of a recomputed window; the tokens of the history; the hidden state
+// behind the last token, final norm applied. All backends write and read these. One may add more
+// behind them, which the others pass over. The checksum ends the file.
+
+inline constexpr std::uint64_t kSnapshotMagic = 0x314e5345'43554c53;  // "SLUCESN1"
+inline constexpr std::uint32_t kSnapshotVersion = 2;
+
+/// What tells one model and one set of options from another: extents, and a few weights.
+inline std::array<std::int64_t, 14> session_identity(const Decoder& model,
+                                                     const SessionOptions& options) {
+  const DecoderConfig& c = model.config();
+  std::uint64_t hash = 0;
+  for (const float value : model.weights().output_norm)
+    hash = hash * 1099511628211ULL + std::bit_cast<std::uint32_t>(value);
+  const CacheOptions& cache = options.cache;
+  return {c.vocab_size,
+          c.hidden_size,
+          c.num_layers(),
+          c.num_qo_heads,
+          c.num_kv_heads,
+          c.head_dim,
+          static_cast<std::int64_t>(hash),
+          static_cast<std::int64_t>(cache.policy),
+          cache.num_sink_tokens,
+          cache.window_size,
+          cache.capacity,
+          cache.chunk(),
+          static_cast<std::int64_t>(cache.position_rule),
+          static_cast<std::int64_t>(options.activations)};
+}
+/// Magic, version and identity.
+inline void write_snapshot_begin(ByteWriter& writer, const Decoder& model,
+                                 const SessionOptions& options) {
+  writer.write(kSnapshotMagic);
+  writer.write(kSnapshotVersion);
+  for (const std::int64_t value : session_identity(model, options)) writer.write(value);
+}
+/// \throws Error(kFormat) naming what differs.
+inline void expect_snapshot_begin(ByteReader& reader, const Decoder& model,
+                                  const SessionOptions& options) {
+  constexpr std::array<const char*, 14> kFields{
+      "vocab_size", "hidden_size", "num_layers",    "num_qo_heads",    "num_kv_heads",
+      "head_dim",   "weights",     "policy",        "num_sink_tokens", "window_size",
+      "capacity",   "chunk_size",  "position_rule", "activations"};
+  reader.read_expected("magic", kSnapshotMagic);
+  reader.read_expected("version", kSnapshotVersion);
+  const auto mine = session_identity(model, options);
+  for (std::size_t i = 0; i < mine.size(); ++i) reader.read_expected(kFields[i], mine[i]);
+}
+/// Reads a count and that many tokens of a vocabulary into the front of a buffer.
+/// \throws Error(kFormat) for more than fit, or a token outside the vocabulary.
+inline std::int64_t read_tokens(ByteReader& reader, const char* field, std::int64_t vocab,
+                                Buffer<Token>& into) {
+  const std::size_t begin = reader.offset();
+  const std::vector<Token> tokens =
+      reader.template read_vector<Token>(field, static_cast<std::uint64_t>(into.size()));
+  for (const Token token : tokens)
+    if (token < 0 || token >= vocab)
+      reader.fail_at(begin, "token outside the vocabulary", field, "below " + std::to_string(vocab),
+                     std::to_string(token));
+  std::copy(tokens.begin(), tokens.end(), into.data());
+  return static_cast<std::int64_t>(tokens.size());
+}
+/// The first tokens of the stream, as far as they are remembered. \throws as read_tokens(), and
+/// unless they are as many as a stream of `position` tokens has.
+inline void read_history(ByteReader& reader, std::int64_t vocab, std::int64_t position,
+                         Buffer<Token>& into) {
+  const std::int64_t held = read_tokens(reader, "history", vocab, into);
+  const std::int64_t expected = std::min(static_cast<std::int64_t>(into.size()), position);
+  if (position < 0 || held != expected)
+    throw Error(ErrorCode::kFormat, {"inconsistent snapshot", reader.source(), "history",
+                                     std::to_string(expected), std::to_string(held)});
 }
 
 }  // namespace detail
@@ -282,7 +387,7 @@ class Session {
     cache_.reset();
     sampler_.reset();
     metrics_.on_turn_end();
-    expire(0);
+    saved_.expire(0);
     pending_.reset();
     position_ = 0;
     window_tokens_ = 0;
@@ -295,13 +400,7 @@ class Session {
   CheckpointId checkpoint() {
     if constexpr (!kHasCheckpoints)
       unsupported("go back", "frames that have gone to the host are not taken back");
-    if (saved_.empty())
-      throw Error(ErrorCode::kConfig, {"the session has no room for checkpoints",
-                                       "Session::checkpoint", "checkpoints", "at least 1", "0"});
-    Saved* place = &saved_.front();
-    for (Saved& saved : saved_)
-      if (saved.serial < place->serial) place = &saved;
-    place->serial = ++last_serial_;
+    Saved* const place = &saved_.take();
     if constexpr (kHasCheckpoints) cache_.capture(place->cache);
     sampler_.capture(place->sampler);
     std::copy_n(hidden_.data(), hidden_.size(), place->hidden.data());
@@ -319,17 +418,7 @@ class Session {
   /// was not given, or has expired: its place was taken, or the stream was taken back behind it
   /// (rollback_to, update, reset, restore). The stream is then as it was.
   void rollback_to(CheckpointId id) {
-    const auto found = std::find_if(saved_.begin(), saved_.end(), [&](const Saved& saved) {
-      return id.serial != 0 && saved.serial == id.serial;
-    });
-    if (found == saved_.end())
-      throw Error(
-          ErrorCode::kOrder,
-          {id.serial == 0 || id.serial > last_serial_ ? "no such checkpoint"
-                                                      : "the checkpoint has expired",
-           "Session::rollback_to", "id", "a checkpoint that is held", std::to_string(id.serial)});
-    for (Saved& saved : saved_)
-      if (saved.serial > id.serial) saved.serial = 0;
+    const Saved* const found = &saved_.go_back(id);
     if constexpr (kHasCheckpoints) cache_.revert(found->cache);
     sampler_.revert(found->sampler);
     std::copy_n(found->hidden.data(), hidden_.size(), hidden_.data());
@@ -344,16 +433,9 @@ class Session {
     window_stale_ = recomputes() && has_state_;
   }
   /// Whether rollback_to() would find it.
-  bool holds(CheckpointId id) const {
-    return id.serial != 0 && std::any_of(saved_.begin(), saved_.end(), [&](const Saved& saved) {
-             return saved.serial == id.serial;
-           });
-  }
+  bool holds(CheckpointId id) const { return saved_.holds(id); }
   /// Gives a checkpoint's place back. Ids that are not held are passed over.
-  void release(CheckpointId id) {
-    for (Saved& saved : saved_)
-      if (saved.serial == id.serial) saved.serial = 0;
-  }
+  void release(CheckpointId id) { saved_.release(id); }
   /// Bytes that each of SessionOptions::checkpoints costs, used or not: the rows of windowed layers
   /// (those of layers that keep everything stay in place), the sampler, one hidden state. 0 without
   /// checkpoints.
@@ -380,7 +462,9 @@ class Session {
   /// Makes `child`, a fork() of this session or of one it was forked from, continue from here.
   /// Allocates nothing. \throws Error(kConfig) if it has another model or other options.
   void fork_into(Session& child) const {
-    if (child.model_ != model_ || child.identity() != identity() ||
+    if (child.model_ != model_ ||
+        detail::session_identity(*child.model_, child.options_) !=
+            detail::session_identity(*model_, options_) ||
         child.history_.size() != history_.size())
       throw Error(ErrorCode::kConfig,
                   {"a fork continues a session that was made alike", "Session::fork_into",
@@ -407,15 +491,14 @@ class Session {
 
   /// Writes a snapshot that restore() continues from bit for bit: cache, sampler, last hidden
   /// state, remembered tokens; no checkpoints. Survives a kill at any byte: the file is replaced as
-  /// a whole. Feeds a pending token first. Allocates. \throws Error(kIo).
+  /// a whole. A session of another backend with the same options and element types continues from
+  /// it too, to rounding. Feeds a pending token first. Allocates. \throws Error(kIo).
   void save(const std::string& path) {
     if constexpr (!requires(ByteWriter & into) { cache_.save(into); })
       unsupported("save", "its frames are on the host, in a store of this process");
     feed_pending();
     ByteWriter writer;
-    writer.write(kSnapshotMagic);
-    writer.write(kSnapshotVersion);
-    write_identity(writer);
+    detail::write_snapshot_begin(writer, *model_, options_);
     writer.write(static_cast<std::uint8_t>(has_state_));
     writer.write(position_);
     writer.write(static_cast<std::uint8_t>(wrote_since_input_));
@@ -439,9 +522,7 @@ class Session {
     const std::vector<std::byte> bytes = read_file(path);
     ByteReader reader(bytes, path);
     reader.verify_checksum();
-    reader.read_expected("magic", kSnapshotMagic);
-    reader.read_expected("version", kSnapshotVersion);
-    check_identity(reader);
+    detail::expect_snapshot_begin(reader, *model_, options_);
     try {
       reset();
       const bool has_state = reader.template read<std::uint8_t>("has_state") != 0;
@@ -449,12 +530,9 @@ class Session {
       const bool wrote = reader.template read<std::uint8_t>("wrote") != 0;
       sampler_.restore(reader);
       if constexpr (requires { cache_.restore(reader); }) cache_.restore(reader);
-      window_tokens_ = read_tokens(reader, "window tokens", window_);
-      const std::int64_t held = read_tokens(reader, "history", history_);
-      if (position < 0 || held != std::min(remembered(), position))
-        throw Error(ErrorCode::kFormat,
-                    {"inconsistent snapshot", path, "history",
-                     std::to_string(std::min(remembered(), position)), std::to_string(held)});
+      const std::int64_t vocab = model_->config().vocab_size;
+      window_tokens_ = detail::read_tokens(reader, "window tokens", vocab, window_);
+      detail::read_history(reader, vocab, position, history_);
       reader.template read_span<float>("hidden state", hidden_.span());
       has_state_ = has_state;
       window_stale_ = recomputes() && has_state;
@@ -526,10 +604,6 @@ class Session {
       return 0;
   }
 
-  static constexpr std::int64_t kMaxHistory = std::int64_t{1} << 40;
-  static constexpr std::uint64_t kSnapshotMagic = 0x314e5345'43554c53;  // "SLUCESN1"
-  static constexpr std::uint32_t kSnapshotVersion = 2;
-
   /// A checkpoint's place.
   struct Saved {
     std::uint64_t serial = 0;  // 0: free
@@ -547,16 +621,12 @@ class Session {
     std::int64_t fed() const { return position - (pending ? 1 : 0); }
   };
 
-  /// How to get back to fewer tokens: from where the stream stands, or from a checkpoint.
-  struct GoBack {
-    std::int64_t kept = 0;
-    const Saved* from = nullptr;
-  };
+  using GoBack = detail::WayBack<Saved>;
 
   Session(std::shared_ptr<const Decoder> model, const SessionOptions& options,
           std::shared_ptr<DecoderWorkspace> workspace, Cache&& cache)
       : model_(std::move(model)),
-        options_(checked(options)),
+        options_(detail::checked_session(options)),
         team_(options.team ? options.team : std::make_shared<ThreadTeam>(options.num_threads)),
         cache_(std::move(cache)),
         workspace_(workspace
@@ -596,26 +666,11 @@ class Session {
         return CacheCheckpoint{};
     };
     for (int i = 0; i < options.checkpoints; ++i)
-      saved_.push_back({.cache = empty_checkpoint(),
-                        .sampler = sampler_.make_checkpoint(),
-                        .hidden = Buffer<float>(hidden_.size()),
-                        .window = Buffer<Token>(window_.size())});
+      saved_.add({.cache = empty_checkpoint(),
+                  .sampler = sampler_.make_checkpoint(),
+                  .hidden = Buffer<float>(hidden_.size()),
+                  .window = Buffer<Token>(window_.size())});
     metrics_.set_cache_bytes(static_cast<std::int64_t>(cache_.bytes()));
-  }
-
-  static const SessionOptions& checked(const SessionOptions& options) {
-    const auto fail = [](const char* field, const char* expected, std::int64_t found) {
-      throw Error(ErrorCode::kConfig, {"option out of range", "SessionOptions", field, expected,
-                                       std::to_string(found)});
-    };
-    if (options.history < 0 || options.history > kMaxHistory)
-      fail("history", "0 to 2^40", options.history);
-    if (options.checkpoints < 0) fail("checkpoints", "0 or more", options.checkpoints);
-    if (options.checkpoint_every < 0)
-      fail("checkpoint_every", "0 or more", options.checkpoint_every);
-    if (options.checkpoint_every > 0 && options.checkpoints == 0)
-      fail("checkpoints", "at least 1, for checkpoint_every", options.checkpoints);
-    return options;
   }
 
   /// An empty session made alike, which shares threads and scratch.
@@ -657,15 +712,9 @@ class Session {
     if (recomputes())
       fail(ErrorCode::kUnsupported, "a recomputed window cannot verify drafts", "cache.policy",
            "another policy", "recompute");
-    if (!pending_ || draft.size() == 0 || draft.token(0) != *pending_)
-      fail(ErrorCode::kOrder, "the draft does not begin with the token written last", "node 0",
-           pending_ ? std::to_string(*pending_) : "a token written by step()",
-           draft.size() == 0 ? "an empty draft" : std::to_string(draft.token(0)));
-    detail::check_vocabulary(draft.tokens(), model_->config().vocab_size, "Session::step");
-    if (cache_.status(draft.size()) != CacheStatus::kOk)
-      fail(ErrorCode::kCapacity, "the draft does not fit the chunk or the cache", "nodes",
-           "at most " + std::to_string(cache_.max_chunk()) + ", and room in a full cache",
-           std::to_string(draft.size()));
+    detail::check_draft(draft, pending_, model_->config().vocab_size, "Session::step");
+    detail::check_draft_room(draft, cache_.status(draft.size()), cache_.max_chunk(),
+                             "Session::step");
     if (options_.cache.key_form == KeyForm::kRaw && !draft.is_path())
       fail(ErrorCode::kUnsupported, "raw keys are placed by slot, not by depth", "draft",
            "a single path, or rotated keys", "a tree with branches");
@@ -718,41 +767,17 @@ class Session {
       for (const Token token : chunk) take(token);
       metrics_.on_input(begin, static_cast<std::int64_t>(count));
       done += count;
-      if (options_.checkpoint_every > 0 &&
-          position_ - newest_checkpoint() >= options_.checkpoint_every)
+      if (options_.checkpoint_every > 0 && position_ - saved_.newest() >= options_.checkpoint_every)
         checkpoint();
     }
     metrics_.on_input_done(monotonic_ns() - begin, static_cast<std::int64_t>(done));
     return static_cast<std::int64_t>(done);
   }
 
-  /// Tokens fed before the newest checkpoint.
-  std::int64_t newest_checkpoint() const {
-    std::int64_t fed = 0;
-    for (const Saved& saved : saved_)
-      if (saved.serial != 0) fed = std::max(fed, saved.fed());
-    return fed;
-  }
-  /// Forgets checkpoints of more than `fed` tokens; with 0 all of them.
-  void expire(std::int64_t fed) {
-    for (Saved& saved : saved_)
-      if (fed == 0 || saved.fed() > fed) saved.serial = 0;
-  }
-
   /// How to keep the most of the first `limit` tokens.
   GoBack way_back(std::int64_t limit) const {
-    if (!kHasCheckpoints || kHasPrompt || recomputes() || limit <= 0) return {};
-    const std::int64_t fed = cache_.total();
-    limit = std::min(limit, fed);
-    if (fed - limit <= max_truncate()) return {limit, nullptr};
-    GoBack best;
-    for (const Saved& saved : saved_) {
-      if (saved.serial == 0) continue;
-      const std::int64_t total = saved.cache.total();
-      if (total > limit && total - limit > saved.cache.max_truncate()) continue;
-      if (std::min(total, limit) > best.kept) best = {std::min(total, limit), &saved};
-    }
-    return best;
+    if (!kHasCheckpoints || kHasPrompt || recomputes()) return {};
+    return saved_.way_back(limit, cache_.total(), max_truncate());
   }
   void go_back(const GoBack& way) {
     const std::int64_t kept = way.kept;
@@ -767,7 +792,7 @@ class Session {
       }
     if constexpr (requires { cache_.truncate(kept); })
       if (cache_.total() > kept) cache_.truncate(cache_.total() - kept);
-    expire(kept);
+    saved_.expire(kept);
     pending_.reset();
     position_ = kept;
     logits_fresh_ = false;
@@ -918,56 +943,6 @@ class Session {
     return written_.span().first(static_cast<std::size_t>(accepted));
   }
 
-  /// What tells one model and one set of options from another: extents, and a few weights.
-  std::array<std::int64_t, 14> identity() const {
-    const DecoderConfig& c = model_->config();
-    const std::vector<float>& norm = model_->weights().output_norm;
-    std::uint64_t hash = 0;
-    for (const float value : norm)
-      hash = hash * 1099511628211ULL + std::bit_cast<std::uint32_t>(value);
-    const CacheOptions& cache = options_.cache;
-    return {c.vocab_size,
-            c.hidden_size,
-            c.num_layers(),
-            c.num_qo_heads,
-            c.num_kv_heads,
-            c.head_dim,
-            static_cast<std::int64_t>(hash),
-            static_cast<std::int64_t>(cache.policy),
-            cache.num_sink_tokens,
-            cache.window_size,
-            cache.capacity,
-            cache.chunk(),
-            static_cast<std::int64_t>(cache.position_rule),
-            static_cast<std::int64_t>(options_.activations)};
-  }
-  static constexpr std::array<const char*, 14> kIdentityFields{
-      "vocab_size", "hidden_size", "num_layers",    "num_qo_heads",    "num_kv_heads",
-      "head_dim",   "weights",     "policy",        "num_sink_tokens", "window_size",
-      "capacity",   "chunk_size",  "position_rule", "activations"};
-
-  /// Reads a count and that many tokens of the vocabulary into the front of a buffer.
-  std::int64_t read_tokens(ByteReader& reader, const char* field, Buffer<Token>& into) const {
-    const std::size_t begin = reader.offset();
-    const std::vector<Token> tokens =
-        reader.template read_vector<Token>(field, static_cast<std::uint64_t>(into.size()));
-    for (const Token token : tokens)
-      if (token < 0 || token >= model_->config().vocab_size)
-        reader.fail_at(begin, "token outside the vocabulary", field,
-                       "below " + std::to_string(model_->config().vocab_size),
-                       std::to_string(token));
-    std::copy(tokens.begin(), tokens.end(), into.data());
-    return static_cast<std::int64_t>(tokens.size());
-  }
-
-  void write_identity(ByteWriter& writer) const {
-    for (const std::int64_t value : identity()) writer.write(value);
-  }
-  void check_identity(ByteReader& reader) const {
-    const auto mine = identity();
-    for (std::size_t i = 0; i < mine.size(); ++i) reader.read_expected(kIdentityFields[i], mine[i]);
-  }
-
   std::shared_ptr<const Decoder> model_;
   SessionOptions options_;
   std::shared_ptr<ThreadTeam> team_;
@@ -988,8 +963,7 @@ class Session {
   std::int64_t stream_position_ = 0;
   bool stream_has_state_ = false;
   std::int64_t window_tokens_ = 0;
-  std::vector<Saved> saved_;
-  std::uint64_t last_serial_ = 0;
+  detail::CheckpointPlaces<Saved> saved_{"Session"};
   std::int64_t position_ = 0;
   std::optional<Token> pending_;  // written, not yet fed
   bool has_state_ = false;        // something was fed

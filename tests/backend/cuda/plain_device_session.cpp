@@ -298,7 +298,14 @@ struct PlainStream {
       add(y, product(w.down, gate));
     }
     ++total;
-    const Row out = product(m.tied ? m.embedding : m.output, normed(y, m.output_norm, s.norm_eps));
+    hidden.assign(y.begin(), y.end());
+    return logits_of(hidden, false);
+  }
+  /// Logits behind a residual stream, or behind one that the final norm was applied to.
+  std::vector<float> logits_of(const std::vector<float>& state, bool is_normed) const {
+    const Row y(state.begin(), state.end());
+    const Row out = product(m.tied ? m.embedding : m.output,
+                            is_normed ? y : normed(y, m.output_norm, m.shape.norm_eps));
     return {out.begin(), out.end()};
   }
 
@@ -308,8 +315,12 @@ struct PlainStream {
   PlainExtents x;
   std::int64_t total = 0;
   std::vector<Row> keys, values;  // [layers, capacity], rows of all heads
+  std::vector<float> hidden;      // the residual stream behind the last token
 };
 
+Token best_of(std::span<const float> logits) {
+  return static_cast<Token>(std::ranges::max_element(logits) - logits.begin());
+}
 double nll_of(std::span<const float> logits, Token next) {
   double sum = 0;
   for (const float x : logits) sum += std::exp(static_cast<double>(x));
@@ -326,10 +337,51 @@ PlainExtents extents_of(const Config& c) {
 template <class Element>
 struct CudaDeviceSession<Element>::State {
   State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
-      : stream(model.content(), extents_of(config)) {}
+      : stream(model.content(), extents_of(config)), config(config) {
+    stream.hidden.resize(static_cast<std::size_t>(model.shape().hidden_size));
+    for (int i = 0; i < config.places; ++i) {
+      Place& place = places.emplace_back();
+      place.rows.resize(
+          static_cast<std::size_t>(2 * model.shape().num_layers * config.place_slots));
+      for (Row& row : place.rows) row.resize(static_cast<std::size_t>(model.shape().kv_size()));
+      place.hidden = stream.hidden;
+    }
+  }
+
+  /// Calls visit(row, number) for keys and values in the first slots of all layers.
+  template <class Visit>
+  void each_row(std::int64_t slots, Visit&& visit) {
+    std::size_t number = 0;
+    for (auto* rows : {&stream.keys, &stream.values})
+      for (std::int64_t l = 0; l < stream.m.shape.num_layers; ++l)
+        for (std::int64_t slot = 0; slot < slots; ++slot)
+          visit((*rows)[static_cast<std::size_t>(l * stream.x.capacity + slot)], number++);
+  }
+  /// Another state was put behind the last token.
+  void set_state(std::int64_t total, bool is_normed) {
+    stream.total = total;
+    normed = is_normed;
+    stale = true;
+  }
+  const std::vector<float>& last_logits() {
+    if (stale) logits.assign(1, stream.logits_of(stream.hidden, normed));
+    stale = false;
+    return logits.back();
+  }
+
+  struct Place {
+    std::vector<Row> rows;  // as each_row() numbers them
+    std::vector<float> hidden;
+    bool normed = false;
+  };
 
   PlainStream<Element, typename CudaDeviceModel<Element>::Content> stream;
+  CudaDeviceSessionConfig config;
   std::vector<std::vector<float>> logits;  // of the last chunk's tokens
+  bool stale = false;                      // logits are not those of stream.hidden
+  bool normed = false;                     // stream.hidden is normed
+  std::vector<std::vector<float>> draft;   // logits of its tokens
+  std::vector<Place> places;
 };
 
 template <class Element>
@@ -354,6 +406,7 @@ void CudaDeviceSession<Element>::set_total(std::int64_t total) {
 template <class Element>
 void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
   state_->logits.clear();
+  state_->stale = state_->normed = false;
   auto& stream = state_->stream;
   for (const Token token : tokens) state_->logits.push_back(stream.step(stream.embedding(token)));
 }
@@ -363,22 +416,124 @@ void CudaDeviceSession<Element>::step(Token token) {
 }
 template <class Element>
 Token CudaDeviceSession<Element>::best() {
-  const std::vector<float>& last = state_->logits.back();
-  return static_cast<Token>(std::max_element(last.begin(), last.end()) - last.begin());
+  return best_of(state_->last_logits());
 }
 template <class Element>
 std::span<const float> CudaDeviceSession<Element>::logits() {
-  return state_->logits.back();
+  return state_->last_logits();
 }
 template <class Element>
 double CudaDeviceSession<Element>::likelihood(Token next) {
-  return nll_of(state_->logits.back(), next);
+  return nll_of(state_->last_logits(), next);
 }
 template <class Element>
 void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::span<float> nll) {
   for (std::size_t i = 0; i < next.size(); ++i)
     nll[i] = static_cast<float>(nll_of(state_->logits[i], next[i]));
 }
+template <class Element>
+void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens) {
+  auto& stream = state_->stream;
+  const std::vector<float> hidden = stream.hidden;
+  const std::int64_t total = stream.total;
+  state_->draft.clear();
+  for (const Token token : tokens) state_->draft.push_back(stream.step(stream.embedding(token)));
+  stream.hidden = hidden;
+  stream.total = total;
+}
+template <class Element>
+Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
+  return best_of(draft_logits(i));
+}
+template <class Element>
+std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) {
+  return state_->draft[static_cast<std::size_t>(i)];
+}
+template <class Element>
+void CudaDeviceSession<Element>::keep_draft(std::int64_t tokens) {
+  state_->stream.total += tokens;
+}
+
+template <class Element>
+void CudaDeviceSession<Element>::capture(int place, std::int64_t slots) {
+  State& s = *state_;
+  auto& to = s.places[static_cast<std::size_t>(place)];
+  if (slots > s.config.place_slots) throw std::logic_error("more slots than a place has");
+  s.each_row(slots, [&](const Row& row, std::size_t i) {
+    std::copy(row.begin(), row.end(), to.rows[i].begin());
+  });
+  std::copy(s.stream.hidden.begin(), s.stream.hidden.end(), to.hidden.begin());
+  to.normed = s.normed;
+}
+template <class Element>
+void CudaDeviceSession<Element>::revert(int place, std::int64_t slots, std::int64_t total) {
+  State& s = *state_;
+  const auto& from = s.places[static_cast<std::size_t>(place)];
+  s.each_row(slots, [&](Row& row, std::size_t i) {
+    std::copy(from.rows[i].begin(), from.rows[i].end(), row.begin());
+  });
+  std::copy(from.hidden.begin(), from.hidden.end(), s.stream.hidden.begin());
+  s.set_state(total, from.normed);
+}
+template <class Element>
+std::size_t CudaDeviceSession<Element>::place_bytes() const {
+  const CudaDecoderShape& shape = state_->stream.m.shape;
+  return static_cast<std::size_t>(2 * shape.num_layers * state_->config.place_slots *
+                                  shape.kv_size()) *
+             sizeof(Element) +
+         static_cast<std::size_t>(shape.hidden_size) * sizeof(float);
+}
+template <class Element>
+void CudaDeviceSession<Element>::copy_from(const CudaDeviceSession& other, std::int64_t slots) {
+  State& s = *state_;
+  State& from = *other.state_;
+  std::vector<const Row*> rows;
+  from.each_row(slots, [&](const Row& row, std::size_t) { rows.push_back(&row); });
+  s.each_row(slots, [&](Row& row, std::size_t i) { row = *rows[i]; });
+  s.stream.hidden = from.stream.hidden;
+  s.set_state(from.stream.total, from.normed);
+}
+
+template <class Element>
+void CudaDeviceSession<Element>::download(std::int64_t layer, std::int64_t slots,
+                                          std::span<Element> keys,
+                                          std::span<Element> values) const {
+  const auto& stream = state_->stream;
+  const std::int64_t dim = stream.m.shape.head_dim;
+  for (const auto& [to, from] : {std::pair(keys, &stream.keys), std::pair(values, &stream.values)})
+    for (std::size_t i = 0; i < to.size(); ++i) {  // [num_kv_heads, slots, head_dim]
+      const auto at = static_cast<std::int64_t>(i);
+      const Row& row =
+          (*from)[static_cast<std::size_t>(layer * stream.x.capacity + at / dim % slots)];
+      to[i] = Element(
+          static_cast<float>(row[static_cast<std::size_t>(at / (slots * dim) * dim + at % dim)]));
+    }
+}
+template <class Element>
+void CudaDeviceSession<Element>::upload(std::int64_t layer, std::int64_t slots,
+                                        std::span<const Element> keys,
+                                        std::span<const Element> values) {
+  auto& stream = state_->stream;
+  const std::int64_t dim = stream.m.shape.head_dim;
+  for (const auto& [from, to] : {std::pair(keys, &stream.keys), std::pair(values, &stream.values)})
+    for (std::size_t i = 0; i < from.size(); ++i) {
+      const auto at = static_cast<std::int64_t>(i);
+      Row& row = (*to)[static_cast<std::size_t>(layer * stream.x.capacity + at / dim % slots)];
+      row[static_cast<std::size_t>(at / (slots * dim) * dim + at % dim)] =
+          static_cast<double>(static_cast<float>(from[i]));
+    }
+}
+template <class Element>
+bool CudaDeviceSession<Element>::hidden(std::span<float> to) const {
+  std::copy(state_->stream.hidden.begin(), state_->stream.hidden.end(), to.begin());
+  return state_->normed;
+}
+template <class Element>
+void CudaDeviceSession<Element>::set_hidden(std::span<const float> hidden, bool normed) {
+  std::copy(hidden.begin(), hidden.end(), state_->stream.hidden.begin());
+  state_->set_state(state_->stream.total, normed);
+}
+
 template <class Element>
 std::size_t CudaDeviceSession<Element>::cache_bytes() const {
   return state_->stream.bytes();
@@ -434,8 +589,7 @@ void CudaDeviceDuplex<Element>::set_target_total(std::int64_t total) {
 }
 template <class Element>
 Token CudaDeviceDuplex<Element>::best() const {
-  const std::vector<float>& last = state_->logits;
-  return static_cast<Token>(std::max_element(last.begin(), last.end()) - last.begin());
+  return best_of(state_->logits);
 }
 template <class Element>
 std::span<const float> CudaDeviceDuplex<Element>::logits() const {

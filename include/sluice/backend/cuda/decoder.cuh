@@ -220,6 +220,9 @@ struct CudaDecoderOptions {
   /// Multiprocessors that products with one row take up, 0: all (MatrixVectorPlan).
   int vector_multiprocessors = 0;
   bool overlap = true;  ///< launches fetch weights and cache rows ahead of their turn
+  /// The state behind a session's last token stays in hidden_data(): chosen tokens are not looked
+  /// up, so that every token has to be fed (feed(), feed_from()).
+  bool keep_hidden = false;
 };
 
 /// Another stream's cache, the first tokens of which every step of a decoder sees beside its own:
@@ -462,7 +465,29 @@ class CudaDecoder {
     set_choice(task, session);
     multiply(task, weights_->quantised_output, VectorEpilogue::kChoose, stream);
     choose(choice_params(session, vector_.blocks()), 1, stream);
+    if (options_.keep_hidden)
+      check_cuda(cudaMemcpyAsync(hidden_.data() + session * s.hidden_size, task.x,
+                                 static_cast<std::size_t>(s.hidden_size) * sizeof(float),
+                                 cudaMemcpyDeviceToDevice, stream),
+                 "cudaMemcpyAsync");
     check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  }
+
+  /// [batch_size, hidden_size], device memory: with keep_hidden, the residual stream behind each
+  /// session's last token.
+  float* hidden_data() { return hidden_.data(); }
+  const float* hidden_data() const { return hidden_.data(); }
+  /// Forms the only session's logits and choice from hidden_data(): to the bit what the step or the
+  /// prefill that left it there formed. normed: the final norm has been applied to it. Waits for
+  /// nothing. Preconditions: keep_hidden, batch_size() is 1. \throws Error(kDevice).
+  void choose_again(bool normed, cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    MatrixVectorTask<Element> task =
+        vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size, hidden_.data(),
+                    normed ? nullptr : weights_->output_norm.data(), logits_.data());
+    set_choice(task, 0);
+    multiply(task, weights_->quantised_output, VectorEpilogue::kChoose, stream);
+    choose(choice_params(0, vector_.blocks()), 1, stream);
   }
 
   /// Reads a chunk into a session's cache, from tokens in device memory, and does nothing else: no
@@ -527,6 +552,13 @@ class CudaDecoder {
     extents.batch_size = s.num_layers;  // a list for each layer
     lists_.emplace(extents);
   }
+
+  /// Device memory of keys and of values: [layers, batch, num_kv_heads, capacity, head_dim], keys
+  /// rotated.
+  Element* keys_data() { return keys_.data(); }
+  Element* values_data() { return values_.data(); }
+  const Element* keys_data() const { return keys_.data(); }
+  const Element* values_data() const { return values_.data(); }
 
   /// Calls fill(rows, count) with the device memory of all keys, then of all values, for programs
   /// that bring a cache of their own: [layers, batch, num_kv_heads, capacity, head_dim], keys
@@ -660,7 +692,9 @@ class CudaDecoder {
             .tokens = tokens_.data(),
             .history = options_.history_size > 0 ? history_.data() : nullptr,
             .embedding = reinterpret_cast<const std::uint16_t*>(weights_->embedding.data()),
-            .hidden = hidden_.data() + session * shape().hidden_size,
+            .hidden = options_.keep_hidden && parts > 0
+                          ? nullptr
+                          : hidden_.data() + session * shape().hidden_size,
             .history_size = options_.history_size,
             .sequence = session,
             .seed = options_.choice.seed,

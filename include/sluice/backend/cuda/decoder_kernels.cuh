@@ -87,7 +87,7 @@ struct TokenChoiceParams {
   std::int32_t* tokens;            // [sequences]: the token that comes next
   std::int32_t* history;           // [sequences, history_size] or null
   const std::uint16_t* embedding;  // [vocab_size, hidden_size]
-  float* hidden;                   // [sequences, hidden_size]
+  float* hidden;                   // [sequences, hidden_size]; null: not looked up
   std::int64_t history_size;
   std::int64_t sequence;  // of row 0
   std::uint64_t seed;
@@ -116,7 +116,8 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) p.candidates[row * p.parts + blockIdx.x] = mine;
 }
 
-/// Chooses among candidates, writes the token down and looks up its embedding: a block per row.
+/// Chooses among candidates, writes the token down and looks up its embedding, if that is wanted: a
+/// block per row.
 /// Idle sequences stay as they are.
 template <class Element>
 __global__ void __launch_bounds__(kRowThreads)
@@ -145,6 +146,7 @@ __global__ void __launch_bounds__(kRowThreads)
   } else if (tid == 0) {
     chosen = p.tokens[sequence];
   }
+  if (p.hidden == nullptr) return;
   __syncthreads();
   const std::uint16_t* const from = p.embedding + static_cast<std::int64_t>(chosen) * p.hidden_size;
   for (int i = 8 * tid; i < p.hidden_size; i += 8 * kRowThreads) {

@@ -12,8 +12,10 @@
 #include <mutex>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <variant>
+#include <vector>
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decoder.cuh"
@@ -46,6 +48,32 @@ __global__ void __launch_bounds__(kThreads)
   for (std::int64_t i = tid; i < vocab; i += kThreads) sum += expf(row[i] - top);
   sum = sum_of_block<kThreads>(sum, scratch);
   if (tid == 0) nll[blockIdx.x] = logf(sum) - (row[targets[blockIdx.x]] - top);
+}
+
+/// to[row] = the token of the greatest of logits[row], of equals the first: a block per row.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    best_tokens_kernel(const float* logits, std::int64_t vocab, Token* to) {
+  __shared__ TokenCandidate best[kThreads / kWarpSize];
+  const float* const row = logits + static_cast<std::int64_t>(blockIdx.x) * vocab;
+  TokenCandidate mine{-__int_as_float(0x7f800000), 0};
+  for (int i = static_cast<int>(threadIdx.x); i < vocab; i += kThreads)
+    mine = better(mine, {row[i], i});
+  mine = best_of_block<kThreads>(mine, best);
+  if (threadIdx.x == 0) to[blockIdx.x] = mine.token;
+}
+
+/// Copies `height` runs of `width` elements, `to_pitch` and `from_pitch` elements apart.
+template <class T>
+void copy_runs(T* to, std::int64_t to_pitch, const T* from, std::int64_t from_pitch,
+               std::int64_t width, std::int64_t height, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (width == 0 || height == 0) return;
+  const auto bytes = [](std::int64_t elements) {
+    return static_cast<std::size_t>(elements) * sizeof(T);
+  };
+  check_cuda(cudaMemcpy2DAsync(to, bytes(to_pitch), from, bytes(from_pitch), bytes(width),
+                               static_cast<std::size_t>(height), kind, stream),
+             "cudaMemcpy2DAsync");
 }
 
 /// `size` elements of page-locked host memory, which the device reads and writes in stream order.
@@ -295,11 +323,15 @@ struct CudaDeviceSession<Element>::State {
         nll(static_cast<std::size_t>(config.likelihood_rows)),
         targets(static_cast<std::size_t>(config.likelihood_rows)),
         nll_on_device(static_cast<std::size_t>(config.likelihood_rows)),
+        draft(static_cast<std::size_t>(config.max_chunk)),
+        bests(static_cast<std::size_t>(config.likelihood_rows)),
+        bests_on_device(static_cast<std::size_t>(config.likelihood_rows)),
         rows(static_cast<std::size_t>(config.max_chunk > 1 ? config.likelihood_rows * vocab : 0)) {
     const std::lock_guard<std::mutex> lock(detail::capture_mutex());
     CudaDecoderOptions options;
     options.step = detail::step_of_one(config, model.rotation());
     options.max_chunk = config.max_chunk > 1 ? config.max_chunk : 0;
+    options.keep_hidden = true;
     const CudaDecoderWeights<Element>& weights = model.content().weights;
     switch (model.shape().head_dim) {
       case 64: decoder = std::make_unique<CudaDecoder<Element, 64>>(weights, options); break;
@@ -319,6 +351,18 @@ struct CudaDeviceSession<Element>::State {
       });
       copy_choice();
     });
+    const CudaDecoderShape& s = model.shape();
+    runs = s.num_layers * s.num_kv_heads;
+    run_size = config.capacity * s.head_dim;
+    head_dim = s.head_dim;
+    layer_runs = s.num_kv_heads;
+    hidden_size = s.hidden_size;
+    place_slots = config.place_slots;
+    const auto place_rows = static_cast<std::size_t>(runs * place_slots * head_dim);
+    for (int i = 0; i < config.places; ++i)
+      places.push_back({Buffer<Element, cuda>(place_rows), Buffer<Element, cuda>(place_rows),
+                        Buffer<float, cuda>(static_cast<std::size_t>(hidden_size)), false});
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // buffers are zero
   }
 
   CudaDeviceScope scope() const { return CudaDeviceScope(device); }
@@ -355,10 +399,82 @@ struct CudaDeviceSession<Element>::State {
     std::copy_n(nll.data(), next.size(), to.begin());
   }
 
+  /// What was read last has left its logits, its choice and its state on the device.
+  void read_done() { logits_here = logits_stale = hidden_normed = false; }
+  /// Another state was put behind the last token.
+  void set_state(std::int64_t to, bool normed) {
+    set_total(to);
+    logits_stale = true;
+    hidden_normed = normed;
+  }
+  /// Forms logits and choice where the state behind the last token came from elsewhere.
+  void ensure_logits() {
+    if (!logits_stale) return;
+    visit([&](auto& d) { d.choose_again(hidden_normed, stream.get()); });
+    copy_choice();
+    stream.wait();
+    logits_stale = false;
+  }
+  void copy_hidden(float* to, const float* from) const {
+    detail::copy_runs(to, hidden_size, from, hidden_size, hidden_size, 1, cudaMemcpyDefault,
+                      stream.get());
+  }
+  /// The first `slots` slots of all layers and heads. Each pitch: elements from head to head.
+  void copy_rows(Element* to_keys, Element* to_values, std::int64_t to_pitch,
+                 const Element* from_keys, const Element* from_values, std::int64_t from_pitch,
+                 std::int64_t slots) const {
+    for (const auto& [to, from] :
+         {std::pair(to_keys, from_keys), std::pair(to_values, from_values)})
+      detail::copy_runs(to, to_pitch, from, from_pitch, slots * head_dim, runs,
+                        cudaMemcpyDeviceToDevice, stream.get());
+  }
+  /// Logits behind token i of the draft are in rows[i - first_row].
+  void form_rows(std::int64_t i) {
+    const std::int64_t most = static_cast<std::int64_t>(bests.span().size());
+    if (first_row >= 0 && i >= first_row && i < first_row + most) return;
+    first_row = i / most * most;
+    const std::int64_t count = std::min(most, draft_size - first_row);
+    visit([&](auto& d) { d.chunk_logits(first_row, count, rows.data(), stream.get()); });
+    constexpr int kThreads = 256;
+    detail::best_tokens_kernel<kThreads>
+        <<<static_cast<unsigned>(count), kThreads, 0, stream.get()>>>(rows.data(), vocab,
+                                                                      bests_on_device.data());
+    check_cuda(cudaGetLastError(), "best_tokens_kernel");
+    check_cuda(cudaMemcpyAsync(bests.data(), bests_on_device.data(),
+                               static_cast<std::size_t>(count) * sizeof(Token),
+                               cudaMemcpyDeviceToHost, stream.get()),
+               "cudaMemcpyAsync");
+    stream.wait();
+  }
+  void copy_logits(const float* from) {
+    check_cuda(cudaMemcpyAsync(logits.data(), from, static_cast<std::size_t>(vocab) * sizeof(float),
+                               cudaMemcpyDeviceToHost, stream.get()),
+               "cudaMemcpyAsync");
+    stream.wait();
+  }
+
+  /// What capture() keeps.
+  struct Place {
+    Buffer<Element, cuda> keys;    // [layers, num_kv_heads, place_slots, head_dim]
+    Buffer<Element, cuda> values;  // the same
+    Buffer<float, cuda> hidden;    // [hidden_size]
+    bool normed;
+  };
+
   int device;
   std::int64_t vocab;
   std::int64_t total = 0;
+  std::int64_t runs = 0;        // [layers, num_kv_heads] of the cache
+  std::int64_t layer_runs = 0;  // num_kv_heads
+  std::int64_t run_size = 0;    // elements of a head's slots
+  std::int64_t head_dim = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t place_slots = 0;
+  std::int64_t draft_size = 0;
+  std::int64_t first_row = -1;        // of the draft, in rows; -1: none was formed
   bool logits_here = false;           // logits belongs to the last token read
+  bool logits_stale = false;          // on the device they do not
+  bool hidden_normed = false;         // as set_hidden() said
   detail::OwnStream stream;           // all of the following is used in its order
   detail::PageLocked<Token> token;    // that the next step reads
   detail::PageLocked<Token> chosen;   // of the last one
@@ -366,9 +482,13 @@ struct CudaDeviceSession<Element>::State {
   detail::PageLocked<float> nll;      // [likelihood_rows]
   Buffer<Token, cuda> targets;        // [likelihood_rows]
   Buffer<float, cuda> nll_on_device;  // [likelihood_rows]
-  Buffer<float, cuda> rows;           // [likelihood_rows, vocab]
+  Buffer<Token, cuda> draft;          // [max_chunk]
+  detail::PageLocked<Token> bests;    // [likelihood_rows], of the draft's tokens from first_row on
+  Buffer<Token, cuda> bests_on_device;  // [likelihood_rows]
+  Buffer<float, cuda> rows;             // [likelihood_rows, vocab]
   std::variant<DecoderOf<64>, DecoderOf<128>> decoder;
   detail::CapturedGraph graph;
+  std::vector<Place> places;
 };
 
 template <class Element>
@@ -405,7 +525,7 @@ void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
   if (tokens.size() == 1) return step(tokens[0]);
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
-  s.logits_here = false;
+  s.read_done();
   s.visit([&](auto& d) { d.prefill(0, tokens, s.stream.get()); });
   s.total += static_cast<std::int64_t>(tokens.size());
   s.copy_choice();
@@ -415,7 +535,7 @@ template <class Element>
 void CudaDeviceSession<Element>::step(Token token) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
-  s.logits_here = false;
+  s.read_done();
   *s.token.data() = token;
   s.graph.launch(s.stream.get());
   s.stream.wait();
@@ -424,20 +544,18 @@ void CudaDeviceSession<Element>::step(Token token) {
 
 template <class Element>
 Token CudaDeviceSession<Element>::best() {
-  return *state_->chosen.data();
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.ensure_logits();
+  return *s.chosen.data();
 }
 template <class Element>
 std::span<const float> CudaDeviceSession<Element>::logits() {
   State& s = *state_;
   if (!s.logits_here) {
     const CudaDeviceScope scope = s.scope();
-    s.visit([&](auto& d) {
-      check_cuda(cudaMemcpyAsync(s.logits.data(), d.logits_data(),
-                                 static_cast<std::size_t>(s.vocab) * sizeof(float),
-                                 cudaMemcpyDeviceToHost, s.stream.get()),
-                 "cudaMemcpyAsync");
-    });
-    s.stream.wait();
+    s.ensure_logits();
+    s.copy_logits(s.visit([](auto& d) -> const float* { return d.logits_data(); }));
     s.logits_here = true;
   }
   return s.logits.span();
@@ -446,6 +564,7 @@ template <class Element>
 double CudaDeviceSession<Element>::likelihood(Token next) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
+  s.ensure_logits();
   float nll = 0;
   s.score(s.visit([](auto& d) { return d.logits_data(); }), {&next, 1}, {&nll, 1});
   return nll;
@@ -463,6 +582,132 @@ void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::s
     });
     s.score(s.rows.data(), next.subspan(done, count), nll.subspan(done, count));
   }
+}
+
+template <class Element>
+void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.draft.upload(tokens, s.stream.get());
+  s.draft_size = static_cast<std::int64_t>(tokens.size());
+  s.first_row = -1;
+  s.visit(
+      [&](auto& d) { d.append_chunk(0, s.total, s.draft.data(), s.draft_size, s.stream.get()); });
+}
+template <class Element>
+Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.form_rows(i);
+  return s.bests.span()[static_cast<std::size_t>(i - s.first_row)];
+}
+template <class Element>
+std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.form_rows(i);
+  s.logits_here = false;
+  s.copy_logits(s.rows.data() + (i - s.first_row) * s.vocab);
+  return s.logits.span();
+}
+template <class Element>
+void CudaDeviceSession<Element>::keep_draft(std::int64_t tokens) {
+  const CudaDeviceScope scope = state_->scope();
+  state_->set_total(state_->total + tokens);
+}
+
+template <class Element>
+void CudaDeviceSession<Element>::capture(int place, std::int64_t slots) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  typename State::Place& to = s.places[static_cast<std::size_t>(place)];
+  s.visit([&](const auto& d) {
+    s.copy_rows(to.keys.data(), to.values.data(), s.place_slots * s.head_dim, d.keys_data(),
+                d.values_data(), s.run_size, slots);
+    s.copy_hidden(to.hidden.data(), d.hidden_data());
+  });
+  to.normed = s.hidden_normed;
+  s.stream.wait();
+}
+template <class Element>
+void CudaDeviceSession<Element>::revert(int place, std::int64_t slots, std::int64_t total) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  const typename State::Place& from = s.places[static_cast<std::size_t>(place)];
+  s.visit([&](auto& d) {
+    s.copy_rows(d.keys_data(), d.values_data(), s.run_size, from.keys.data(), from.values.data(),
+                s.place_slots * s.head_dim, slots);
+    s.copy_hidden(d.hidden_data(), from.hidden.data());
+  });
+  s.set_state(total, from.normed);
+}
+template <class Element>
+std::size_t CudaDeviceSession<Element>::place_bytes() const {
+  if (state_->places.empty()) return 0;
+  const typename State::Place& place = state_->places.front();
+  return place.keys.bytes() + place.values.bytes() + place.hidden.bytes();
+}
+template <class Element>
+void CudaDeviceSession<Element>::copy_from(const CudaDeviceSession& other, std::int64_t slots) {
+  State& s = *state_;
+  const State& from = *other.state_;
+  const CudaDeviceScope scope = s.scope();
+  s.visit([&](auto& d) {
+    using Decoder = std::remove_reference_t<decltype(d)>;
+    const Decoder& same = *std::get<std::unique_ptr<Decoder>>(from.decoder);
+    s.copy_rows(d.keys_data(), d.values_data(), s.run_size, same.keys_data(), same.values_data(),
+                s.run_size, slots);
+    s.copy_hidden(d.hidden_data(), same.hidden_data());
+  });
+  s.set_state(from.total, from.hidden_normed);
+}
+
+template <class Element>
+void CudaDeviceSession<Element>::download(std::int64_t layer, std::int64_t slots,
+                                          std::span<Element> keys,
+                                          std::span<Element> values) const {
+  const State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  const std::int64_t width = slots * s.head_dim;
+  const std::int64_t at = layer * s.layer_runs * s.run_size;
+  s.visit([&](const auto& d) {
+    for (const auto& [to, from] :
+         {std::pair(keys.data(), d.keys_data()), std::pair(values.data(), d.values_data())})
+      detail::copy_runs(to, width, from + at, s.run_size, width, s.layer_runs,
+                        cudaMemcpyDeviceToHost, s.stream.get());
+  });
+  s.stream.wait();
+}
+template <class Element>
+void CudaDeviceSession<Element>::upload(std::int64_t layer, std::int64_t slots,
+                                        std::span<const Element> keys,
+                                        std::span<const Element> values) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  const std::int64_t width = slots * s.head_dim;
+  const std::int64_t at = layer * s.layer_runs * s.run_size;
+  s.visit([&](auto& d) {
+    for (const auto& [to, from] :
+         {std::pair(d.keys_data(), keys.data()), std::pair(d.values_data(), values.data())})
+      detail::copy_runs(to + at, s.run_size, from, width, width, s.layer_runs,
+                        cudaMemcpyHostToDevice, s.stream.get());
+  });
+  s.stream.wait();
+}
+template <class Element>
+bool CudaDeviceSession<Element>::hidden(std::span<float> to) const {
+  const State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.visit([&](const auto& d) { s.copy_hidden(to.data(), d.hidden_data()); });
+  s.stream.wait();
+  return s.hidden_normed;
+}
+template <class Element>
+void CudaDeviceSession<Element>::set_hidden(std::span<const float> hidden, bool normed) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.visit([&](auto& d) { s.copy_hidden(d.hidden_data(), hidden.data()); });
+  s.set_state(s.total, normed);
 }
 
 template <class Element>

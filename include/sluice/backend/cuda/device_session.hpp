@@ -107,14 +107,20 @@ struct CudaDeviceSessionConfig {
   std::int64_t max_chunk = 1;
   PositionRule position_rule = PositionRule::kInCache;
   Position origin = 0;
-  std::int64_t likelihood_rows = 1;  ///< rows of logits that likelihoods() forms at once
+  /// Rows of logits that likelihoods() and drafts form at once.
+  std::int64_t likelihood_rows = 1;
+  int places = 0;                ///< moments that capture() can keep
+  std::int64_t place_slots = 0;  ///< slots that each has room for
 };
 
 /// One stream: its cache, its counters, and a step that was captured once and is replayed for ever.
 /// It lives on the model's device, and the model must outlive it. One thread at a time, any thread,
 /// whose current device stays what it was. All functions wait for the device.
 ///
-/// step() and what follows it allocate nothing; read() allocates some bytes on the host, and what
+/// Slots lie as RetentionConfig says, so that a Retention on the host tells which hold what: those
+/// in use are always the first ones.
+///
+/// Only construction allocates, but for read() and drafts: some bytes on the host, and what
 /// cuBLASLt needs for a length that it has not seen. All \throw Error(kDevice) when the device
 /// refuses.
 template <class Element>
@@ -146,6 +152,43 @@ class CudaDeviceSession {
   /// The same for the first tokens of the chunk that read() was given last: nll[i] belongs to
   /// next[i], behind token i of the chunk. Preconditions: as many as next, fewer than the chunk.
   void likelihoods(std::span<const Token> next, std::span<float> nll);
+
+  /// Reads a chunk without counting it yet: keep_draft() does. Preconditions: as read(), at least
+  /// two tokens.
+  void read_draft(std::span<const Token> tokens);
+  /// The token of the greatest logit behind token i of the draft, of equals the first.
+  Token draft_best(std::int64_t i);
+  /// Logits behind token i of the draft, the last product's inputs rounded. [vocab_size],
+  /// page-locked; valid until the next call.
+  std::span<const float> draft_logits(std::int64_t i);
+  /// Counts the first `tokens` of the draft; the others were never there. What is said of the last
+  /// token read holds again after the next read() or step(). Preconditions: one at least, and no
+  /// row that a later token sees lay where the others were put.
+  void keep_draft(std::int64_t tokens);
+
+  /// Keeps the state behind the last token, and the first `slots` slots, in a place.
+  /// Preconditions: place < places, slots <= place_slots.
+  void capture(int place, std::int64_t slots);
+  /// Goes back to a place that was captured with as many slots. Logits are formed anew when they
+  /// are asked for, to the bit. Preconditions: the slots beyond are those of then, as far as later
+  /// tokens see them.
+  void revert(int place, std::int64_t slots, std::int64_t total);
+  /// Device memory of a place.
+  std::size_t place_bytes() const;
+  /// Becomes a copy of another stream of the same model and extents, of which the first `slots`
+  /// slots are in use. Nobody may use the other meanwhile.
+  void copy_from(const CudaDeviceSession& other, std::int64_t slots);
+
+  /// The first `slots` slots of a layer. keys (rotated), values: [num_kv_heads, slots, head_dim].
+  void download(std::int64_t layer, std::int64_t slots, std::span<Element> keys,
+                std::span<Element> values) const;
+  void upload(std::int64_t layer, std::int64_t slots, std::span<const Element> keys,
+              std::span<const Element> values);
+  /// The state behind the last token read. to: [hidden_size]. Returns whether the final norm has
+  /// been applied to it, as set_hidden() said: otherwise it is the residual stream.
+  bool hidden(std::span<float> to) const;
+  /// Goes on from such a state: logits are formed from it when they are asked for.
+  void set_hidden(std::span<const float> hidden, bool normed);
 
   /// Device memory of keys and values.
   std::size_t cache_bytes() const;

@@ -25,9 +25,14 @@
 #include "sluice/backend/cuda/quantised_layout.hpp"
 #include "sluice/backend/cuda/quantised_packing.hpp"
 #include "sluice/backend/cuda/tag.hpp"
+#include "sluice/cache/element_stream.hpp"
+#include "sluice/cache/kv_cache.hpp"
 #include "sluice/cache/kv_element.hpp"
 #include "sluice/cache/retention.hpp"
+#include "sluice/cache/segment.hpp"
+#include "sluice/core/atomic_file.hpp"
 #include "sluice/core/backend.hpp"
+#include "sluice/core/byte_stream.hpp"
 #include "sluice/core/element.hpp"
 #include "sluice/core/error.hpp"
 #include "sluice/core/memory.hpp"
@@ -35,10 +40,12 @@
 #include "sluice/core/view.hpp"
 #include "sluice/model/cache_plan.hpp"
 #include "sluice/model/decoder.hpp"
+#include "sluice/nn/norm.hpp"
 #include "sluice/nn/quantised_blocks.hpp"
 #include "sluice/nn/weight_matrix.hpp"
 #include "sluice/position/rotary.hpp"
 #include "sluice/stream/backend_traits.hpp"
+#include "sluice/stream/checkpoint_places.hpp"
 #include "sluice/stream/clock.hpp"
 #include "sluice/stream/metrics.hpp"
 #include "sluice/stream/sampler.hpp"
@@ -290,11 +297,13 @@ struct CudaCacheView {
 /// Session (stream/session.hpp) on a GPU: the same options and verbs, and the same results to
 /// rounding. Keys and values are of Element, and so are weights that are not quantised.
 ///
-/// | verb                                                  |                                    |
-/// |-------------------------------------------------------|------------------------------------|
-/// | accept, accept_scored, step, result, logits, reset    | as Session's                       |
-/// | update, common_prefix                                 | keeps what the cache still has     |
-/// | step(draft), checkpoint, rollback_to, fork, save, ... | Error(kUnsupported)                |
+/// | verb                                               |                                       |
+/// |----------------------------------------------------|---------------------------------------|
+/// | accept, accept_scored, step, result, logits, reset | as Session's                          |
+/// | update, checkpoint, rollback_to, holds, release    | as Session's; rows stay on the device |
+/// | fork, fork_into                                    | as Session's; scratch is not shared   |
+/// | save, restore                                      | Session's files, in both directions   |
+/// | step(draft)                                        | a path; branches: Error(kUnsupported) |
 ///
 /// Policies: sinks + window, window, full, with rotated keys; others are Error(kUnsupported).
 /// Arithmetic: a step's activations are float32; a chunk of two tokens and more is read as a
@@ -304,10 +313,11 @@ struct CudaCacheView {
 /// The token of the greatest logit is chosen on the device. Otherwise logits come to the host, so
 /// that the same sampler draws, with the same seed, as on the CPU.
 ///
-/// Everything is allocated by the constructor, on the device and here; step() allocates nothing.
-/// One thread at a time, any thread; sessions of one model are independent, and run on its device.
-/// The calling thread's current device stays what it was. A verb returns when the device is done,
-/// and throws Error(kDevice) when it refuses: the session is then to be thrown away.
+/// Everything is allocated by the constructor, on the device and here. Apart from fork(), save()
+/// and restore() only reading and drafts allocate: some bytes (CudaDeviceSession). One thread at a
+/// time, any thread; sessions of one model are independent, forks too, and run on its device. The
+/// calling thread's current device stays what it was. A verb returns when the device is done, and
+/// throws Error(kDevice) when it refuses: the session is then to be thrown away.
 template <CudaElement Element = f16>
 class CudaSession {
  public:
@@ -317,10 +327,13 @@ class CudaSession {
       : model_(std::move(model)),
         options_(options),
         retention_(checked(model_->decoder(), options)),
-        device_(model_->device(), device_config(retention_)),
+        device_(model_->device(), device_config(retention_.config(), options.checkpoints)),
         sampler_(options.sampler, model_->decoder().config().vocab_size),
         history_(static_cast<std::size_t>(options.history)),
-        nll_(static_cast<std::size_t>(retention_.max_chunk)) {
+        nll_(static_cast<std::size_t>(retention_.config().max_chunk)),
+        written_(static_cast<std::size_t>(retention_.config().max_chunk)) {
+    for (int i = 0; i < options.checkpoints; ++i)
+      saved_.add({.device_place = i, .cache = retention_, .sampler = sampler_.make_checkpoint()});
     metrics_.set_cache_bytes(static_cast<std::int64_t>(device_.cache_bytes()));
   }
   /// Copies the weights to the current device for this session alone. \throws as above, and what
@@ -332,7 +345,7 @@ class CudaSession {
   const std::shared_ptr<const CudaModel<Element>>& device_model() const { return model_; }
   const SessionOptions& options() const { return options_; }
   CudaCacheView cache() const {
-    return {device_.total(), retention_.max_chunk, device_.cache_bytes()};
+    return {device_.total(), retention_.config().max_chunk, device_.cache_bytes()};
   }
   StreamMetrics& metrics() { return metrics_; }
   const StreamMetrics& metrics() const { return metrics_; }
@@ -361,37 +374,60 @@ class CudaSession {
   UpdateResult update(std::span<const Token> tokens, Stop&& stop = Stop()) {
     UpdateResult result;
     result.common_prefix = common_prefix(tokens);
-    const std::int64_t kept =
-        kept_of(std::min(result.common_prefix, static_cast<std::int64_t>(tokens.size()) - 1));
-    check(tokens, kept, kept, 0);
-    if (kept == 0) {
-      reset();
-    } else {
-      device_.set_total(kept);
-      sampler_.reset();
-      pending_.reset();
-      position_ = 0;
-      for (const Token token : tokens.first(static_cast<std::size_t>(kept))) take(token);
-    }
-    result.kept = kept;
+    const std::int64_t limit =
+        std::min(result.common_prefix, static_cast<std::int64_t>(tokens.size()) - 1);
+    const GoBack way = saved_.way_back(limit, retention_.total(), retention_.max_truncate());
+    check(tokens, way.kept, way.kept, 0);
+    go_back(way);
+    if (tokens.empty()) return result;
+    sampler_.reset();
+    position_ = 0;
+    for (const Token token : tokens.first(static_cast<std::size_t>(way.kept))) take(token);
+    result.kept = way.kept;
     result.computed = read(
-        tokens.subspan(static_cast<std::size_t>(kept)), false, [](std::size_t, double) {}, stop);
+        tokens.subspan(static_cast<std::size_t>(way.kept)), false, [](std::size_t, double) {},
+        stop);
     return result;
   }
 
   bool is_ready() const {
-    return has_state_ &&
-           (!pending_ || !options_.cache.is_bounded() || device_.total() < retention_.capacity);
+    return has_state_ && (!pending_ || retention_.status(1) == CacheStatus::kOk);
   }
   std::optional<Token> step() {
     if (!is_ready()) return std::nullopt;
     feed_pending();
     const Token token = greedy() ? device_.best() : sampler_.sample(device_.logits());
-    take(token);
-    pending_ = token;
-    wrote_since_input_ = true;
-    metrics_.on_output(monotonic_ns());
+    write(token);
     return token;
+  }
+  /// As Session::step(draft), for a tree that is a path: it is read as a chunk, so its logits are
+  /// rounded as those of chunks. \throws Error(kUnsupported) for a tree with branches.
+  std::span<const Token> step(const DraftTree& draft) {
+    detail::check_draft(draft, pending_, model().config().vocab_size, "CudaSession::step");
+    detail::check_draft_room(draft, retention_.status(draft.size()), retention_.config().max_chunk,
+                             "CudaSession::step");
+    if (!draft.is_path())
+      throw Error(ErrorCode::kUnsupported,
+                  {"the CUDA backend verifies one guess for each place", "CudaSession::step",
+                   "draft", "a single path", "a tree with branches"});
+    if (draft.size() == 1) {
+      written_[0] = *step();
+      return written_.span().first(1);
+    }
+    retention_.append(draft.size());
+    device_.read_draft(draft.tokens());
+    std::int64_t accepted = 0;
+    for (std::int64_t node = 0; node != DraftTree::kNoNode;) {
+      const Token token =
+          greedy() ? device_.draft_best(node) : sampler_.sample(device_.draft_logits(node));
+      written_[static_cast<std::size_t>(accepted++)] = token;
+      write(token);
+      node = draft.child(node, token);
+    }
+    retention_.truncate(draft.size() - accepted);
+    retention_.commit();
+    device_.keep_draft(accepted);
+    return written_.span().first(static_cast<std::size_t>(accepted));
   }
   std::optional<Token> result() const { return pending_; }
   /// [vocab_size], on the host; valid until the next verb. Precondition: is_ready().
@@ -401,30 +437,153 @@ class CudaSession {
   }
   void reset() {
     device_.set_total(0);
-    high_water_ = 0;
+    retention_.reset();
     sampler_.reset();
     metrics_.on_turn_end();
+    saved_.expire(0);
     pending_.reset();
     position_ = 0;
     has_state_ = wrote_since_input_ = false;
   }
   void reseed(std::uint64_t seed) { sampler_.reseed(seed); }
 
-  // What the GPU does not do: all of these throw Error(kUnsupported).
-  std::span<const Token> step(const DraftTree&) { unsupported("verify drafts"); }
-  CheckpointId checkpoint() { unsupported("take checkpoints"); }
-  void rollback_to(CheckpointId) { unsupported("go back to checkpoints"); }
-  CudaSession fork() const { unsupported("fork"); }
-  void save(const std::string&) { unsupported("be saved"); }
-  void restore(const std::string&) { unsupported("be restored"); }
+  CheckpointId checkpoint() {
+    Saved& place = saved_.take();
+    device_.capture(place.device_place, kept_slots(retention_));
+    place.cache = retention_;
+    sampler_.capture(place.sampler);
+    place.position = position_;
+    place.pending = pending_;
+    place.has_state = has_state_;
+    place.wrote_since_input = wrote_since_input_;
+    return {place.serial};
+  }
+  void rollback_to(CheckpointId id) {
+    const Saved& place = saved_.go_back(id);
+    revert_cache(place);
+    sampler_.revert(place.sampler);
+    position_ = place.position;
+    pending_ = place.pending;
+    if (pending_) remember_at(position_ - 1, *pending_);  // another may have been there since
+    has_state_ = place.has_state;
+    wrote_since_input_ = place.wrote_since_input;
+  }
+  bool holds(CheckpointId id) const { return saved_.holds(id); }
+  void release(CheckpointId id) { saved_.release(id); }
+  /// As Session::checkpoint_bytes(): nearly all of it device memory.
+  std::size_t checkpoint_bytes() const {
+    if (saved_.empty()) return 0;
+    return sizeof(Saved) + saved_.front().sampler.bytes() + device_.place_bytes();
+  }
+
+  /// As Session::fork(). Allocates all that a session has on the device. \throws Error(kDevice).
+  CudaSession fork() const {
+    CudaSession child(model_, options_);
+    fork_into(child);
+    return child;
+  }
+  /// As Session::fork_into(): `child` is over the same model, with the same options.
+  void fork_into(CudaSession& child) const {
+    if (child.model_ != model_ ||
+        detail::session_identity(child.model(), child.options_) !=
+            detail::session_identity(model(), options_) ||
+        child.history_.size() != history_.size())
+      throw Error(ErrorCode::kConfig,
+                  {"a fork continues a session that was made alike", "CudaSession::fork_into",
+                   "options", "those of the session", ""});
+    child.reset();
+    child.device_.copy_from(device_, retention_.stored_slots());
+    child.retention_ = retention_;
+    child.sampler_.copy_from(sampler_);
+    std::copy_n(history_.data(), std::min(options_.history, position_), child.history_.data());
+    child.position_ = position_;
+    child.pending_ = pending_;
+    child.has_state_ = has_state_;
+    child.wrote_since_input_ = wrote_since_input_;
+  }
+
+  /// Session's snapshot, which a Session with the same options and elements restores as well.
+  /// Behind it lies what its hidden state was before the final norm, for the same bits on a GPU.
+  /// \throws Error(kIo, kDevice).
+  void save(const std::string& path) {
+    feed_pending();
+    ByteWriter writer;
+    detail::write_snapshot_begin(writer, model(), options_);
+    writer.write(static_cast<std::uint8_t>(has_state_));
+    writer.write(position_);
+    writer.write(static_cast<std::uint8_t>(wrote_since_input_));
+    sampler_.save(writer);
+    save_cache(writer);
+    writer.write_span(std::span<const Token>());  // of a recomputed window
+    writer.write_span(
+        history_.span().first(static_cast<std::size_t>(std::min(options_.history, position_))));
+    const DecoderConfig& c = model().config();
+    std::vector<float> residual(static_cast<std::size_t>(c.hidden_size));
+    const bool normed = device_.hidden(residual);
+    std::vector<float> hidden = residual;
+    if (!normed)
+      rms_norm({residual.data(), 1, c.hidden_size}, model().weights().output_norm.data(),
+               static_cast<float>(c.norm_eps), {hidden.data(), 1, c.hidden_size});
+    writer.write_span(std::span<const float>(hidden));
+    if (!normed) writer.write_span(std::span<const float>(residual));
+    writer.write_checksum();
+    write_file_atomically(path, writer.bytes());
+  }
+  /// As Session::restore(), from a file of either's: one of this class continues bit for bit, one
+  /// of Session's to rounding.
+  void restore(const std::string& path) {
+    const std::vector<std::byte> bytes = read_file(path);
+    ByteReader reader(bytes, path);
+    reader.verify_checksum();
+    detail::expect_snapshot_begin(reader, model(), options_);
+    try {
+      reset();
+      const bool has_state = reader.read<std::uint8_t>("has_state") != 0;
+      const std::size_t at_position = reader.offset();
+      const auto position = reader.read<std::int64_t>("position");
+      const bool wrote = reader.read<std::uint8_t>("wrote") != 0;
+      sampler_.restore(reader);
+      restore_cache(reader);
+      if (position != retention_.total())
+        reader.fail_at(at_position, "inconsistent snapshot", "position",
+                       std::to_string(retention_.total()), std::to_string(position));
+      reader.read_expected<std::uint64_t>("window tokens", 0);
+      const DecoderConfig& c = model().config();
+      detail::read_history(reader, c.vocab_size, position, history_);
+      std::vector<float> hidden(static_cast<std::size_t>(c.hidden_size));
+      reader.read_span<float>("hidden state", std::span(hidden));
+      const bool normed = reader.remaining() == 0;
+      if (!normed) reader.read_span<float>("residual state", std::span(hidden));
+      reader.expect_end();
+      device_.set_total(position);
+      device_.set_hidden(hidden, normed);
+      has_state_ = has_state;
+      position_ = position;
+      wrote_since_input_ = wrote;
+    } catch (...) {
+      reset();
+      throw;
+    }
+  }
 
  private:
   static constexpr std::int64_t kLikelihoodRows = 32;  // of logits, formed at once
 
-  [[noreturn]] static void unsupported(const char* what) {
-    throw Error(ErrorCode::kUnsupported, {std::string("a session on a GPU cannot ") + what,
-                                          "CudaSession", "backend", "cpu", "cuda"});
-  }
+  /// A checkpoint's place.
+  struct Saved {
+    std::uint64_t serial = 0;  // 0: free
+    int device_place = 0;
+    Retention cache;
+    Sampler::Checkpoint sampler;
+    std::int64_t position = 0;
+    std::optional<Token> pending{};
+    bool has_state = false;
+    bool wrote_since_input = false;
+
+    /// Tokens in the cache.
+    std::int64_t fed() const { return cache.total(); }
+  };
+  using GoBack = detail::WayBack<Saved>;
 
   static std::shared_ptr<const CudaModel<Element>> placed(std::shared_ptr<const Decoder> model,
                                                           const SessionOptions& options) {
@@ -450,12 +609,7 @@ class CudaSession {
     require(options.activations == Activations::kFloat32, "activations",
             std::string(to_string(Activations::kFloat32)),
             std::string(to_string(options.activations)));
-    require(options.checkpoints == 0, "checkpoints", "0", std::to_string(options.checkpoints));
-    require(options.checkpoint_every == 0, "checkpoint_every", "0",
-            std::to_string(options.checkpoint_every));
-    if (options.history < 0 || options.history > kMaxHistory)
-      throw Error(ErrorCode::kConfig, {"option out of range", "SessionOptions", "history",
-                                       "0 to 2^40", std::to_string(options.history)});
+    static_cast<void>(detail::checked_session(options));
     options.sampler.validate();
     const CachePlan plan = plan_cache(model.config(), cache);
     require(
@@ -464,14 +618,16 @@ class CudaSession {
         cache.policy == CachePolicy::kFull ? "a full cache" : std::to_string(cache.window_size));
     return plan.retentions.front();
   }
-  static CudaDeviceSessionConfig device_config(const RetentionConfig& r) {
+  static CudaDeviceSessionConfig device_config(const RetentionConfig& r, int checkpoints) {
     return {.num_sink_tokens = r.num_sink_tokens,
             .window_size = r.window_size,
             .capacity = r.capacity,
             .max_chunk = r.max_chunk,
             .position_rule = r.position_rule,
             .origin = r.origin,
-            .likelihood_rows = std::min(kLikelihoodRows, r.max_chunk)};
+            .likelihood_rows = std::min(kLikelihoodRows, r.max_chunk),
+            .places = checkpoints,
+            .place_slots = Retention(r).only_appends() ? 0 : r.capacity};
   }
 
   bool greedy() const {
@@ -483,7 +639,7 @@ class CudaSession {
     detail::check_vocabulary(tokens, model().config().vocab_size, "CudaSession::accept");
     if (options_.cache.is_bounded())
       detail::check_room(static_cast<std::int64_t>(tokens.size()) - first + pending,
-                         retention_.capacity - fed, "CudaSession::accept");
+                         retention_.config().capacity - fed, "CudaSession::accept");
   }
 
   template <class Visit, class Stop>
@@ -497,11 +653,12 @@ class CudaSession {
     std::size_t done = 0;
     while (done < tokens.size() && (done == 0 || !stop())) {
       const std::size_t count =
-          std::min(tokens.size() - done, static_cast<std::size_t>(retention_.max_chunk));
+          std::min(tokens.size() - done, static_cast<std::size_t>(retention_.config().max_chunk));
       const std::span<const Token> chunk = tokens.subspan(done, count);
       if (scored && has_state_) visit(done, device_.likelihood(chunk[0]));
+      retention_.append(static_cast<std::int64_t>(count));
       device_.read(chunk);
-      high_water_ = std::max(high_water_, device_.total());
+      retention_.commit();
       has_state_ = true;
       if (scored && count > 1) {
         const std::span<float> nll = nll_.span().first(count - 1);
@@ -512,47 +669,119 @@ class CudaSession {
       for (const Token token : chunk) take(token);
       metrics_.on_input(begin, static_cast<std::int64_t>(count));
       done += count;
+      if (options_.checkpoint_every > 0 && position_ - saved_.newest() >= options_.checkpoint_every)
+        checkpoint();
     }
     metrics_.on_input_done(monotonic_ns() - begin, static_cast<std::int64_t>(done));
     return static_cast<std::int64_t>(done);
   }
 
-  /// How many of the first `limit` tokens update() can keep: all, unless one that the next token
-  /// sees has been written over, be it by a text that was taken back since (Retention's rule).
-  std::int64_t kept_of(std::int64_t limit) const {
-    limit = std::min(limit, device_.total());
-    if (limit <= 0) return 0;
-    if (retention_.window_size >= kUnlimitedWindow) return limit;
-    const std::int64_t oldest = high_water_ - (retention_.capacity - retention_.num_sink_tokens);
-    if (oldest <= retention_.num_sink_tokens) return limit;
-    return limit - (retention_.window_size - 1) >= oldest ? limit : 0;
+  /// Slots that a checkpoint copies: those of windows. What only appends stays in place.
+  static std::int64_t kept_slots(const Retention& retention) {
+    return retention.only_appends() ? 0 : retention.stored_slots();
+  }
+  void revert_cache(const Saved& place) {
+    device_.revert(place.device_place, kept_slots(place.cache), place.cache.total());
+    retention_ = place.cache;
+  }
+  void go_back(const GoBack& way) {
+    if (way.kept == 0) {
+      reset();
+      return;
+    }
+    if (way.from != nullptr) revert_cache(*way.from);
+    retention_.truncate(retention_.total() - way.kept);
+    device_.set_total(way.kept);
+    saved_.expire(way.kept);
+    pending_.reset();
   }
 
   void feed_pending() {
     if (!pending_) return;
+    retention_.append(1);
     device_.step(*pending_);
-    high_water_ = std::max(high_water_, device_.total());
+    retention_.commit();
     pending_.reset();
   }
   /// The stream has one token more.
   void take(Token token) {
     sampler_.accept(token);
-    if (position_ < options_.history) history_[static_cast<std::size_t>(position_)] = token;
-    ++position_;
+    remember_at(position_++, token);
+  }
+  void remember_at(std::int64_t index, Token token) {
+    if (index < options_.history) history_[static_cast<std::size_t>(index)] = token;
+  }
+  /// Takes a sampled token into the stream; it is fed when something follows.
+  void write(Token token) {
+    take(token);
+    pending_ = token;
+    wrote_since_input_ = true;
+    metrics_.on_output(monotonic_ns());
   }
 
-  static constexpr std::int64_t kMaxHistory = std::int64_t{1} << 40;
+  KvShape cache_shape() const {
+    const DecoderConfig& c = model().config();
+    return {c.num_layers(), c.num_kv_heads, c.head_dim, c.head_dim};
+  }
+  /// Calls visit(keys, values) for the rows of each layer's stored slots, [num_kv_heads, slots,
+  /// padded head_dim], after load(layer, keys, values) and before done(layer, keys, values).
+  template <class Load, class Visit, class Done>
+  void each_row(Load&& load, Visit&& visit, Done&& done) const {
+    const KvShape shape = cache_shape();
+    const std::int64_t slots = retention_.stored_slots();
+    const std::int64_t padded = model_->device().shape().head_dim;
+    const auto size = static_cast<std::size_t>(shape.num_kv_heads * slots * padded);
+    std::vector<Element> keys(size, Element(0.0F));
+    std::vector<Element> values = keys;
+    for (std::int64_t layer = 0; layer < shape.num_layers; ++layer) {
+      load(layer, slots, keys, values);
+      for (std::int64_t slot = 0; slot < slots; ++slot)
+        for (std::int64_t head = 0; head < shape.num_kv_heads; ++head) {
+          const auto at = static_cast<std::size_t>((head * slots + slot) * padded);
+          const auto channels = static_cast<std::size_t>(shape.head_dim);
+          visit(std::span(keys).subspan(at, channels));
+          visit(std::span(values).subspan(at, channels));
+        }
+      done(layer, slots, keys, values);
+    }
+  }
+  /// What KvCache::save() writes of a cache with one retention.
+  void save_cache(ByteWriter& writer) const {
+    const KvShape shape = cache_shape();
+    detail::write_shape<Element, Element>(writer, shape);
+    retention_.save(writer);
+    for (std::int64_t i = 0; i < shape.num_layers * shape.num_kv_heads; ++i)
+      writer.write<std::int32_t>(0);  // the retention of a head
+    each_row([&](std::int64_t layer, std::int64_t slots, std::vector<Element>& keys,
+                 std::vector<Element>& values) { device_.download(layer, slots, keys, values); },
+             [&](std::span<Element> row) {
+               detail::put_elements(writer, std::span<const Element>(row));
+             },
+             [](auto&&...) {});
+  }
+  /// What KvCache::restore() reads. \throws as that.
+  void restore_cache(ByteReader& reader) {
+    const KvShape shape = cache_shape();
+    detail::expect_shape<Element, Element>(reader, shape);
+    retention_.restore(reader);
+    for (std::int64_t i = 0; i < shape.num_layers * shape.num_kv_heads; ++i)
+      reader.read_expected<std::int32_t>("retention of a head", 0);
+    each_row([](auto&&...) {}, [&](std::span<Element> row) { detail::get_elements(reader, row); },
+             [&](std::int64_t layer, std::int64_t slots, std::vector<Element>& keys,
+                 std::vector<Element>& values) { device_.upload(layer, slots, keys, values); });
+  }
 
   std::shared_ptr<const CudaModel<Element>> model_;
   SessionOptions options_;
-  RetentionConfig retention_;
+  Retention retention_;  // of all layers and heads: which slots on the device hold what
   CudaDeviceSession<Element> device_;
   Sampler sampler_;
   StreamMetrics metrics_;
   Buffer<Token> history_;  // [SessionOptions::history], the stream's first tokens
   Buffer<float> nll_;      // [chunk]
+  Buffer<Token> written_;  // [chunk], by step(draft)
+  detail::CheckpointPlaces<Saved> saved_{"CudaSession"};
   std::int64_t position_ = 0;
-  std::int64_t high_water_ = 0;   // the most tokens that the cache has had since it was empty
   std::optional<Token> pending_;  // written, not yet fed
   bool has_state_ = false;        // something was fed
   bool wrote_since_input_ = false;
