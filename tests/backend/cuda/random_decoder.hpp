@@ -47,6 +47,16 @@ inline bool has_device(int device) {
   }
 }
 
+/// Whether plain_device_session.cpp stands in for the device's half: nothing is rounded there.
+inline bool is_plain_device() {
+  try {
+    backend_traits<cuda>::require_device(1000);
+  } catch (const Error& error) {
+    return error.detail().where == "plain device";
+  }
+  return false;
+}
+
 struct Setting {
   int head_dim = 64;
   bool interleaved = false;
