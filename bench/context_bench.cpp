@@ -13,13 +13,19 @@
 ///   fork        eight continuations of one context: memory in pages and as caches of their own,
 ///   and
 ///               what a fork costs.
-///   checkpoint  what taking a checkpoint of a window costs, going back, and its memory.
+///   checkpoint  what taking a checkpoint of a window costs, going back, its memory, and a fork
+///   into
+///               a session that is there.
+///   draft       what verifying a draft costs, all of whose guesses are taken, beside steps.
 ///
 /// Arrivals are a seeded trace in virtual time, with exponential gaps; the clock of each way of
 /// reading advances by the measured time of its own work and otherwise waits for the next arrival.
-/// The model is the GGUF file that SLUICE_MODEL names, else random weights.
+/// The model is the GGUF file that SLUICE_MODEL names, else random weights. On a GPU, where there
+/// are no pages, fork is left out.
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -36,6 +42,7 @@
 #include "sluice/model/load_gguf.hpp"
 #include "sluice/stream/session.hpp"
 #include "support/arguments.hpp"
+#include "support/backend.hpp"
 #include "support/json_record.hpp"
 #include "support/random_decoder.hpp"
 
@@ -46,9 +53,12 @@ using bench::number;
 using bench::numbers;
 using bench::Record;
 
+constexpr std::array<std::string_view, 5> kExperiments{"append", "update", "fork", "checkpoint",
+                                                       "draft"};
+
 constexpr const char* kHelp = R"(usage: context_bench [EXPERIMENT...] [option=value...]
 
-experiments (all if none is named): append update fork checkpoint
+experiments (all if none is named): append update fork checkpoint draft
 
   tokens=N      tokens of a context                             (default 1024)
   pieces=N      chunks of a context, documents of a list        (default 16)
@@ -57,6 +67,7 @@ experiments (all if none is named): append update fork checkpoint
   rounds=N      traces of each gap; medians are given           (default 3)
   threads=N     of the session's team                           (default 2)
   int8=1        activations of 8 bits                           (default exact)
+  big=1         random weights of Llama 3.2 1B's geometry       (default SmolLM2-135M's)
   --help        this text
 
 Prints one JSON object a line on stdout.
@@ -71,6 +82,7 @@ struct Options {
   std::int64_t rounds = 3;
   std::int64_t threads = 2;
   bool int8 = false;
+  bool big = false;
 };
 
 Options parse(std::span<char*> arguments) {
@@ -79,7 +91,7 @@ Options parse(std::span<char*> arguments) {
     const std::size_t equal = argument.find('=');
     const std::string name = argument.substr(0, equal);
     const std::string value = equal == std::string::npos ? "" : argument.substr(equal + 1);
-    if (name == "append" || name == "update" || name == "fork" || name == "checkpoint") {
+    if (std::ranges::find(kExperiments, name) != kExperiments.end()) {
       options.experiments.push_back(name);
     } else if (name == "gaps") {
       options.gaps = numbers(value, argument);
@@ -95,18 +107,24 @@ Options parse(std::span<char*> arguments) {
       options.threads = number(value, argument);
     } else if (name == "int8") {
       options.int8 = number(value, argument) == 1;
+    } else if (name == "big") {
+      options.big = number(value, argument) == 1;
     } else {
       throw std::invalid_argument("unknown argument '" + argument + "'");
     }
   }
   if (options.pieces > options.tokens)
     throw std::invalid_argument("pieces: expected at most tokens");
-  if (options.experiments.empty()) options.experiments = {"append", "update", "fork", "checkpoint"};
+  if (options.experiments.empty())
+    options.experiments.assign(kExperiments.begin(), kExperiments.end());
   return options;
 }
 
+using Stream = SessionOn<bench::Tag, f16>;
+
 struct Bench {
   std::shared_ptr<const Decoder> model;
+  std::shared_ptr<const backend_traits<bench::Tag>::Model<f16>> placed;
   std::string name;
   Options options;
 
@@ -150,7 +168,7 @@ double measured_ms(Work&& work) {
 }
 
 void append(const Bench& bench) {
-  Session<f16> session(bench.model, bench.session_options(CachePolicy::kFull));
+  Stream session(bench.placed, bench.session_options(CachePolicy::kFull));
   const std::int64_t tokens = bench.options.tokens;
   const std::int64_t pieces = bench.options.pieces;
   for (const std::int64_t gap : bench.options.gaps) {
@@ -206,7 +224,7 @@ struct UpdateRun {
 };
 
 /// Reads the lists as they arrive; each as an update of the one before, or anew.
-UpdateRun read_lists(Session<f16>& session, const std::vector<std::vector<Token>>& lists,
+UpdateRun read_lists(Stream& session, const std::vector<std::vector<Token>>& lists,
                      const std::vector<double>& times, bool as_updates) {
   UpdateRun run;
   session.reset();
@@ -240,7 +258,7 @@ UpdateRun read_lists(Session<f16>& session, const std::vector<std::vector<Token>
 }
 
 void update(const Bench& bench) {
-  Session<f16> session(bench.model, bench.session_options(CachePolicy::kFull));
+  Stream session(bench.placed, bench.session_options(CachePolicy::kFull));
   const std::int64_t tokens = bench.options.tokens;
   const std::int64_t documents = bench.options.pieces;
   for (const std::int64_t gap : bench.options.gaps) {
@@ -364,25 +382,79 @@ void checkpoints(const Bench& bench) {
     SessionOptions options = bench.session_options(CachePolicy::kSinkWindow);
     options.cache.window_size = window;
     options.checkpoints = 2;
-    Session<f16> session(bench.model, options);
+    Stream session(bench.placed, options);
     Random random(1);
     const std::vector<Token> text = random_tokens(random, 256, *bench.model);
     for (std::int64_t fed = 0; fed < window + 256; fed += 256) session.accept(text);
     std::vector<double> taking;
     std::vector<double> returning;
+    std::vector<double> forking;
+    Stream child = session.fork();
     for (int i = 0; i < 9; ++i) {
       CheckpointId id;
       taking.push_back(measured_ms([&] { id = session.checkpoint(); }));
       for (int t = 0; t < 3; ++t) session.step();
       returning.push_back(measured_ms([&] { session.rollback_to(id); }));
+      forking.push_back(measured_ms([&] { session.fork_into(child); }));
     }
     Record("context_checkpoint")
         .field("model", bench.name)
+        .field("backend", std::string(backend_traits<bench::Tag>::kName))
         .field("window", window)
         .field("bytes", static_cast<std::int64_t>(session.checkpoint_bytes()))
         .field("cache_bytes", static_cast<std::int64_t>(session.cache().bytes()))
         .field("take_ms", median(taking))
-        .field("return_ms", median(returning));
+        .field("return_ms", median(returning))
+        .field("fork_ms", median(forking));
+  }
+}
+
+void drafts(const Bench& bench) {
+  constexpr int kRounds = 15;
+  SessionOptions options = bench.session_options(CachePolicy::kSinkWindow);
+  options.cache.window_size = 1024;
+  options.checkpoints = 1;
+  options.sampler.temperature = 0;
+  Stream session(bench.placed, options);
+  Random random(1);
+  session.accept(random_tokens(random, bench.options.tokens, *bench.model));
+  static_cast<void>(session.step());
+  const CheckpointId begin = session.checkpoint();
+  const auto written = [&](std::int64_t count) {
+    std::vector<Token> tokens{*session.result()};
+    while (std::ssize(tokens) < count) tokens.push_back(*session.step());
+    return tokens;
+  };
+  for (const std::int64_t nodes : {1, 2, 3, 5, 9, 17, 33}) {
+    session.rollback_to(begin);
+    std::vector<Token> path = written(nodes);
+    std::vector<double> steps;
+    std::vector<double> verified;
+    std::vector<double> rejected;
+    std::int64_t taken = 0;
+    for (int round = 0; round < kRounds; ++round) {
+      session.rollback_to(begin);
+      steps.push_back(measured_ms([&] {
+        for (std::int64_t i = 0; i < nodes; ++i) static_cast<void>(session.step());
+      }));
+      DraftTree draft(nodes);
+      for (const Token token : path) draft.add(token, draft.size() - 1);
+      session.rollback_to(begin);
+      verified.push_back(measured_ms([&] { taken = std::ssize(session.step(draft)); }));
+      if (nodes == 1) continue;
+      // The first guess is wrong: the rest is taken back.
+      draft.set_token(1, (path[1] + 1) % static_cast<Token>(bench.model->config().vocab_size));
+      session.rollback_to(begin);
+      rejected.push_back(measured_ms([&] { static_cast<void>(session.step(draft)); }));
+    }
+    Record record("context_draft");
+    record.field("model", bench.name)
+        .field("backend", std::string(backend_traits<bench::Tag>::kName))
+        .field("nodes", nodes)
+        .field("taken", taken)
+        .field("steps_ms", median(steps))
+        .field("draft_ms", median(verified));
+    if (!rejected.empty()) record.field("rejected_ms", median(rejected));
   }
 }
 
@@ -397,22 +469,28 @@ int main(int argc, char** argv) {
         return 0;
       }
       if (argument == "--benchmark_list_tests") {
-        std::cout << "append\nupdate\nfork\ncheckpoint\n";
+        for (const std::string_view experiment : kExperiments) std::cout << experiment << "\n";
         return 0;
       }
     }
-    Bench bench{nullptr, "random smollm2-135m", parse(arguments)};
+    Bench bench{nullptr, nullptr, "", parse(arguments)};
     if (const char* path = std::getenv("SLUICE_MODEL")) {
       bench.model = load_decoder(std::make_shared<const GgufFile>(std::string(path)));
       bench.name = std::string(path).substr(std::string(path).rfind('/') + 1);
     } else {
-      bench.model = bench::random_decoder(bench::smollm2_135m(), ElementType::kQ8_0);
+      const bench::Geometry geometry =
+          bench.options.big ? bench::llama_1b() : bench::smollm2_135m();
+      bench.model = bench::random_decoder(geometry, ElementType::kQ8_0);
+      bench.name = std::string("random ") + geometry.name;
     }
+    bench.placed = place_model<bench::Tag, f16>(bench.model);
     for (const std::string& experiment : bench.options.experiments) {
       if (experiment == "append") append(bench);
       if (experiment == "update") update(bench);
-      if (experiment == "fork") forks(bench);
+      if constexpr (std::same_as<bench::Tag, cpu>)
+        if (experiment == "fork") forks(bench);
       if (experiment == "checkpoint") checkpoints(bench);
+      if (experiment == "draft") drafts(bench);
     }
   } catch (const std::exception& error) {
     std::cerr << "context_bench: " << error.what() << "\n";

@@ -134,8 +134,9 @@ GPU = {
     "prefill_attention": {"kernel": str, "window": int, "tflop_per_s": int | float},
 }
 # Read over: nothing is drawn of them.
-TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
-          "streaminnc_misaligned", "frame_encoder", "rounding", "chunk_products", "jitter",
+TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint",
+          "context_draft", "head_map", "streaminnc_misaligned", "frame_encoder", "rounding",
+          "chunk_products", "jitter",
           "pieces", "listen_overlap", "listen_overlap_mean", "listen_minute", "listen_endless",
           "machine", "matrix_vector", "decoder_prefill", "decoder_endless", "segment_attention",
           "duplex_cuda", "watch", "watch_part")
