@@ -1,146 +1,41 @@
 // SPDX-License-Identifier: MIT
-// A process that saves its session in a loop is killed, again and again, at random moments: the
-// file always holds one of the states that it saved, whole, and never an older one than the last
-// that was finished.
+// A session that is killed while it saves, and what its file is refused for.
 #include <gtest/gtest.h>
 
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <filesystem>
-#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "sluice/core/random.hpp"
 #include "sluice/model/load_safetensors.hpp"
-#include "sluice/stream/clock.hpp"
 #include "sluice/stream/session.hpp"
+#include "stream/session_kill.hpp"
 #include "support/property.hpp"
 #include "support/test_unit.hpp"
 
 namespace sluice {
 namespace SLUICE_TEST_UNIT {
 
-namespace fs = std::filesystem;
-
-class KilledSession : public testing::Test {
- protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "sluice_killed_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    folder_ = pattern;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
-  std::string path() const { return (folder_ / "state").string(); }
-  fs::path folder_;
-};
-
-SessionOptions options() {
-  SessionOptions options;
-  options.cache.num_sink_tokens = 2;
-  options.cache.window_size = 8;
-  options.cache.chunk_size = 4;
-  options.sampler.temperature = 1;
-  options.history = 8;
-  return options;
-}
+using test::killed_options;
+using test::KilledSession;
 
 std::shared_ptr<const Decoder> model() {
   const std::string folder = std::string(SLUICE_TEST_DATA) + "/models/llama3";
   return load_decoder(std::make_shared<const SafetensorsModel>(folder), folder + "/config.json");
 }
 
-/// The child: restores, then writes a token and saves, for ever, and tells the parent after each
-/// save how many tokens the session has written.
-[[noreturn]] void save_for_ever(const std::shared_ptr<const Decoder>& decoder,
-                                const std::string& path, int pipe) {
-  try {
-    Session<float> session(decoder, options());
-    session.restore(path);
-    for (;;) {
-      session.step();
-      session.save(path);
-      const std::int64_t position = session.position();
-      if (::write(pipe, &position, sizeof position) != sizeof position) break;
-    }
-  } catch (...) {
-  }
-  ::_exit(1);
-}
-
 TEST_F(KilledSession, RestoresToTheStateBeforeOrAfterTheSave) {
-  constexpr int kKills = 200;
   const auto decoder = model();
-  Session<float> reference(decoder, options());  // what every saved state must continue as
-  reference.accept(std::vector<Token>{1, 2, 3, 4, 5});
-  reference.save(path());
-  Random random(1);
-  std::int64_t at_least = reference.position();
-  int inside_a_save = 0;
-  std::int64_t saves = 0;
-  for (int kill = 0; kill < kKills; ++kill) {
-    int pipe[2];
-    ASSERT_EQ(::pipe(pipe), 0);
-    const pid_t child = ::fork();
-    ASSERT_GE(child, 0);
-    if (child == 0) {
-      ::close(pipe[0]);
-      save_for_ever(decoder, path(), pipe[1]);
-    }
-    ::close(pipe[1]);
-    // Killed a random time after one of its first saves: within the next one or the one behind it.
-    const std::int64_t first = test::between(random, 0, 2);
-    std::int64_t told = 0;
-    for (std::int64_t i = 0; i <= first; ++i) {
-      ASSERT_EQ(::read(pipe[0], &told, sizeof told), static_cast<ssize_t>(sizeof told));
-      at_least = told;
-      ++saves;
-    }
-    const std::int64_t until = monotonic_ns() + test::between(random, 0, 1'500'000);
-    while (monotonic_ns() < until) {
-    }
-    ASSERT_EQ(::kill(child, SIGKILL), 0);
-    int status = 0;
-    ASSERT_EQ(::waitpid(child, &status, 0), child);
-    ASSERT_TRUE(WIFSIGNALED(status)) << "the child failed by itself";
-    while (::read(pipe[0], &told, sizeof told) == static_cast<ssize_t>(sizeof told)) {
-      at_least = told;
-      ++saves;
-    }
-    ::close(pipe[0]);
-
-    Session<float> restored(decoder, options());
-    ASSERT_NO_THROW(restored.restore(path())) << "kill " << kill;
-    // The last save that was told, or the one behind it, killed between its rename and its word.
-    ASSERT_GE(restored.position(), at_least);
-    ASSERT_LE(restored.position(), at_least + 1);
-    inside_a_save += static_cast<int>(std::distance(fs::directory_iterator(folder_), {})) - 1;
-    for (const auto& entry : fs::directory_iterator(folder_))
-      if (entry.path() != path()) fs::remove(entry.path());
-    while (reference.position() < restored.position()) reference.step();
-    ASSERT_EQ(reference.position(), restored.position());
-    ASSERT_TRUE(std::ranges::equal(reference.logits(), restored.logits())) << "kill " << kill;
-  }
-  RecordProperty("kills_that_left_a_temporary_file", std::to_string(inside_a_save));
-  EXPECT_GT(inside_a_save, 0) << "no kill fell into a save: the test proves nothing";
-  EXPECT_GE(saves, kKills);
+  test::expect_kills_survived([&] { return Session<float>(decoder, killed_options()); }, path(),
+                              200);
 }
 
 // The bits that follow depend on how activations meet quantised weights.
 TEST_F(KilledSession, OfOtherArithmeticIsRefused) {
   const auto decoder = model();
-  Session<float> session(decoder, options());
+  Session<float> session(decoder, killed_options());
   session.accept(std::vector<Token>{1, 2, 3});
   session.save(path());
-  SessionOptions rounded = options();
+  SessionOptions rounded = killed_options();
   rounded.activations = Activations::kInt8;
   Session<float> other(decoder, rounded);
   const auto error = test::error_of([&] { other.restore(path()); });

@@ -26,6 +26,7 @@
 #include <sluice/stream/session.hpp>
 
 #include "backend/cuda/random_decoder.hpp"
+#include "stream/session_kill.hpp"
 #include "stream/session_transactions.hpp"
 #include "support/count_allocations.hpp"
 #include "support/property.hpp"
@@ -347,6 +348,16 @@ TEST_F(CudaSnapshot, OfHostileFiles) {
   EXPECT_GT(refused, 100);
   ASSERT_EQ(code_of(good), std::nullopt);
   EXPECT_EQ(copy(session.logits()), before);
+}
+
+class CudaKilledSession : public test::KilledSession {};
+
+// The file is written as the CPU writes its own.
+TEST_F(CudaKilledSession, RestoresToTheStateBeforeOrAfterTheSave) {
+  if (!is_plain_device()) GTEST_SKIP() << "a process that uses a GPU does not fork";
+  const auto model = placed_model(133);
+  test::expect_kills_survived([&] { return CudaSession<bf16>(model, test::killed_options()); },
+                              path(), 100);
 }
 
 // --- Drafts --------------------------------------------------------------------------------------
