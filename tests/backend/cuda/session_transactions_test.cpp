@@ -397,9 +397,9 @@ void expect_drafts_follow(CachePolicy policy, PositionRule rule, std::int64_t no
   std::int64_t forwards = 0;
   const std::vector<Token> written =
       test::write_with_drafts(drafted, guesses, nodes, false, kVocab, forwards);
-  EXPECT_LT(forwards, 90);
-  if (is_plain_device()) {
+  if (is_plain_device()) {  // elsewhere the texts may part, and guesses are wrong from there on
     EXPECT_EQ(written, guesses);
+    EXPECT_LT(forwards, 90);
   }
   Session<bf16> reference(model, options);
   reference.accept(prompt);
