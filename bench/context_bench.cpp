@@ -16,7 +16,8 @@
 ///   checkpoint  what taking a checkpoint of a window costs, going back, its memory, and a fork
 ///   into
 ///               a session that is there.
-///   draft       what verifying a draft costs, all of whose guesses are taken, beside steps.
+///   draft       what verifying a draft costs whose guesses steps have written, beside these steps,
+///               and one whose first guess is wrong. Rounding may take fewer than were guessed.
 ///
 /// Arrivals are a seeded trace in virtual time, with exponential gaps; the clock of each way of
 /// reading advances by the measured time of its own work and otherwise waits for the next arrival.

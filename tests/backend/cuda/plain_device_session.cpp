@@ -210,6 +210,19 @@ struct PlainStream {
     const std::int64_t slot = beyond < 0 ? index : x.sinks + beyond % (x.capacity - x.sinks);
     return static_cast<std::size_t>(layer * x.capacity + slot);
   }
+  /// The index that the token in step stands for: `total`, but of a tree its depth's.
+  std::int64_t reader() const {
+    return depths.empty() ? total
+                          : draft_base + depths[static_cast<std::size_t>(total - draft_base)];
+  }
+  /// Whether the token in step sees the one that is stored as `index`.
+  bool sees(std::int64_t index) const {
+    if (depths.empty() || index < draft_base) return x.shows(index, reader());
+    const auto words = ancestors.size() / depths.size();
+    const auto node = static_cast<std::size_t>(total - draft_base);
+    const auto other = static_cast<std::size_t>(index - draft_base);
+    return (ancestors[node * words + other / 64] >> (other % 64) & 1) != 0;
+  }
   /// One head of a row.
   Row head_of(const Row& row, std::int64_t head) const {
     const auto begin = row.begin() + head * m.shape.head_dim;
@@ -223,7 +236,7 @@ struct PlainStream {
     // Where a reader stands in the cache, in tokens: the last of its window at most.
     const bool ranks = x.is_limited() && x.position_rule == PositionRule::kInCache;
     const double rank =
-        static_cast<double>(ranks ? std::min(total, x.sinks + x.window - 1) : total);
+        static_cast<double>(ranks ? std::min(reader(), x.sinks + x.window - 1) : reader());
     Row out;
     for (std::int64_t head = 0; head < s.num_qo_heads; ++head) {
       const std::int64_t kv = head / (s.num_qo_heads / s.num_kv_heads);
@@ -250,8 +263,7 @@ struct PlainStream {
         see(*source, i, x.origin + rank + static_cast<double>(gone));
       }
       for (std::int64_t i = 0; i <= total; ++i)
-        if (x.shows(i, total))
-          see(*this, i, x.origin + (i < x.sinks ? rank : static_cast<double>(total)));
+        if (sees(i)) see(*this, i, x.origin + (i < x.sinks ? rank : static_cast<double>(reader())));
       const double top = *std::max_element(scores.begin(), scores.end());
       Row sum(static_cast<std::size_t>(s.head_dim));
       double weights = 0;
@@ -286,7 +298,7 @@ struct PlainStream {
       Row turned;
       for (std::int64_t head = 0; head < s.num_kv_heads; ++head)
         for (const double k :
-             rotated(head_of(key, head), m.rotation, x.origin + static_cast<double>(total)))
+             rotated(head_of(key, head), m.rotation, x.origin + static_cast<double>(reader())))
           turned.push_back(k);
       keys[place(l, total)] = round(std::move(turned));
       values[place(l, total)] = round(product(w.value, in));
@@ -316,6 +328,10 @@ struct PlainStream {
   std::int64_t total = 0;
   std::vector<Row> keys, values;  // [layers, capacity], rows of all heads
   std::vector<float> hidden;      // the residual stream behind the last token
+  // Of the tree that is read: its first index, and what CudaDeviceSession::read_draft() says.
+  std::int64_t draft_base = 0;
+  std::span<const std::int32_t> depths;
+  std::span<const std::uint64_t> ancestors;
 };
 
 Token best_of(std::span<const float> logits) {
@@ -432,14 +448,20 @@ void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::s
     nll[i] = static_cast<float>(nll_of(state_->logits[i], next[i]));
 }
 template <class Element>
-void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens) {
+void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens,
+                                            std::span<const std::int32_t> depths,
+                                            std::span<const std::uint64_t> ancestors) {
   auto& stream = state_->stream;
   const std::vector<float> hidden = stream.hidden;
   const std::int64_t total = stream.total;
+  stream.draft_base = total;
+  stream.depths = depths;
+  stream.ancestors = ancestors;
   state_->draft.clear();
   for (const Token token : tokens) state_->draft.push_back(stream.step(stream.embedding(token)));
   stream.hidden = hidden;
   stream.total = total;
+  stream.depths = {};
 }
 template <class Element>
 Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
@@ -448,6 +470,14 @@ Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
 template <class Element>
 std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) {
   return state_->draft[static_cast<std::size_t>(i)];
+}
+template <class Element>
+void CudaDeviceSession<Element>::move_slot(std::int64_t from, std::int64_t to) {
+  auto& stream = state_->stream;
+  for (auto* rows : {&stream.keys, &stream.values})
+    for (std::int64_t l = 0; l < stream.m.shape.num_layers; ++l)
+      (*rows)[static_cast<std::size_t>(l * stream.x.capacity + to)] =
+          (*rows)[static_cast<std::size_t>(l * stream.x.capacity + from)];
 }
 template <class Element>
 void CudaDeviceSession<Element>::keep_draft(std::int64_t tokens) {

@@ -17,6 +17,15 @@
 
 namespace sluice {
 
+/// A chunk that is a tree of guesses (attention/draft_tree.hpp), in device memory: its tokens are
+/// the nodes, parents before their children. A node stands where its depth puts it, and sees what a
+/// token there would of those before the chunk, its ancestors and itself.
+struct ChunkTree {
+  const std::int32_t* depths = nullptr;      ///< [tokens]; null: the chunk is a run of tokens
+  const std::uint64_t* ancestors = nullptr;  ///< [tokens, words], bit by node, its own included
+  std::int64_t words = 0;
+};
+
 /// The tensors of one layer's chunk, in device memory, as DecodeAttentionTensors has them.
 template <class Element>
 struct ChunkAttentionTensors {
@@ -30,6 +39,8 @@ struct ChunkAttentionTensors {
   Element* values = nullptr;
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
+
+  ChunkTree tree = {};
 };
 
 namespace detail {
@@ -49,6 +60,7 @@ struct ChunkAttentionParams {
   std::uint16_t* rotated;  // [2 (own place, sinks), tokens, num_qo_heads, head_dim]
   float* rows;             // [tokens, 2 (own place, sinks), 2 (cos, sin), num_pairs]
   const TurnFrequency* frequencies;
+  ChunkTree tree;
   std::int64_t stride;
   std::int64_t head_stride;
   std::int64_t token_stride;
@@ -70,13 +82,21 @@ struct ChunkAttentionParams {
   __device__ std::int64_t slot(std::int64_t index) const {
     return index < sinks ? index : sinks + (index - sinks) % ring;
   }
+  /// How far behind the chunk's first token a token stands.
+  __device__ std::int64_t depth(std::int64_t token) const {
+    return tree.depths == nullptr ? token : tree.depths[token];
+  }
+  /// Whether a node sees another.
+  __device__ bool sees(std::int64_t node, std::int64_t other) const {
+    return (tree.ancestors[node * tree.words + other / 64] >> (other % 64) & 1) != 0;
+  }
 };
 
 /// Cosines and sines of a chunk's tokens: a block per token.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     chunk_rotation_kernel(const __grid_constant__ ChunkAttentionParams p) {
-  const std::int64_t own = p.base + blockIdx.x;
+  const std::int64_t own = p.base + p.depth(blockIdx.x);
   float* const rows = p.rows + static_cast<std::int64_t>(blockIdx.x) * 4 * p.num_pairs;
   for (int i = static_cast<int>(threadIdx.x); i < 2 * p.num_pairs; i += kThreads) {
     const int which = i >= p.num_pairs ? 1 : 0;
@@ -147,7 +167,7 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const std
 
 /// A block is 64 queries of one head; a warp 16 of them. Keys come in tiles of 64, in the order of
 /// their indices, first the sinks, then what the window shows.
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, bool kTree>
 __global__ void __launch_bounds__(kChunkThreads)
     chunk_attention_kernel(const __grid_constant__ ChunkAttentionParams p) {
   using H = Half<Element>;
@@ -174,7 +194,9 @@ __global__ void __launch_bounds__(kChunkThreads)
   const std::int64_t first = p.base + block * kChunkTile;  // index of the block's first query
   const std::int64_t last = p.base + min((block + 1) * kChunkTile, p.tokens) - 1;
   const std::int64_t sinks_seen = min(static_cast<std::int64_t>(p.sinks), last + 1);
-  const std::int64_t oldest = max(static_cast<std::int64_t>(p.sinks), first - p.window + 1);
+  // Of a tree any node may stand where its root does.
+  const std::int64_t oldest =
+      max(static_cast<std::int64_t>(p.sinks), (kTree ? p.base : first) - p.window + 1);
   const int sink_tiles = static_cast<int>((sinks_seen + kChunkTile - 1) / kChunkTile);
   const int ring_tiles =
       last < oldest ? 0 : static_cast<int>((last - oldest + kChunkTile) / kChunkTile);
@@ -252,8 +274,8 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
     const std::int64_t from = first_key(n);
     const std::int64_t window = n < sink_tiles ? DecodeStepConfig::kUnlimitedWindow : p.window;
-    const bool whole =
-        from + kChunkTile - 1 <= first && from + kChunkTile <= end_key(n) && from > last - window;
+    const bool whole = from + kChunkTile - 1 <= (kTree ? p.base - 1 : first) &&
+                       from + kChunkTile <= end_key(n) && from > last - window;
     if (!whole) {
       const std::int64_t end = end_key(n);
 #pragma unroll
@@ -261,8 +283,17 @@ __global__ void __launch_bounds__(kChunkThreads)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const std::int64_t k = from + 8 * b + 2 * t + i % 2;
-          const std::int64_t q = own + i / 2 * 8;
-          if (k > q || k >= end || k <= q - window) s[b][i] = -kInfinity;
+          if constexpr (kTree) {
+            // Rows beyond the chunk repeat its last.
+            const std::int64_t node =
+                min(own + i / 2 * 8 - p.base, static_cast<std::int64_t>(p.tokens) - 1);
+            const bool seen = k >= p.base ? k < end && p.sees(node, k - p.base)
+                                          : k > p.base + p.depth(node) - window;
+            if (!seen) s[b][i] = -kInfinity;
+          } else {
+            const std::int64_t q = own + i / 2 * 8;
+            if (k > q || k >= end || k <= q - window) s[b][i] = -kInfinity;
+          }
         }
     }
 
@@ -356,9 +387,10 @@ class ChunkAttentionPlan {
     rotated_ = Buffer<std::uint16_t, cuda>(
         static_cast<std::size_t>(2 * max_tokens * shape.num_qo_heads * kHeadDim));
     rows_ = Buffer<float, cuda>(static_cast<std::size_t>(max_tokens) * 4 * step.frequencies.size());
-    check_cuda(
-        cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
+    for (const auto kernel_of_all : {kernel_, tree_kernel_})
+      check_cuda(cudaFuncSetAttribute(kernel_of_all, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                      kSharedBytes),
+                 "cudaFuncSetAttribute");
     if constexpr (kHeadDim == detail::kItemDim) {
       if (kernel != ChunkKernel::kMma && step.num_sink_tokens <= detail::kItemSinks)
         multiprocessors_ = detail::hopper_multiprocessors();
@@ -382,17 +414,21 @@ class ChunkAttentionPlan {
   }
 
   /// Forms the rotations of the tokens `base` .. `base + tokens - 1`: once for all layers.
-  void rotate(const DecodeStep& step, std::int64_t base, std::int64_t tokens, cudaStream_t stream) {
+  void rotate(const DecodeStep& step, std::int64_t base, std::int64_t tokens, cudaStream_t stream,
+              const ChunkTree& tree = {}) {
     if (step.rotary_dim() == 0) return;
-    const detail::ChunkAttentionParams p = params(step, {}, base, tokens, 1);
+    ChunkAttentionTensors<Element> none;
+    none.tree = tree;
+    const detail::ChunkAttentionParams p = params(step, none, base, tokens, 1);
     detail::chunk_rotation_kernel<detail::kChunkThreads>
         <<<static_cast<unsigned>(tokens), detail::kChunkThreads, 0, stream>>>(p);
     check_cuda(cudaGetLastError(), "chunk_rotation_kernel");
   }
 
   /// Appends the chunk to the cache and attends. `step` is not changed: its owner counts.
-  /// Preconditions: rotate() for the same tokens; alignment and extents as ChunkAttentionTensors
-  /// says; a full cache has room. \throws Error(kDevice) if a launch is refused.
+  /// Preconditions: rotate() for the same tokens and tree; alignment and extents as
+  /// ChunkAttentionTensors says; a full cache has room. \throws Error(kDevice) if a launch is
+  /// refused.
   void launch(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
@@ -408,11 +444,13 @@ class ChunkAttentionPlan {
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
     if constexpr (kHeadDim == detail::kItemDim) {
-      if (multiprocessors_ > 0) return attend_hopper(step, p, stream);
+      if (multiprocessors_ > 0 && x.tree.depths == nullptr) return attend_hopper(step, p, stream);
     }
     const dim3 grid(static_cast<unsigned>((tokens + detail::kChunkTile - 1) / detail::kChunkTile),
                     static_cast<unsigned>(shape_.num_qo_heads));
-    kernel_<<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(p);
+    (x.tree.depths == nullptr
+         ? kernel_
+         : tree_kernel_)<<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(p);
     check_cuda(cudaGetLastError(), "chunk_attention_kernel");
   }
 
@@ -481,6 +519,7 @@ class ChunkAttentionPlan {
             .rotated = rotated_.data(),
             .rows = rows_.data(),
             .frequencies = step.frequencies(),
+            .tree = x.tree,
             .stride = x.stride,
             .head_stride = x.head_stride,
             .token_stride = x.token_stride,
@@ -500,7 +539,9 @@ class ChunkAttentionPlan {
   }
 
   // What the attributes are set on (backend.cuh).
-  void (*kernel_)(detail::ChunkAttentionParams) = detail::chunk_attention_kernel<Element, kHeadDim>;
+  using Kernel = void (*)(detail::ChunkAttentionParams);
+  Kernel kernel_ = detail::chunk_attention_kernel<Element, kHeadDim, false>;
+  Kernel tree_kernel_ = detail::chunk_attention_kernel<Element, kHeadDim, true>;
   void (*hopper_kernel_)(detail::HopperAttentionParams) = nullptr;
   DecodeAttentionShape shape_;
   std::int64_t max_tokens_ = 0;

@@ -492,11 +492,12 @@ class CudaDecoder {
 
   /// Reads a chunk into a session's cache, from tokens in device memory, and does nothing else: no
   /// logits, no choice, no wait. `base` is the index of the chunk's first token; counts are the
-  /// caller's (set_totals). Preconditions: tokens of the vocabulary, 1 to max_chunk of them, room
-  /// in a full cache. \throws Error(kDevice).
+  /// caller's (set_totals). Nodes of a tree are stored as if they followed each other.
+  /// Preconditions: tokens of the vocabulary, 1 to max_chunk of them, room in a full cache.
+  /// \throws Error(kDevice).
   void append_chunk(std::int64_t session, std::int64_t base, const std::int32_t* tokens,
-                    std::int64_t length, cudaStream_t stream) {
-    run_chunk(session, base, tokens, length, stream);
+                    std::int64_t length, cudaStream_t stream, const ChunkTree& tree = {}) {
+    run_chunk(session, base, tokens, length, stream, tree);
   }
   /// The same for inputs that are no tokens (frames of an encoder). rows: [length, hidden_size] in
   /// device memory, or in page-locked host memory, which is read when the stream gets there.
@@ -849,21 +850,21 @@ class CudaDecoder {
   }
 
   void run_chunk(std::int64_t session, std::int64_t base, const std::int32_t* tokens,
-                 std::int64_t length, cudaStream_t stream) {
+                 std::int64_t length, cudaStream_t stream, const ChunkTree& tree = {}) {
     detail::launch_kernel("embedding_kernel", detail::embedding_kernel<Element>,
                           dim3(static_cast<unsigned>(length)), detail::kRowThreads, stream,
                           overlap_, tokens,
                           reinterpret_cast<const std::uint16_t*>(weights_->embedding.data()),
                           chunk_hidden_.data(), static_cast<int>(shape().hidden_size));
-    run_chunk_layers(session, base, length, stream);
+    run_chunk_layers(session, base, length, stream, tree);
   }
 
   /// The layers of a chunk whose inputs are in chunk_hidden_.
   void run_chunk_layers(std::int64_t session, std::int64_t base, std::int64_t length,
-                        cudaStream_t stream) {
+                        cudaStream_t stream, const ChunkTree& tree = {}) {
     const CudaDecoderShape& s = shape();
     float* const hidden = chunk_hidden_.data();
-    chunk_->rotate(step_, base, length, stream);
+    chunk_->rotate(step_, base, length, stream, tree);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       norm_rows(hidden, w.attention_norm.data(), length, stream);
@@ -880,6 +881,7 @@ class CudaDecoder {
       x.values = all.values + session * all.sequence_stride;
       x.head_stride = all.head_stride;
       x.token_stride = all.token_stride;
+      x.tree = tree;
       chunk_->launch(step_, x, base, length, static_cast<float>(s.sm_scale), stream);
       finish_layer(w, hidden, length, stream);
     }

@@ -324,6 +324,9 @@ struct CudaDeviceSession<Element>::State {
         targets(static_cast<std::size_t>(config.likelihood_rows)),
         nll_on_device(static_cast<std::size_t>(config.likelihood_rows)),
         draft(static_cast<std::size_t>(config.max_chunk)),
+        depths(draft.size()),
+        ancestor_words((config.max_chunk + 63) / 64),
+        ancestors(draft.size() * static_cast<std::size_t>(ancestor_words)),
         bests(static_cast<std::size_t>(config.likelihood_rows)),
         bests_on_device(static_cast<std::size_t>(config.likelihood_rows)),
         rows(static_cast<std::size_t>(config.max_chunk > 1 ? config.likelihood_rows * vocab : 0)) {
@@ -483,7 +486,10 @@ struct CudaDeviceSession<Element>::State {
   Buffer<Token, cuda> targets;        // [likelihood_rows]
   Buffer<float, cuda> nll_on_device;  // [likelihood_rows]
   Buffer<Token, cuda> draft;          // [max_chunk]
-  detail::PageLocked<Token> bests;    // [likelihood_rows], of the draft's tokens from first_row on
+  Buffer<std::int32_t, cuda> depths;  // [max_chunk], of a draft's nodes
+  std::int64_t ancestor_words;
+  Buffer<std::uint64_t, cuda> ancestors;  // [max_chunk, ancestor_words]
+  detail::PageLocked<Token> bests;  // [likelihood_rows], of the draft's tokens from first_row on
   Buffer<Token, cuda> bests_on_device;  // [likelihood_rows]
   Buffer<float, cuda> rows;             // [likelihood_rows, vocab]
   std::variant<DecoderOf<64>, DecoderOf<128>> decoder;
@@ -585,14 +591,23 @@ void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::s
 }
 
 template <class Element>
-void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens) {
+void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens,
+                                            std::span<const std::int32_t> depths,
+                                            std::span<const std::uint64_t> ancestors) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.draft.upload(tokens, s.stream.get());
   s.draft_size = static_cast<std::int64_t>(tokens.size());
   s.first_row = -1;
-  s.visit(
-      [&](auto& d) { d.append_chunk(0, s.total, s.draft.data(), s.draft_size, s.stream.get()); });
+  ChunkTree tree;
+  if (!depths.empty()) {
+    s.depths.upload(depths, s.stream.get());
+    s.ancestors.upload(ancestors, s.stream.get());
+    tree = {s.depths.data(), s.ancestors.data(), s.ancestor_words};
+  }
+  s.visit([&](auto& d) {
+    d.append_chunk(0, s.total, s.draft.data(), s.draft_size, s.stream.get(), tree);
+  });
 }
 template <class Element>
 Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
@@ -609,6 +624,16 @@ std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) 
   s.logits_here = false;
   s.copy_logits(s.rows.data() + (i - s.first_row) * s.vocab);
   return s.logits.span();
+}
+template <class Element>
+void CudaDeviceSession<Element>::move_slot(std::int64_t from, std::int64_t to) {
+  State& s = *state_;
+  const CudaDeviceScope scope = s.scope();
+  s.visit([&](auto& d) {
+    s.copy_rows(d.keys_data() + to * s.head_dim, d.values_data() + to * s.head_dim, s.run_size,
+                d.keys_data() + from * s.head_dim, d.values_data() + from * s.head_dim, s.run_size,
+                1);
+  });
 }
 template <class Element>
 void CudaDeviceSession<Element>::keep_draft(std::int64_t tokens) {

@@ -115,7 +115,8 @@ struct CudaDeviceSessionConfig {
 
 /// One stream: its cache, its counters, and a step that was captured once and is replayed for ever.
 /// It lives on the model's device, and the model must outlive it. One thread at a time, any thread,
-/// whose current device stays what it was. All functions wait for the device.
+/// whose current device stays what it was. Functions wait for the device where nothing else is
+/// said.
 ///
 /// Slots lie as RetentionConfig says, so that a Retention on the host tells which hold what: those
 /// in use are always the first ones.
@@ -153,14 +154,20 @@ class CudaDeviceSession {
   /// next[i], behind token i of the chunk. Preconditions: as many as next, fewer than the chunk.
   void likelihoods(std::span<const Token> next, std::span<float> nll);
 
-  /// Reads a chunk without counting it yet: keep_draft() does. Preconditions: as read(), at least
-  /// two tokens.
-  void read_draft(std::span<const Token> tokens);
+  /// Reads a chunk without counting it yet: keep_draft() does. depths: [tokens], of the nodes of a
+  /// tree, parents before their children; empty: a path. ancestors: [tokens, ceil(max_chunk / 64)],
+  /// bit by node, its own included; empty with depths. Preconditions: as read(), at least two
+  /// tokens.
+  void read_draft(std::span<const Token> tokens, std::span<const std::int32_t> depths = {},
+                  std::span<const std::uint64_t> ancestors = {});
   /// The token of the greatest logit behind token i of the draft, of equals the first.
   Token draft_best(std::int64_t i);
   /// Logits behind token i of the draft, the last product's inputs rounded. [vocab_size],
   /// page-locked; valid until the next call.
   std::span<const float> draft_logits(std::int64_t i);
+  /// Copies what a slot holds to another, in all layers: a node to where it follows its parent. The
+  /// one function that waits for nothing: keep_draft() follows.
+  void move_slot(std::int64_t from, std::int64_t to);
   /// Counts the first `tokens` of the draft; the others were never there. What is said of the last
   /// token read holds again after the next read() or step(). Preconditions: one at least, and no
   /// row that a later token sees lay where the others were put.

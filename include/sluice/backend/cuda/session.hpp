@@ -300,10 +300,10 @@ struct CudaCacheView {
 /// | verb                                               |                                       |
 /// |----------------------------------------------------|---------------------------------------|
 /// | accept, accept_scored, step, result, logits, reset | as Session's                          |
+/// | step(draft)                                        | as Session's, rounded as chunks are   |
 /// | update, checkpoint, rollback_to, holds, release    | as Session's; rows stay on the device |
 /// | fork, fork_into                                    | as Session's; scratch is not shared   |
 /// | save, restore                                      | Session's files, in both directions   |
-/// | step(draft)                                        | a path; branches: Error(kUnsupported) |
 ///
 /// Policies: sinks + window, window, full, with rotated keys; others are Error(kUnsupported).
 /// Arithmetic: a step's activations are float32; a chunk of two tokens and more is read as a
@@ -331,7 +331,9 @@ class CudaSession {
         sampler_(options.sampler, model_->decoder().config().vocab_size),
         history_(static_cast<std::size_t>(options.history)),
         nll_(static_cast<std::size_t>(retention_.config().max_chunk)),
-        written_(static_cast<std::size_t>(retention_.config().max_chunk)) {
+        written_(static_cast<std::size_t>(retention_.config().max_chunk)),
+        depths_(written_.size()),
+        ancestors_(written_.size() * ((written_.size() + 63) / 64)) {
     for (int i = 0; i < options.checkpoints; ++i)
       saved_.add({.device_place = i, .cache = retention_, .sampler = sampler_.make_checkpoint()});
     metrics_.set_cache_bytes(static_cast<std::int64_t>(device_.cache_bytes()));
@@ -400,24 +402,27 @@ class CudaSession {
     write(token);
     return token;
   }
-  /// As Session::step(draft), for a tree that is a path: it is read as a chunk, so its logits are
-  /// rounded as those of chunks. \throws Error(kUnsupported) for a tree with branches.
+  /// As Session::step(draft). The tree is read as a chunk, so its logits are rounded as those of
+  /// chunks.
   std::span<const Token> step(const DraftTree& draft) {
     detail::check_draft(draft, pending_, model().config().vocab_size, "CudaSession::step");
     detail::check_draft_room(draft, retention_.status(draft.size()), retention_.config().max_chunk,
                              "CudaSession::step");
-    if (!draft.is_path())
-      throw Error(ErrorCode::kUnsupported,
-                  {"the CUDA backend verifies one guess for each place", "CudaSession::step",
-                   "draft", "a single path", "a tree with branches"});
     if (draft.size() == 1) {
       written_[0] = *step();
       return written_.span().first(1);
     }
     retention_.append(draft.size());
-    device_.read_draft(draft.tokens());
-    std::int64_t accepted = 0;
+    if (draft.is_path())
+      device_.read_draft(draft.tokens());
+    else
+      read_tree(draft);
+    std::int64_t accepted = 0;  // nodes
     for (std::int64_t node = 0; node != DraftTree::kNoNode;) {
+      // The path moves up, in ascending order; rows stay that lie where they belong.
+      if (node != accepted)
+        device_.move_slot(retention_.slot_of_newest(draft.size() - node),
+                          retention_.slot_of_newest(draft.size() - accepted));
       const Token token =
           greedy() ? device_.draft_best(node) : sampler_.sample(device_.draft_logits(node));
       written_[static_cast<std::size_t>(accepted++)] = token;
@@ -719,6 +724,24 @@ class CudaSession {
     metrics_.on_output(monotonic_ns());
   }
 
+  void read_tree(const DraftTree& draft) {
+    const std::size_t words = ancestors_.size() / depths_.size();
+    for (std::int64_t node = 0; node < draft.size(); ++node) {
+      const auto at = static_cast<std::size_t>(node);
+      depths_[at] = static_cast<std::int32_t>(draft.depth(node));
+      std::uint64_t* const row = ancestors_.data() + at * words;
+      if (node == 0)
+        std::fill_n(row, words, std::uint64_t{0});
+      else
+        std::copy_n(ancestors_.data() + static_cast<std::size_t>(draft.parent(node)) * words, words,
+                    row);
+      row[at / 64] |= std::uint64_t{1} << (at % 64);
+    }
+    const auto count = static_cast<std::size_t>(draft.size());
+    device_.read_draft(draft.tokens(), depths_.span().first(count),
+                       ancestors_.span().first(count * words));
+  }
+
   KvShape cache_shape() const {
     const DecoderConfig& c = model().config();
     return {c.num_layers(), c.num_kv_heads, c.head_dim, c.head_dim};
@@ -777,9 +800,11 @@ class CudaSession {
   CudaDeviceSession<Element> device_;
   Sampler sampler_;
   StreamMetrics metrics_;
-  Buffer<Token> history_;  // [SessionOptions::history], the stream's first tokens
-  Buffer<float> nll_;      // [chunk]
-  Buffer<Token> written_;  // [chunk], by step(draft)
+  Buffer<Token> history_;            // [SessionOptions::history], the stream's first tokens
+  Buffer<float> nll_;                // [chunk]
+  Buffer<Token> written_;            // [chunk], by step(draft)
+  Buffer<std::int32_t> depths_;      // [chunk], of a draft's nodes
+  Buffer<std::uint64_t> ancestors_;  // [chunk, ceil(chunk / 64)], bit by node
   detail::CheckpointPlaces<Saved> saved_{"CudaSession"};
   std::int64_t position_ = 0;
   std::optional<Token> pending_;  // written, not yet fed
