@@ -418,9 +418,9 @@ TEST(CudaSessionDraft, WritesWhatTheModelWrites) {
   expect_drafts_follow(CachePolicy::kSinkWindow, PositionRule::kInCache, 70, 1, true, 128);
 }
 
-// Trees whose right nodes are the last of their siblings, so that rows move up: what follows is what
-// a session writes that reads the text token by token, to the rounding of chunks. The trees lie
-// across the sinks, at the beginning of a stream, and around the ring.
+// Trees whose right nodes are the last of their siblings, so that rows move up: what follows is
+// what a session writes that reads the text token by token, to the rounding of chunks. The trees
+// lie across the sinks, at the beginning of a stream, and around the ring.
 TEST(CudaSessionDraft, KeepsTheBranchThatWasRight) {
   SKIP_WITHOUT_DEVICE();
   const auto model = make_model({.head_dim = 64}, 134);
