@@ -488,8 +488,7 @@ int main(int argc, char** argv) {
     for (const std::string& experiment : bench.options.experiments) {
       if (experiment == "append") append(bench);
       if (experiment == "update") update(bench);
-      if constexpr (std::same_as<bench::Tag, cpu>)
-        if (experiment == "fork") forks(bench);
+      if (experiment == "fork" && std::same_as<bench::Tag, cpu>) forks(bench);
       if (experiment == "checkpoint") checkpoints(bench);
       if (experiment == "draft") drafts(bench);
     }

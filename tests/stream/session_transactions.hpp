@@ -137,13 +137,14 @@ void random_transactions(Make&& make, std::uint64_t seed, const std::string& whe
       case 3: held.emplace_back(session.checkpoint(), log); break;
       case 4: {
         if (held.empty()) break;
-        const auto& [id, then] = held[random.below(held.size())];
+        const auto& chosen = held[random.below(held.size())];
+        const CheckpointId id = chosen.first;
         if (!session.holds(id)) {
           EXPECT_EQ(error_of([&] { session.rollback_to(id); })->code(), ErrorCode::kOrder);
           break;
         }
         session.rollback_to(id);
-        log = then;
+        log = chosen.second;
         ++returns;
         compare(session);
         break;

@@ -353,7 +353,7 @@ PlainExtents extents_of(const Config& c) {
 template <class Element>
 struct CudaDeviceSession<Element>::State {
   State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
-      : stream(model.content(), extents_of(config)), config(config) {
+      : stream(model.content(), extents_of(config)), place_slots(config.place_slots) {
     stream.hidden.resize(static_cast<std::size_t>(model.shape().hidden_size));
     for (int i = 0; i < config.places; ++i) {
       Place& place = places.emplace_back();
@@ -392,7 +392,7 @@ struct CudaDeviceSession<Element>::State {
   };
 
   PlainStream<Element, typename CudaDeviceModel<Element>::Content> stream;
-  CudaDeviceSessionConfig config;
+  std::int64_t place_slots;
   std::vector<std::vector<float>> logits;  // of the last chunk's tokens
   bool stale = false;                      // logits are not those of stream.hidden
   bool normed = false;                     // stream.hidden is normed
@@ -488,7 +488,7 @@ template <class Element>
 void CudaDeviceSession<Element>::capture(int place, std::int64_t slots) {
   State& s = *state_;
   auto& to = s.places[static_cast<std::size_t>(place)];
-  if (slots > s.config.place_slots) throw std::logic_error("more slots than a place has");
+  if (slots > s.place_slots) throw std::logic_error("more slots than a place has");
   s.each_row(slots, [&](const Row& row, std::size_t i) {
     std::copy(row.begin(), row.end(), to.rows[i].begin());
   });
@@ -508,8 +508,7 @@ void CudaDeviceSession<Element>::revert(int place, std::int64_t slots, std::int6
 template <class Element>
 std::size_t CudaDeviceSession<Element>::place_bytes() const {
   const CudaDecoderShape& shape = state_->stream.m.shape;
-  return static_cast<std::size_t>(2 * shape.num_layers * state_->config.place_slots *
-                                  shape.kv_size()) *
+  return static_cast<std::size_t>(2 * shape.num_layers * state_->place_slots * shape.kv_size()) *
              sizeof(Element) +
          static_cast<std::size_t>(shape.hidden_size) * sizeof(float);
 }
