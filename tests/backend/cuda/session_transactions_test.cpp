@@ -466,6 +466,43 @@ TEST(CudaSessionDraft, KeepsTheBranchThatWasRight) {
   }
 }
 
+// The same nodes, but for the last one's place: a leaf that nothing else sees. All the others give
+// the same bits, whichever kernel reads them.
+TEST(CudaSessionDraft, ALeafAsideChangesNothing) {
+  SKIP_WITHOUT_DEVICE();
+  const auto model = placed_model(136);
+  SessionOptions options = transaction_options(CachePolicy::kSinkWindow, 12);
+  options.cache.num_sink_tokens = 6;
+  options.cache.window_size = 24;
+  options.sampler = {.temperature = 0};
+  for (const std::size_t length : {1, 3, 5, 40, 47, 90}) {
+    CudaSession<bf16> session(model, options);
+    session.accept(some_tokens(length, 137));
+    for (int round = 0; round < 5; ++round) {
+      const Token root = session.step().value();
+      CudaSession<bf16> other = session.fork();
+      CudaSession<bf16> plain = session.fork();
+      DraftTree path(12);
+      DraftTree tree(12);
+      for (DraftTree* draft : {&path, &tree}) draft->add(root, DraftTree::kNoNode);
+      while (path.size() < 8) {
+        const Token next = plain.step().value();
+        for (DraftTree* draft : {&path, &tree}) draft->add(next, draft->size() - 1);
+      }
+      const Token after = plain.step().value();
+      Token wrong = 0;  // in both places
+      while (wrong == path.token(1) || wrong == after) ++wrong;
+      path.add(wrong, path.size() - 1);
+      tree.add(wrong, 0);
+      ASSERT_FALSE(tree.is_path());
+      const std::span<const Token> expected = session.step(path);
+      const std::span<const Token> found = other.step(tree);
+      ASSERT_TRUE(std::ranges::equal(found, expected)) << length << " tokens, round " << round;
+      expect_same_bits(other, session, "behind the draft");
+    }
+  }
+}
+
 // More rows than logits are formed of at once, all of them right: a guess that was not taken is
 // replaced by what was, and the draft verified again.
 TEST(CudaSessionDraft, OfManyRightGuesses) {

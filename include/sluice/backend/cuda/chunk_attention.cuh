@@ -287,8 +287,8 @@ __global__ void __launch_bounds__(kChunkThreads)
             // Rows beyond the chunk repeat its last.
             const std::int64_t node =
                 min(own + i / 2 * 8 - p.base, static_cast<std::int64_t>(p.tokens) - 1);
-            const bool seen = k >= p.base ? k < end && p.sees(node, k - p.base)
-                                          : k > p.base + p.depth(node) - window;
+            const bool seen = k < end && (k >= p.base ? p.sees(node, k - p.base)
+                                                      : k > p.base + p.depth(node) - window);
             if (!seen) s[b][i] = -kInfinity;
           } else {
             const std::int64_t q = own + i / 2 * 8;
