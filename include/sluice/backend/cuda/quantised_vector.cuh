@@ -6,11 +6,12 @@
 /// into equal spans of chunks, one per warp, through a ring that is filled before the kernel waits
 /// for the one before it. Widening every weight to float32 and reading its x would cost more
 /// instructions and shared memory than the bus leaves time for at 4 bits. So levels become f16
-/// (exact: integers up to 128), and a tensor core multiplies 8 rows' levels (matrix B) by x (matrix
-/// A): x 2^e = high + low, both f16, in alternate rows of A; e for each chunk's columns such that
-/// the largest fits. An x is then off by 2^-23 of itself at most, or by 2^-39 of its chunk's
+/// (exact), and a tensor core multiplies two blocks of 8 rows' levels (matrix A) by x (matrix B):
+/// x 2^e = high + low, both f16, a column each for every block; e for each chunk's columns such
+/// that the largest fits. An x is then off by 2^-23 of itself at most, or by 2^-39 of its chunk's
 /// largest where that is more. Products of levels are exact in float32; sums are float32, by blocks
-/// of one scale, and each block's sum meets its scale once.
+/// of one scale, and each block's sum meets its scale once. Levels of 4 bits are taken as the file
+/// has them, from 0: what they are less (Q4_0's 8) is counted by the block's sum of x.
 #pragma once
 
 #include <algorithm>
@@ -53,47 +54,25 @@ struct QuantisedVectorParams {
   VectorEpilogue epilogue;
 };
 
-/// Chunks per warp in flight. Two blocks share a multiprocessor with 14,336 columns; 5 and 6 stages
-/// are as fast at 4 bits and slower at 8 (bench/cuda/NOTES.md).
-inline constexpr int kQuantisedStages = 4;
+/// How a warp reads: `run` chunks at once, which lie together; so many runs in flight; and how many
+/// runs before its last request the next kernel may start. Two blocks share a multiprocessor with
+/// 14,336 columns. More bytes in flight are slower: bench/cuda/NOTES.md.
+struct QuantisedReading {
+  int run;
+  int stages;
+  int lead;
+};
+__host__ __device__ constexpr QuantisedReading quantised_reading(const QuantisedLayout& layout) {
+  return layout.chunk_cols == 64 ? QuantisedReading{2, 2, 0} : QuantisedReading{1, 4, 0};
+}
 
-// Two levels as f16, exact: 2^10 + level is written into the bits, and 2^10 is taken away.
-
-/// Bytes of `word` that `selector` names (0x4140: the first two, 0x4342: the last), less 128.
+/// Bytes of `word` that `selector` names (0x4140: the first two, 0x4342: the last), less 128, as
+/// f16: 2^10 + level is written into the bits, and 2^10 + 128 is taken away.
 __device__ inline std::uint32_t halves_of_bytes(std::uint32_t word, std::uint32_t selector) {
   std::uint32_t result;
   asm("sub.f16x2 %0, %1, %2;"
       : "=r"(result)
       : "r"(__byte_perm(word, 0x64646464U, selector)), "r"(0x64806480U));
-  return result;
-}
-/// Bits that `mask` keeps, and the two exponents: one instruction, of which one constant may be
-/// written into it.
-template <std::uint32_t kMask>
-__device__ std::uint32_t masked_halves(std::uint32_t word) {
-  std::uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;"  // (a & b) | c
-      : "=r"(result)
-      : "r"(word), "n"(kMask), "r"(0x64006400U));
-  return result;
-}
-/// Nibbles 0 and 4 of `word`, less kOffset (0 or 8).
-template <int kOffset>
-__device__ std::uint32_t halves_of_nibbles(std::uint32_t word) {
-  std::uint32_t result;
-  asm("sub.f16x2 %0, %1, %2;"
-      : "=r"(result)
-      : "r"(masked_halves<0x000f000fU>(word)), "r"(kOffset == 8 ? 0x64086408U : 0x64006400U));
-  return result;
-}
-/// Nibbles 1 and 5: (2^10 + 16 q) / 16 - 64 - kOffset.
-template <int kOffset>
-__device__ std::uint32_t halves_of_upper_nibbles(std::uint32_t word) {
-  std::uint32_t result;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;"
-      : "=r"(result)
-      : "r"(masked_halves<0x00f000f0U>(word)), "r"(0x2c002c00U),
-        "r"(kOffset == 8 ? 0xd480d480U : 0xd400d400U));
   return result;
 }
 
@@ -107,126 +86,124 @@ __device__ inline void copy_async_if(void* to, const void* from, bool wanted) {
       : "memory");
 }
 
-/// What a thread needs of a chunk, and its part of the product. The two sums of a thread belong to
-/// rows 2 t and 2 t + 1 of the tile, t = lane % 4.
+/// What a thread needs of a chunk, and its part of the product.
+///
+/// Levels are matrix A: rows 0 ... 7 are the tile's rows at one block of columns, rows 8 ... 15 the
+/// same rows at the next block. x is matrix B: columns 2 n and 2 n + 1 are x high and low at block
+/// n, zeros where A has other blocks. So thread 4 g + t finds the sum of row g and block t in the
+/// first half of its results where t is even, in the second where it is odd; the other half is
+/// not looked at.
 template <ElementType kType>
 struct QuantisedChunk {
   static constexpr QuantisedLayout kLayout = quantised_layout(kType);
   static constexpr bool kBytes = kLayout.chunk_cols == 64;
-  static constexpr int kOffset = kType == ElementType::kQ4_0 ? 8 : 0;
-  static constexpr int kPairs = kLayout.chunk_cols / 32;  // of 16 columns
+  static constexpr bool kSums = !kBytes;  ///< whether sums of x are needed
+  static constexpr int kBlocks = kLayout.chunk_cols / kLayout.block_cols;
 
   uint4 levels;
-  uint4 scales;     // the first table of the layout, and the second of bytes
-  uint4 more = {};  // the last table, where there is one
+  std::uint16_t scale;
+  std::uint16_t min;
+  std::uint16_t block_scale;
+  std::uint16_t block_min;
 
   __device__ void load(const unsigned char* chunk, int lane) {
+    const unsigned char* const scales_at = chunk + kQuantisedLevelBytes;
+    const int g = lane / 4;
     const int t = lane % 4;
     levels = *reinterpret_cast<const uint4*>(chunk + 16 * lane);
-    const unsigned char* const from = chunk + kQuantisedLevelBytes;
-    if constexpr (kBytes) {
-      const uint2 s = *reinterpret_cast<const uint2*>(from + 8 * t);
-      scales = {s.x, s.y, 0, 0};
-      if constexpr (kType == ElementType::kQ6_K)
-        more.x = *reinterpret_cast<const std::uint32_t*>(from + 32 + 4 * t);
+    // Entry of tables of `entries` for each thread (quantised_layout.hpp).
+    const auto entry = [&](int entries, int block) {
+      return (g / 2 * entries + block) * 2 + g % 2;
+    };
+    const auto half_at = [&](int table, int index) {
+      return *reinterpret_cast<const std::uint16_t*>(scales_at + table + 2 * index);
+    };
+    if constexpr (kType == ElementType::kQ8_0) {
+      scale = half_at(0, entry(2, t % 2));
+    } else if constexpr (kType == ElementType::kQ6_K) {
+      scale = scales_at[entry(4, t)];
+      block_scale = half_at(32, entry(1, 0));
+    } else if constexpr (kType == ElementType::kQ4_K) {
+      scale = scales_at[entry(8, t)];
+      min = scales_at[entry(8, 4 + t)];
+      block_scale = half_at(64, entry(2, 0));
+      block_min = half_at(64, entry(2, 1));
     } else {
-      scales = *reinterpret_cast<const uint4*>(from + 16 * t);
-      if constexpr (kType == ElementType::kQ4_1)
-        more = *reinterpret_cast<const uint4*>(from + 64 + 16 * t);
-      if constexpr (kType == ElementType::kQ4_K) {
-        const uint2 d = *reinterpret_cast<const uint2*>(from + 64 + 8 * t);
-        more = {d.x, d.y, 0, 0};
-      }
+      scale = half_at(0, entry(4, t));
+      if constexpr (kType == ElementType::kQ4_1) min = half_at(64, entry(4, t));
     }
   }
 
-  /// x: the thread's part of the chunk's x; x_sums: of its blocks of 32 columns, read if there are
-  /// minima. `own`: 1 in threads whose part counts minima, else 0. Returns sums that are to be
-  /// multiplied by the chunk's 2^-e.
-  __device__ float2 multiply(const uint4* x, const float* x_sums, float own) const {
+  /// x_even, x_odd: the thread's x of the chunk for blocks 0 and 1 and for blocks 2 and 3, zeros in
+  /// threads that have the others; where the chunk has two blocks, x_even is read alone. x_sum: the
+  /// sum of x over block t, read if kSums; factor: the chunk's 2^-e; odd: whether t is.
+  __device__ float multiply(const uint4& x_even, const uint4& x_odd, float x_sum, float factor,
+                            bool odd) const {
     const std::uint32_t words[4] = {levels.x, levels.y, levels.z, levels.w};
-    const std::uint32_t scale_words[4] = {scales.x, scales.y, scales.z, scales.w};
-    const std::uint32_t more_words[4] = {more.x, more.y, more.z, more.w};
-    float2 sum = {0, 0};
-    float2 minima = {0, 0};
+    if constexpr (kBytes) {
+      float sums[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      // One matrix A for both: its rows 0 ... 7 are x at the first 16 columns, 8 ... 15 at the
-      // second. What each product has in the other's rows is not looked at.
-      const uint4 quad = x[8 * pair];
-      const std::uint32_t a[4] = {quad.x, quad.y, quad.z, quad.w};
-      float first[4] = {0, 0, 0, 0};
-      float second[4] = {0, 0, 0, 0};
-      if constexpr (kBytes) {
-        const std::uint32_t low = words[2 * pair];
-        const std::uint32_t high = words[2 * pair + 1];
-        Half<f16>::multiply_add(first, a, halves_of_bytes(low, 0x4140),
-                                halves_of_bytes(low, 0x4342));
-        Half<f16>::multiply_add(second, a, halves_of_bytes(high, 0x4140),
-                                halves_of_bytes(high, 0x4342));
+      for (int step = 0; step < 2; ++step) {
+        // Q8_0: 16 columns of both blocks; Q6_K: a block of 16 columns and the next.
+        constexpr bool kWide = kType == ElementType::kQ8_0;
+        const std::uint32_t even = words[kWide ? step : 2 * step];
+        const std::uint32_t next = words[kWide ? step + 2 : 2 * step + 1];
+        const std::uint32_t a[4] = {halves_of_bytes(even, 0x4140), halves_of_bytes(next, 0x4140),
+                                    halves_of_bytes(even, 0x4342), halves_of_bytes(next, 0x4342)};
+        if constexpr (kWide)
+          Half<f16>::multiply_add(sums, a, step == 0 ? x_even.x : x_even.y,
+                                  step == 0 ? x_even.z : x_even.w);
+        else
+          Half<f16>::multiply_add(sums, a, step == 0 ? x_even.x : x_odd.x,
+                                  step == 0 ? x_even.y : x_odd.y);
+      }
+      const float block = odd ? sums[2] + sums[3] : sums[0] + sums[1];
+      if constexpr (kType == ElementType::kQ8_0)
+        return Half<f16>::widen(scale) * block * factor;
+      else
+        return static_cast<float>(static_cast<std::int8_t>(scale)) * Half<f16>::widen(block_scale) *
+               block * factor;
+    } else {
+      // A level q in the lowest bits of an f16 is the number 2^-24 q, four bits higher 2^-20 q.
+      float low[4] = {0, 0, 0, 0};
+      float high[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const std::uint32_t even = words[2 * step];
+        const std::uint32_t next = words[2 * step + 1];
+        const uint4& x = step == 0 ? x_even : x_odd;
+        const std::uint32_t a[4] = {even & 0x000f000fU, next & 0x000f000fU, even >> 8 & 0x000f000fU,
+                                    next >> 8 & 0x000f000fU};
+        const std::uint32_t b[4] = {even & 0x00f000f0U, next & 0x00f000f0U, even >> 8 & 0x00f000f0U,
+                                    next >> 8 & 0x00f000f0U};
+        Half<f16>::multiply_add(low, a, x.x, x.y);
+        Half<f16>::multiply_add(high, b, x.z, x.w);
+      }
+      const float low_sum = odd ? low[2] + low[3] : low[0] + low[1];
+      const float high_sum = odd ? high[2] + high[3] : high[0] + high[1];
+      const auto total = [&](float begin) {
+        return fmaf(low_sum, 0x1p24F, fmaf(high_sum, 0x1p20F, begin));
+      };
+      if constexpr (kType == ElementType::kQ4_0) {
+        return Half<f16>::widen(scale) * total(-8 * x_sum) * factor;
+      } else if constexpr (kType == ElementType::kQ4_1) {
+        return fmaf(Half<f16>::widen(scale), total(0), Half<f16>::widen(min) * x_sum) * factor;
       } else {
-        const std::uint32_t low = words[pair];
-        const std::uint32_t high = words[pair] >> 8;
-        Half<f16>::multiply_add(first, a, halves_of_nibbles<kOffset>(low),
-                                halves_of_upper_nibbles<kOffset>(low));
-        Half<f16>::multiply_add(second, a, halves_of_nibbles<kOffset>(high),
-                                halves_of_upper_nibbles<kOffset>(high));
-      }
-      if constexpr (kType == ElementType::kQ6_K) {
-        const std::uint32_t s = scale_words[pair];
-        sum.x = fmaf(signed_byte(s, 0), first[0], sum.x);
-        sum.y = fmaf(signed_byte(s, 1), first[1], sum.y);
-        sum.x = fmaf(signed_byte(s, 2), second[2], sum.x);
-        sum.y = fmaf(signed_byte(s, 3), second[3], sum.y);
-        continue;
-      }
-      const float2 block = {first[0] + second[2], first[1] + second[3]};
-      if constexpr (kType == ElementType::kQ4_K) {
-        // scale words 0 and 1: scales of blocks 0, 1 and 2, 3; words 2 and 3: minima.
-        const std::uint32_t s = scale_words[pair / 2] >> (pair % 2 * 16);
-        const std::uint32_t m = scale_words[2 + pair / 2] >> (pair % 2 * 16);
-        const float total = x_sums[pair];
-        sum.x = fmaf(static_cast<float>(s & 0xffU), block.x, sum.x);
-        sum.y = fmaf(static_cast<float>(s >> 8 & 0xffU), block.y, sum.y);
-        minima.x = fmaf(static_cast<float>(m & 0xffU), total, minima.x);
-        minima.y = fmaf(static_cast<float>(m >> 8 & 0xffU), total, minima.y);
-      } else {
-        const std::uint32_t s = scale_words[pair];
-        sum.x = fmaf(Half<f16>::low(s), block.x, sum.x);
-        sum.y = fmaf(Half<f16>::high(s), block.y, sum.y);
-        if constexpr (kType == ElementType::kQ4_1) {
-          const float total = x_sums[pair];
-          minima.x = fmaf(Half<f16>::low(more_words[pair]), total, minima.x);
-          minima.y = fmaf(Half<f16>::high(more_words[pair]), total, minima.y);
-        }
+        const float product = static_cast<float>(scale) * total(0);
+        const float minimum = static_cast<float>(min) * x_sum;
+        return (Half<f16>::widen(block_scale) * product - Half<f16>::widen(block_min) * minimum) *
+               factor;
       }
     }
-    if constexpr (kType == ElementType::kQ6_K) {
-      sum.x *= Half<f16>::low(more.x);
-      sum.y *= Half<f16>::high(more.x);
-    }
-    if constexpr (kType == ElementType::kQ4_1) {
-      sum.x = fmaf(own, minima.x, sum.x);
-      sum.y = fmaf(own, minima.y, sum.y);
-    }
-    if constexpr (kType == ElementType::kQ4_K) {
-      sum.x = Half<f16>::low(more.x) * sum.x - own * Half<f16>::low(more.y) * minima.x;
-      sum.y = Half<f16>::high(more.x) * sum.y - own * Half<f16>::high(more.y) * minima.y;
-    }
-    return sum;
-  }
-
- private:
-  static __device__ float signed_byte(std::uint32_t word, int index) {
-    return static_cast<float>(static_cast<std::int8_t>(word >> (8 * index)));
   }
 };
 
-/// Shared memory of a launch: x as high and low halves; the ring; x's sums by blocks of 32 columns,
-/// where there are minima; 2^-e by chunks; the rows' sums.
+/// Shared memory of a launch: x as high and low halves, as many zeros as a run of chunks has x; the
+/// ring; x's sum and 2^-e by blocks of 32 columns, or 2^-e by chunks where no sums are needed; the
+/// rows' sums.
 struct QuantisedMemory {
+  std::int64_t zeros;
   std::int64_t ring;
-  std::int64_t x_sums;
   std::int64_t factors;
   std::int64_t sums;
   std::int64_t bytes;
@@ -235,10 +212,13 @@ __host__ __device__ inline QuantisedMemory quantised_memory(const QuantisedLayou
                                                             std::int64_t chunks,
                                                             std::int64_t rows_of_block) {
   QuantisedMemory m{};
-  m.ring = chunks * layout.chunk_cols * 4;
-  m.x_sums = m.ring + std::int64_t{kQuantisedStages} * kVectorWarps * layout.chunk_bytes;
-  m.factors = m.x_sums + (layout.has_min ? chunks * layout.chunk_cols / 32 * 4 : 0);
-  m.sums = m.factors + (chunks + 3) / 4 * 16;
+  const QuantisedReading reading = quantised_reading(layout);
+  chunks = (chunks + reading.run - 1) / reading.run * reading.run;
+  m.zeros = chunks * layout.chunk_cols * 4;
+  m.ring = m.zeros + reading.run * layout.chunk_cols * 4;
+  m.factors =
+      m.ring + std::int64_t{reading.stages} * kVectorWarps * reading.run * layout.chunk_bytes;
+  m.sums = m.factors + (layout.chunk_cols == 64 ? (chunks + 3) / 4 * 16 : chunks * 32);
   m.bytes = m.sums + rows_of_block * 4;
   return m;
 }
@@ -246,11 +226,14 @@ __host__ __device__ inline QuantisedMemory quantised_memory(const QuantisedLayou
 template <ElementType kType>
 __global__ void __launch_bounds__(kVectorThreads, 2)
     quantised_vector_kernel(const __grid_constant__ QuantisedVectorParams params) {
-  constexpr QuantisedLayout kLayout = QuantisedChunk<kType>::kLayout;
-  constexpr int kStages = kQuantisedStages;
-  constexpr int kScaleRuns = (kLayout.chunk_bytes - kQuantisedLevelBytes) / 16;
-  constexpr int kQuads = kLayout.chunk_cols / 4;  // threads that arrange a chunk of x
-  static_assert(kQuantisedLevelBytes == 16 * kWarpSize && kScaleRuns <= kWarpSize);
+  using Chunk = QuantisedChunk<kType>;
+  constexpr QuantisedLayout kLayout = Chunk::kLayout;
+  constexpr int kStages = quantised_reading(kLayout).stages;
+  constexpr int kRun = quantised_reading(kLayout).run;
+  constexpr int kRunBytes = kRun * kLayout.chunk_bytes;
+  constexpr int kGroups = kLayout.chunk_cols / 32;
+  constexpr int kArrangers = 4 * kGroups;  // threads that arrange a chunk of x
+  static_assert(kQuantisedLevelBytes == 16 * kWarpSize && kRun <= 2);
   extern __shared__ __align__(16) unsigned char quantised_vector_memory[];
   __shared__ float carry[kVectorWarps][kQuantisedTileRows];  // of a tile that another warp began
   __shared__ float squares[kVectorWarps];
@@ -261,10 +244,9 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
   const int warp = tid / kWarpSize;
   const int lane = tid % kWarpSize;
   const int chunks = (p.cols + kLayout.chunk_cols - 1) / kLayout.chunk_cols;
+  const int runs = (chunks + kRun - 1) / kRun;  // of a tile
   const QuantisedMemory memory = quantised_memory(kLayout, chunks, 0);
-  uint4* const xs = reinterpret_cast<uint4*>(quantised_vector_memory);
-  unsigned char* const ring = quantised_vector_memory + memory.ring + warp * kLayout.chunk_bytes;
-  float* const x_sums = reinterpret_cast<float*>(quantised_vector_memory + memory.x_sums);
+  unsigned char* const ring = quantised_vector_memory + memory.ring + warp * kRunBytes;
   float* const factors = reinterpret_cast<float*>(quantised_vector_memory + memory.factors);
   float* const sums = reinterpret_cast<float*>(quantised_vector_memory + memory.sums);
 
@@ -273,82 +255,133 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
     return static_cast<int>(static_cast<std::int64_t>(tiles) * block / gridDim.x);
   };
   const int first_tile = border(blockIdx.x);
-  const int total = (border(blockIdx.x + 1) - first_tile) * chunks;
+  const int total = (border(blockIdx.x + 1) - first_tile) * runs;
   const int first = first_tile * kQuantisedTileRows;
   const int count = min(border(blockIdx.x + 1) * kQuantisedTileRows, p.rows) - first;
   const int span = (total + kVectorWarps - 1) / kVectorWarps;
   const int begin = min(warp * span, total);
   const int end = min(begin + span, total);
 
+  int run = begin % runs;
+  int tile = begin / runs;
+  const int lone = chunks % kRun == 0 ? -1 : runs - 1;  // a run of one chunk, if kRun is 2
   const unsigned char* from =
       static_cast<const unsigned char*>(p.matrix) +
-      (static_cast<std::int64_t>(first_tile) * chunks + begin) * kLayout.chunk_bytes + 16 * lane;
+      (static_cast<std::int64_t>(first_tile + tile) * chunks + run * kRun) * kLayout.chunk_bytes +
+      16 * lane;
   int fetched = begin;
+  int fetch_run = run;
   const auto fetch = [&](int stage) {
-    unsigned char* const to = ring + stage * kVectorWarps * kLayout.chunk_bytes + 16 * lane;
-    copy_async_if(to, from, fetched < end);
-    copy_async_if(to + kQuantisedLevelBytes, from + kQuantisedLevelBytes,
-                  fetched < end && lane < kScaleRuns);
-    from += kLayout.chunk_bytes;
+    unsigned char* const to = ring + stage * kVectorWarps * kRunBytes + 16 * lane;
+    int bytes = kRunBytes;
+    if constexpr (kRun > 1) {
+      if (fetch_run == lone) bytes = kLayout.chunk_bytes;
+      fetch_run = fetch_run + 1 == runs ? 0 : fetch_run + 1;
+    }
+    const int wanted = fetched < end ? bytes - 16 * lane : 0;
+#pragma unroll
+    for (int at = 0; at < kRunBytes; at += 16 * kWarpSize)
+      copy_async_if(to + at, from + at, at < wanted);
+    from += bytes;
     ++fetched;
     copies_commit();
   };
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) fetch(stage);
-  if (p.norm != nullptr) {
-    for (int i = tid * 32; i < p.cols; i += kVectorThreads * 32)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + i));
-  }
+  // A thread arranges columns 4 t ... 4 t + 3 of 16 columns and of the next 16. The norm's are no
+  // other kernel's result.
+  const auto load_columns = [&](float4(&to)[2], const float* v, int i) {
+    const bool inside = 8 * i < p.cols;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      to[half] = inside ? __ldcg(reinterpret_cast<const float4*>(v) + i / 4 * 8 + 4 * half + i % 4)
+                        : float4{0, 0, 0, 0};
+  };
+  float4 norm[2];
+  if (p.norm != nullptr) load_columns(norm, p.norm, tid);
   wait_for_previous_kernel();
 
   float residual = 0;
   if (params.epilogue == VectorEpilogue::kAdd && tid < count) residual = p.y[first + tid];
   float square = 0;
-  // Whole warps: their threads exchange what they find.
-  const int quads = chunks * kQuads;
-#pragma unroll 2
-  for (int i = tid; i - lane < quads; i += kVectorThreads) {
-    float4 x = {0, 0, 0, 0};
-    if (4 * i < p.cols) {
-      x = __ldcg(reinterpret_cast<const float4*>(p.x) + i);
-      if (p.norm != nullptr) {
-        const float4 w = __ldg(reinterpret_cast<const float4*>(p.norm) + i);
-        square += (x.x * x.x + x.y * x.y) + (x.z * x.z + x.w * x.w);
-        x = {x.x * w.x, x.y * w.y, x.z * w.z, x.w * w.w};
+  if (tid < kRun * kLayout.chunk_cols)
+    reinterpret_cast<float*>(quantised_vector_memory + memory.zeros)[tid] = 0;
+  // Whole warps: their threads exchange what they find. What a turn reads is asked for in the one
+  // before.
+  const int arrangers = runs * kRun * kArrangers;
+  const auto arrange = [&](float4(&x)[2], int i) {
+    const int t = i % 4;
+    if (p.norm != nullptr) {
+      if (i != tid) load_columns(norm, p.norm, i);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float4& v = x[half];
+        const float4 w = norm[half];
+        square += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
+        v = {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w};
       }
     }
-    float top = fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+    float top = 0;
 #pragma unroll
-    for (int step = kQuads / 2; step > 0; step /= 2)
+    for (const float4& v : x)
+      top = fmaxf(top, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+#pragma unroll
+    for (int step = kArrangers / 2; step > 0; step /= 2)
       top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, step));
     // 2^14 <= top 2^e < 2^15, as far as 2^e and 2^-e are numbers.
     const int exponent = max(static_cast<int>(__float_as_uint(top) >> 23), 127 - 112);
     const float grow = __uint_as_float(static_cast<unsigned>(254 + 14 - exponent) << 23);
-    x = {x.x * grow, x.y * grow, x.z * grow, x.w * grow};
-    const std::uint32_t high[2] = {Half<f16>::pack(x.x, x.y), Half<f16>::pack(x.z, x.w)};
-    const std::uint32_t low[2] = {
-        Half<f16>::pack(x.x - Half<f16>::low(high[0]), x.y - Half<f16>::high(high[0])),
-        Half<f16>::pack(x.z - Half<f16>::low(high[1]), x.w - Half<f16>::high(high[1]))};
+    const float factor = __uint_as_float(static_cast<unsigned>(exponent - 14) << 23);
+    std::uint32_t high[2][2];
+    std::uint32_t low[2][2];
     float sum = 0;
-    if constexpr (kLayout.has_min) {
-      sum = (x.x + x.y) + (x.z + x.w);
 #pragma unroll
-      for (int step = 4; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, step);
+    for (int half = 0; half < 2; ++half) {
+      float4& v = x[half];
+      v = {v.x * grow, v.y * grow, v.z * grow, v.w * grow};
+      high[half][0] = Half<f16>::pack(v.x, v.y);
+      high[half][1] = Half<f16>::pack(v.z, v.w);
+      low[half][0] = Half<f16>::pack(v.x - Half<f16>::low(high[half][0]),
+                                     v.y - Half<f16>::high(high[half][0]));
+      low[half][1] = Half<f16>::pack(v.z - Half<f16>::low(high[half][1]),
+                                     v.w - Half<f16>::high(high[half][1]));
+      sum += (v.x + v.y) + (v.z + v.w);
     }
-    if (i < quads) {
-      // [32 columns][high, low][4 threads] of 16 bytes: columns 0, 1 of 4 of the first 16 and of
-      // the second, columns 2, 3 of both.
-      std::uint32_t* const to =
-          reinterpret_cast<std::uint32_t*>(xs + i / 8 * 8 + i % 4) + i / 4 % 2;
-      to[0] = high[0];
-      to[2] = high[1];
-      to[16] = low[0];
-      to[18] = low[1];
-      if (i % kQuads == 0)
-        factors[i / kQuads] = __uint_as_float(static_cast<unsigned>(exponent - 14) << 23);
-      if constexpr (kLayout.has_min)
-        if (i % 8 == 0) x_sums[i / 8] = sum;
+    if constexpr (Chunk::kSums) {
+#pragma unroll
+      for (int step = 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffU, sum, step);
     }
+    if (i < arrangers) {
+      if constexpr (Chunk::kLayout.block_cols == 16) {
+        // [16 columns][high, low][4 threads] of 8 bytes.
+        uint2* const to = reinterpret_cast<uint2*>(quantised_vector_memory) + i / 4 * 16 + t;
+        to[0] = {high[0][0], high[0][1]};
+        to[4] = {low[0][0], low[0][1]};
+        to[8] = {high[1][0], high[1][1]};
+        to[12] = {low[1][0], low[1][1]};
+      } else {
+        // [32 columns][high, low][4 threads] of 16 bytes: columns 0, 1 of 4 of the first 16 and of
+        // the second, columns 2, 3 of both.
+        uint4* const to = reinterpret_cast<uint4*>(quantised_vector_memory) + i / 4 * 8 + t;
+        to[0] = {high[0][0], high[1][0], high[0][1], high[1][1]};
+        to[4] = {low[0][0], low[1][0], low[0][1], low[1][1]};
+      }
+      if constexpr (Chunk::kSums) {
+        if (t == 0) reinterpret_cast<float2*>(factors)[i / 4] = {sum, factor};
+      } else {
+        if (i % kArrangers == 0) factors[i / kArrangers] = factor;
+      }
+    }
+  };
+  float4 x[2];
+  load_columns(x, p.x, tid);
+#pragma unroll 1
+  for (int i = tid; i - lane < arrangers; i += kVectorThreads) {
+    float4 next[2];
+    load_columns(next, p.x, i + kVectorThreads);
+    arrange(x, i);
+    x[0] = next[0];
+    x[1] = next[1];
   }
   if (p.norm != nullptr) {
 #pragma unroll
@@ -358,42 +391,63 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
   }
   __syncthreads();
 
-  // Groups of four threads take high and low in turns: the first two count.
-  const int part = lane / 4 % 2;
-  const uint4* const my_x = xs + 4 * part + lane % 4;
-  const float own = part == 0 ? 1.0F : 0.0F;
-  float2 sum = {0, 0};
-  int chunk = begin % chunks;
-  int tile = begin / chunks;
-  bool whole = chunk == 0;  // the tile's first chunk is this warp's
+  // A thread's x: 16 bytes of a chunk (Q6_K: 8), or zeros.
+  constexpr int kPiece = kLayout.block_cols == 16 ? 8 : 16;
+  constexpr int kLanes = kLayout.chunk_cols * 4 / kPiece;  // that have x of their own
+  const auto zeros = static_cast<int>(memory.zeros);
+  const bool first_half = kLanes < kWarpSize || lane < kWarpSize / 2;
+  const int even_base = first_half ? lane % kLanes * kPiece : zeros;
+  const int even_step = first_half ? kLayout.chunk_cols * 4 : 0;
+  const int odd_base = first_half ? zeros : lane % kLanes * kPiece;
+  const int odd_step = first_half ? 0 : kLayout.chunk_cols * 4;
+  const auto load_x = [&](int at) {
+    if constexpr (kPiece == 16) {
+      return *reinterpret_cast<const uint4*>(quantised_vector_memory + at);
+    } else {
+      const uint2 x = *reinterpret_cast<const uint2*>(quantised_vector_memory + at);
+      return uint4{x.x, x.y, 0, 0};
+    }
+  };
+  float sum = 0;
+  bool whole = run == 0;  // the tile's first chunk is this warp's
   int stage = 0;
-  const int tail = end - kStages - kVectorLead;
-  if (begin >= tail) let_next_kernel_start();
+  const int tell = max(begin, end - kStages - quantised_reading(kLayout).lead);
+  if (begin == end) let_next_kernel_start();
   for (int i = begin; i < end; ++i) {
-    if (i + 1 == tail) let_next_kernel_start();
+    if (i == tell) let_next_kernel_start();
     copies_wait_but<kStages - 1>();
-    __syncwarp();  // scales come from other threads
-    QuantisedChunk<kType> weights;
-    weights.load(ring + stage * kVectorWarps * kLayout.chunk_bytes, lane);
+    __syncwarp();  // other threads' copies
+    const unsigned char* const at = ring + stage * kVectorWarps * kRunBytes;
+    Chunk weights[kRun];
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) weights[j].load(at + j * kLayout.chunk_bytes, lane);
     __syncwarp();
     fetch(stage);
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    const float2 more =
-        weights.multiply(my_x + chunk * kQuads, x_sums + chunk * (kLayout.chunk_cols / 32), own);
-    const float factor = factors[chunk];
-    sum.x = fmaf(factor, more.x, sum.x);
-    sum.y = fmaf(factor, more.y, sum.y);
-    const bool last = ++chunk == chunks;
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      const int chunk = run * kRun;
+      uint4 x_odd = {};
+      if constexpr (kLanes == kWarpSize)
+        x_odd = load_x(odd_base + chunk * odd_step + j * kLayout.chunk_cols * 4);
+      const uint4 x_even = load_x(even_base + chunk * even_step + j * kLayout.chunk_cols * 4);
+      float2 sum_factor;
+      if constexpr (Chunk::kSums)
+        sum_factor = reinterpret_cast<const float2*>(factors)[(chunk + j) * kGroups + lane % 4];
+      else
+        sum_factor = {0, factors[chunk + j]};
+      const float product =
+          weights[j].multiply(x_even, x_odd, sum_factor.x, sum_factor.y, lane % 2 == 1);
+      sum += j > 0 && run == lone ? 0.0F : product;  // there is no second chunk: whatever was left
+    }
+    const bool last = ++run == runs;
     if (last || i + 1 == end) {
-      sum.x += __shfl_xor_sync(0xffffffffU, sum.x, 4);
-      sum.y += __shfl_xor_sync(0xffffffffU, sum.y, 4);
+      sum += __shfl_xor_sync(0xffffffffU, sum, 1);
+      if constexpr (Chunk::kBlocks == 4) sum += __shfl_xor_sync(0xffffffffU, sum, 2);
       float* const to = whole ? sums + tile * kQuantisedTileRows : carry[warp];
-      if (lane < 4) {
-        to[2 * lane] = sum.x;
-        to[2 * lane + 1] = sum.y;
-      }
-      sum = {0, 0};
-      chunk = 0;
+      if (lane % 4 == 0) to[lane / 4] = sum;
+      sum = 0;
+      run = 0;
       whole = true;
       ++tile;
     }
@@ -410,7 +464,7 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
   const auto total_of = [&](int r) {
     const int t = r / kQuantisedTileRows;
     float row = sums[r];
-    for (int w = t * chunks / span + 1; w < kVectorWarps && w * span < (t + 1) * chunks; ++w)
+    for (int w = t * runs / span + 1; w < kVectorWarps && w * span < (t + 1) * runs; ++w)
       row += carry[w][r % kQuantisedTileRows];
     return row * scale;
   };
