@@ -10,7 +10,7 @@
 ///   16 j + 4 t + 0 ... 3 as bytes, level + 128 (8 bits); or the columns 32 j + 4 t + 0 ... 3 as
 ///   nibbles 0, 4, 1, 5 and the columns 32 j + 16 + 4 t + 0 ... 3 as nibbles 2, 6, 3, 7, lowest
 ///   nibble first (4 bits). So the run is thread 4 g + t's part of matrix fragments (PTX ISA,
-///   mma.m16n8k16, matrix B) whose 16 columns have the same scale.
+///   mma.m16n8k16: matrix B, or eight rows of matrix A) whose 16 columns have the same scale.
 /// - scales, for t in 0 ... 3, the last [2] being rows 2 t and 2 t + 1, S the sub-blocks of a
 ///   chunk; by type, with the value of a level q:
 ///   - Q8_0, d q: d f16 [t][S = 2][2];
@@ -20,7 +20,8 @@
 ///   - Q4_K, d scale q - dmin min: scale, then min, uint8 [t][2][S = 4][2], then d and dmin, f16
 ///     [t][2][2].
 ///
-/// These are the numbers of the file: nothing is rounded.
+/// These are the numbers of the file: nothing is rounded. Planes of levels at multiples of 512 bytes
+/// and of scales behind them are no faster to read (bench/cuda/NOTES.md).
 #pragma once
 
 #include <cstdint>

@@ -56,7 +56,7 @@ struct QuantisedVectorParams {
 
 /// How a warp reads: `run` chunks at once, which lie together; so many runs in flight; and how many
 /// runs before its last request the next kernel may start. Two blocks share a multiprocessor with
-/// 14,336 columns. More bytes in flight are slower: bench/cuda/NOTES.md.
+/// 14,336 columns. Why these numbers: bench/cuda/NOTES.md.
 struct QuantisedReading {
   int run;
   int stages;
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(kVectorThreads, 2)
         sum_factor = {0, factors[chunk + j]};
       const float product =
           weights[j].multiply(x_even, x_odd, sum_factor.x, sum_factor.y, lane % 2 == 1);
-      sum += j > 0 && run == lone ? 0.0F : product;  // there is no second chunk: whatever was left
+      sum += j > 0 && run == lone ? 0.0F : product;  // the ring has an old one there
     }
     const bool last = ++run == runs;
     if (last || i + 1 == end) {
