@@ -162,6 +162,30 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
+/// Both halves; what was stored before is visible to the cluster's blocks after it.
+__device__ inline void cluster_share() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+
+/// Reads the shared memory of block `rank` of the cluster, at the address that `from` has here.
+__device__ inline float read_of_block(const float* from, int rank) {
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  float x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+  return x;
+#else
+  static_cast<void>(rank);
+  return *from;
+#endif
+}
+
 /// A barrier in shared memory that opens once, when the announced number of bytes has arrived from
 /// other blocks. One thread makes it, before cluster_arrive(); one announces.
 __device__ inline void byte_barrier_init(std::uint64_t* barrier) {
