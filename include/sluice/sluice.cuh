@@ -17,6 +17,7 @@
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
+#include "sluice/backend/cuda/quantised_columns.cuh"
 #include "sluice/backend/cuda/quantised_vector.cuh"
 #include "sluice/backend/cuda/segment_attention.cuh"
 #include "sluice/backend/cuda/tile_attention.cuh"

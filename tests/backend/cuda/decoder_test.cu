@@ -8,6 +8,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -359,7 +360,8 @@ TEST(CudaDecoder, OneSessionAgainstFloat64) {
   }
 }
 
-// Steps round no weight. Chunks and batches round weights as well as inputs, each by 2^-9 at most.
+// Steps round no weight. Chunks and batches that are widened round weights as well as inputs, each
+// by 2^-9 at most.
 TEST(CudaDecoder, QuantisedWeightsAgainstFloat64) {
   SKIP_WITHOUT_DEVICE();
   for (const ElementType type : {ElementType::kQ8_0, ElementType::kQ6_K, ElementType::kQ4_0,
@@ -371,8 +373,12 @@ TEST(CudaDecoder, QuantisedWeightsAgainstFloat64) {
     for (int i = 0; i < 33; ++i) prompt.push_back(static_cast<std::int32_t>(random.below(300)));
     PlainDecoder oracle = model.oracle(4, 24);
     CudaDecoder<bf16, 64> steps(*model.device, model.options(1, 4, 24, 0, true));
-    CudaDecoder<bf16, 64> chunks(*model.device, model.options(1, 4, 24, 7, true));
-    CudaDecoder<bf16, 64> batch(*model.device, model.options(3, 4, 24, 0, true));
+    CudaDecoderOptions several = model.options(1, 4, 24, 7, true);
+    several.few_rows = false;
+    CudaDecoder<bf16, 64> chunks(*model.device, several);
+    several = model.options(3, 4, 24, 0, true);
+    several.few_rows = false;
+    CudaDecoder<bf16, 64> batch(*model.device, several);
     std::vector<double> expected;
     for (const std::int32_t token : prompt) {
       expected = oracle.step(token);
@@ -390,6 +396,83 @@ TEST(CudaDecoder, QuantisedWeightsAgainstFloat64) {
                 2 * kRoundedBound)
           << "session " << b;
     EXPECT_EQ(steps.tokens()[0], argmax(steps.logits()));
+  }
+}
+
+// Chunks and batches of up to 8 rows read quantised weights as they are and round inputs of
+// products to 11 bits: by 2^-11 at most, 13 products. Attention of a chunk rounds as it does for
+// longer ones (queries, probabilities: to bf16, by 2^-9 at most), in 3 layers; that of a batch does
+// not.
+TEST(CudaDecoder, FewRowsOfQuantisedWeightsAgainstFloat64) {
+  SKIP_WITHOUT_DEVICE();
+  constexpr double kFewBound = kExactBound + 13 * 0x1p-11;
+  constexpr double kFewChunkBound = kFewBound + 3 * 2 * 0x1p-9;
+  for (const ElementType type : {ElementType::kQ8_0, ElementType::kQ6_K, ElementType::kQ4_0,
+                                 ElementType::kQ4_1, ElementType::kQ4_K}) {
+    SCOPED_TRACE(std::string(to_string(type)));
+    const SmallModel model(type == ElementType::kQ4_0 ? 128 : 64, false, 82, type);
+    const auto check = [&](auto head_dim) {
+      using Model = CudaDecoder<bf16, decltype(head_dim)::value>;
+      std::vector<std::int32_t> prompt;
+      Random random(7);
+      for (int i = 0; i < 41; ++i) prompt.push_back(static_cast<std::int32_t>(random.below(300)));
+      PlainDecoder oracle = model.oracle(4, 24);
+      std::vector<std::vector<double>> expected;
+      for (const std::int32_t token : prompt) expected.push_back(oracle.step(token));
+      for (std::int64_t chunk = 1; chunk <= 8; ++chunk) {
+        SCOPED_TRACE("chunk " + std::to_string(chunk));
+        std::vector<float> found[2];
+        for (std::vector<float>& logits : found) {
+          Model decoder(*model.device, model.options(1, 4, 24, chunk, true));
+          decoder.prefill(0, prompt);
+          logits = decoder.logits();
+          // Logits behind every token of the last chunk.
+          const auto last = static_cast<std::int64_t>(prompt.size() - 1) % chunk + 1;
+          Buffer<float, cuda> rows(static_cast<std::size_t>(last * 300));
+          decoder.chunk_logits(0, last, rows.data(), nullptr);
+          const std::vector<float> all = rows.download();
+          for (std::int64_t i = 0; i < last; ++i)
+            ASSERT_LE(relative_error(std::span<const float>(all).subspan(
+                                         static_cast<std::size_t>(300 * i), 300),
+                                     expected[prompt.size() - static_cast<std::size_t>(last - i)]),
+                      kFewChunkBound)
+                << "row " << i;
+        }
+        ASSERT_EQ(found[0], found[1]) << "other bits the second time";
+        ASSERT_LE(relative_error(found[0], expected.back()), kFewChunkBound);
+      }
+      for (std::size_t batch = 2; batch <= 9; ++batch) {  // 9 are more than a few
+        SCOPED_TRACE("batch " + std::to_string(batch));
+        Model decoder(*model.device,
+                      model.options(static_cast<std::int64_t>(batch), 4, 24, 0, true));
+        // Session b begins b steps late: all stand elsewhere.
+        for (std::size_t i = 0; i < prompt.size(); ++i) {
+          if (i < batch) {
+            std::vector<std::int64_t> totals = decoder.state().totals();
+            for (std::size_t b = i; b < batch; ++b) totals[b] = b == i ? 0 : -1;
+            decoder.set_totals(totals);
+          }
+          std::vector<std::int32_t> tokens(batch, 0);
+          for (std::size_t b = 0; b <= std::min(i, batch - 1); ++b) tokens[b] = prompt[i - b];
+          decoder.feed(tokens);
+          decoder.step(nullptr);
+        }
+        const std::vector<float> logits = decoder.logits();
+        const std::vector<std::int32_t> chosen = decoder.tokens();
+        for (std::size_t b = 0; b < batch; ++b) {
+          const std::span<const float> row = std::span(logits).subspan(300 * b, 300);
+          ASSERT_LE(relative_error(row, expected[prompt.size() - 1 - b]),
+                    batch <= 8 ? kFewBound : 2 * kRoundedBound)
+              << "session " << b;
+          ASSERT_EQ(chosen[b], argmax(row));
+        }
+      }
+    };
+    if (type == ElementType::kQ4_0)
+      check(std::integral_constant<int, 128>());
+    else
+      check(std::integral_constant<int, 64>());
+    if (testing::Test::HasFatalFailure()) return;
   }
 }
 

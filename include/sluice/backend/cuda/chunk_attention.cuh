@@ -24,7 +24,8 @@ struct ChunkAttentionTensors {
   const float* key = nullptr;    ///< [tokens, num_kv_heads, head_dim], not rotated
   const float* value = nullptr;  ///< [tokens, num_kv_heads, head_dim]
   std::int64_t stride = 0;       ///< from token to token, of all three
-  Element* out = nullptr;        ///< [tokens, num_qo_heads, head_dim], no gaps
+  void* out = nullptr;           ///< [tokens, num_qo_heads, head_dim] of `output_type`, no gaps
+  ElementType output_type = element_type_of<Element>;  ///< this or kF32
 
   Element* keys = nullptr;  ///< of the sequence: [num_kv_heads, capacity, head_dim] by the strides
   Element* values = nullptr;
@@ -43,7 +44,7 @@ struct ChunkAttentionParams {
   const float* query;
   const float* key;
   const float* value;
-  std::uint16_t* out;
+  void* out;
   std::uint16_t* keys;
   std::uint16_t* values;
   std::uint16_t* rotated;  // [2 (own place, sinks), tokens, num_qo_heads, head_dim]
@@ -64,6 +65,7 @@ struct ChunkAttentionParams {
   int num_kv_heads;
   int num_pairs;
   bool interleaved;
+  bool wide;  // outputs are float32
   float scale_log2;
 
   /// The slot of a token.
@@ -95,6 +97,8 @@ __global__ void __launch_bounds__(kRowThreads)
     chunk_append_kernel(const __grid_constant__ ChunkAttentionParams p) {
   using H = Half<Element>;
   constexpr int kPairs = kHeadDim / 2;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const std::int64_t token = blockIdx.x;
   const float* const rows = p.rows + token * 4 * p.num_pairs;
   const std::int64_t at = p.slot(p.base + token) * p.token_stride;
@@ -165,6 +169,8 @@ __global__ void __launch_bounds__(kChunkThreads)
   const int g = lane / 4;
   const int t = lane % 4;
   // The last queries see most: they begin first.
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const int kv_head = head / (p.num_qo_heads / p.num_kv_heads);
@@ -317,12 +323,17 @@ __global__ void __launch_bounds__(kChunkThreads)
     const int token = block * kChunkTile + warp * 16 + g + 8 * half;
     if (token >= p.tokens) continue;
     const float scale = 1 / sum[half];  // a query sees itself: never 0
-    std::uint16_t* const row =
-        p.out + (static_cast<std::int64_t>(token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
+    const std::int64_t at =
+        (static_cast<std::int64_t>(token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
 #pragma unroll
-    for (int c = 0; c < kHeadDim / 8; ++c)
-      *reinterpret_cast<std::uint32_t*>(row + 8 * c) =
-          H::pack(out[c][2 * half] * scale, out[c][2 * half + 1] * scale);
+    for (int c = 0; c < kHeadDim / 8; ++c) {
+      const float2 y = {out[c][2 * half] * scale, out[c][2 * half + 1] * scale};
+      if (p.wide)
+        *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + 8 * c) = y;
+      else
+        *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p.out) + at + 8 * c) =
+            H::pack(y.x, y.y);
+    }
   }
 }
 
@@ -341,10 +352,12 @@ enum class ChunkKernel {
 template <class Element, int kHeadDim>
 class ChunkAttentionPlan {
  public:
-  /// For chunks of up to `max_tokens`. \throws Error(kShape, kDevice).
+  /// For chunks of up to `max_tokens`. overlap: what launch() launches may start early, and lets
+  /// the next kernel start (sm_90 and later). \throws Error(kShape, kDevice).
   ChunkAttentionPlan(const DecodeAttentionShape& shape, const DecodeStepConfig& step,
-                     std::int64_t max_tokens, ChunkKernel kernel = ChunkKernel::kAuto)
-      : shape_(shape), max_tokens_(max_tokens) {
+                     std::int64_t max_tokens, ChunkKernel kernel = ChunkKernel::kAuto,
+                     bool overlap = false)
+      : shape_(shape), max_tokens_(max_tokens), overlap_(overlap) {
     const bool limited = step.window_size < DecodeStepConfig::kUnlimitedWindow;
     // The chunk's first query still sees keys that its last one's would have evicted.
     const std::int64_t most =
@@ -396,9 +409,9 @@ class ChunkAttentionPlan {
   void launch(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
-    detail::chunk_append_kernel<Element, kHeadDim>
-        <<<static_cast<unsigned>(tokens), detail::kRowThreads, 0, stream>>>(p);
-    check_cuda(cudaGetLastError(), "chunk_append_kernel");
+    detail::launch_kernel("chunk_append_kernel", detail::chunk_append_kernel<Element, kHeadDim>,
+                          dim3(static_cast<unsigned>(tokens)), detail::kRowThreads, stream,
+                          overlap_, p);
     attend(step, x, base, tokens, sm_scale, stream);
   }
 
@@ -412,8 +425,8 @@ class ChunkAttentionPlan {
     }
     const dim3 grid(static_cast<unsigned>((tokens + detail::kChunkTile - 1) / detail::kChunkTile),
                     static_cast<unsigned>(shape_.num_qo_heads));
-    kernel_<<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(p);
-    check_cuda(cudaGetLastError(), "chunk_attention_kernel");
+    detail::launch_kernel_with("chunk_attention_kernel", kernel_, grid, detail::kChunkThreads,
+                               kSharedBytes, stream, overlap_, p);
   }
 
  private:
@@ -451,6 +464,7 @@ class ChunkAttentionPlan {
         .sink_keys = detail::tensor_map<Element, 3>(p.keys, dims, strides, sinks),
         .sink_values = detail::tensor_map<Element, 3>(p.values, dims, strides, sinks),
         .out = p.out,
+        .wide = p.wide,
         .base = p.base,
         .window = p.window,
         .tokens = p.tokens,
@@ -464,8 +478,9 @@ class ChunkAttentionPlan {
     const std::int64_t items =
         (p.tokens + detail::kItemQueries - 1) / detail::kItemQueries * shape_.num_qo_heads;
     const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors_));
-    hopper_kernel_<<<blocks, detail::kItemThreads, detail::kItemSharedBytes, stream>>>(params);
-    check_cuda(cudaGetLastError(), "hopper_attention_kernel");
+    detail::launch_kernel_with("hopper_attention_kernel", hopper_kernel_, dim3(blocks),
+                               detail::kItemThreads, detail::kItemSharedBytes, stream, overlap_,
+                               params);
   }
 
   detail::ChunkAttentionParams params(const DecodeStep& step,
@@ -475,7 +490,7 @@ class ChunkAttentionPlan {
     return {.query = x.query,
             .key = x.key,
             .value = x.value,
-            .out = reinterpret_cast<std::uint16_t*>(x.out),
+            .out = x.out,
             .keys = reinterpret_cast<std::uint16_t*>(x.keys),
             .values = reinterpret_cast<std::uint16_t*>(x.values),
             .rotated = rotated_.data(),
@@ -496,6 +511,7 @@ class ChunkAttentionPlan {
             .num_kv_heads = static_cast<int>(shape_.num_kv_heads),
             .num_pairs = step.rotary_dim() / 2,
             .interleaved = config.interleaved,
+            .wide = x.output_type == ElementType::kF32,
             .scale_log2 = sm_scale * 1.44269504088896340736F};
   }
 
@@ -504,6 +520,7 @@ class ChunkAttentionPlan {
   void (*hopper_kernel_)(detail::HopperAttentionParams) = nullptr;
   DecodeAttentionShape shape_;
   std::int64_t max_tokens_ = 0;
+  bool overlap_ = false;
   int multiprocessors_ = 0;  // of a GPU that runs the Hopper kernel; 0: mma
   Buffer<std::uint16_t, cuda> rotated_;
   Buffer<float, cuda> rows_;

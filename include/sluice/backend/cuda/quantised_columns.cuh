@@ -632,24 +632,26 @@ class QuantisedColumnsPlan {
     return std::min(count, device_.blocks() / size);
   }
 
-  /// The smallest clusters with which two blocks fit on a multiprocessor, so that a launch can
-  /// fetch while the one before it ends; else the largest that there are.
+  /// Clusters of four read and convert a fourth of the vectors each, and are the fastest
+  /// (bench/cuda/NOTES.md), if two blocks fit on a multiprocessor, so that a launch can fetch while
+  /// the one before it ends. Else the next that do; else what needs least.
   Cut cut(ElementType type, std::int64_t rows, std::int64_t cols) const {
     const std::int64_t groups =
         (cols + detail::kQuantisedColumnsGroup - 1) / detail::kQuantisedColumnsGroup;
     const std::int64_t tiles = (rows + kQuantisedTileRows - 1) / kQuantisedTileRows;
-    Cut best;
-    for (std::size_t i = 0; i < clusters_.size(); ++i) {
-      const std::int64_t size = std::int64_t{1} << i;
-      if (clusters_[i] < 1 || size > groups) break;
-      const std::int64_t pairs = ((tiles + clusters_[i] - 1) / clusters_[i] + 1) / 2;
-      best = {static_cast<int>(size), clusters_[i],
-              detail::quantised_columns_memory(quantised_layout(type), (groups + size - 1) / size,
-                                               pairs)
-                  .bytes};
-      if (best.bytes <= device_.most_bytes() / 2 - kReservedBytes) break;
+    Cut least;
+    for (const int order : {2, 3, 1, 0}) {
+      const int size = 1 << order;
+      const int clusters = clusters_[static_cast<std::size_t>(order)];
+      if (clusters < 1 || size > groups) continue;
+      const std::int64_t pairs = ((tiles + clusters - 1) / clusters + 1) / 2;
+      const std::int64_t bytes = detail::quantised_columns_memory(quantised_layout(type),
+                                                                  (groups + size - 1) / size, pairs)
+                                     .bytes;
+      if (least.clusters == 0 || bytes < least.bytes) least = {size, clusters, bytes};
+      if (bytes <= device_.most_bytes() / 2 - kReservedBytes) return {size, clusters, bytes};
     }
-    return best;
+    return least;
   }
 
   static std::size_t index_of(ElementType type) {
