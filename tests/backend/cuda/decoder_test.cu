@@ -232,6 +232,48 @@ TEST(ChunkAttention, HopperInAnyChunking) {
   check_hopper_chunks<bf16>(63, 3, 600);
 }
 
+// Up to 8 tokens onto caches of any length: keys are divided among blocks of a cluster, some of
+// which find none.
+TEST(ChunkAttention, FewTokens) {
+  SKIP_WITHOUT_DEVICE();
+  Random random(22);
+  for (int i = 0; i < 30; ++i) {
+    ChunkCase c;
+    OracleConfig& s = c.sequence;
+    const int head_dims[] = {64, 128, 80, 96, 256};
+    s.head_dim = s.rotary_dim = head_dims[i % 5];
+    s.num_kv_heads = 1 + static_cast<int>(random.below(2));
+    s.num_qo_heads = s.num_kv_heads * (1 + static_cast<int>(random.below(4)));
+    const std::int64_t sinks[] = {0, 1, 4, 4, 16, 70};
+    s.num_sink_tokens = sinks[random.below(6)];
+    const std::int64_t windows[] = {0, 1, 7, 17, 64, 129, 300, 700};
+    s.window_size = windows[random.below(8)];
+    const std::int64_t first = 1 + static_cast<std::int64_t>(random.below(i % 2 == 0 ? 8 : 600));
+    c.chunks.push_back(first);
+    std::int64_t sum = first;
+    for (int k = 0; k < 12; ++k) {
+      c.chunks.push_back(1 + static_cast<std::int64_t>(random.below(8)));
+      sum += c.chunks.back();
+    }
+    s.capacity = s.window_size == 0
+                     ? sum + s.num_sink_tokens
+                     : s.num_sink_tokens + s.window_size + std::max<std::int64_t>(first, 8) - 1 +
+                           static_cast<std::int64_t>(random.below(3));
+    s.in_text = random.next() % 2 == 0;
+    s.interleaved = random.next() % 2 == 0;
+    s.sm_scale = 1 / std::sqrt(static_cast<float>(s.head_dim));
+    const std::uint64_t seed = 150 + static_cast<std::uint64_t>(i);
+    switch (s.head_dim) {
+      case 64: check_chunks<f16, 64>(c, seed, ChunkKernel::kAuto); break;
+      case 80: check_chunks<bf16, 80>(c, seed, ChunkKernel::kAuto); break;
+      case 96: check_chunks<bf16, 96>(c, seed, ChunkKernel::kAuto); break;
+      case 256: check_chunks<bf16, 256>(c, seed, ChunkKernel::kAuto); break;
+      default: check_chunks<bf16, 128>(c, seed, ChunkKernel::kAuto);
+    }
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 // Few enough tokens for compute-sanitizer, whose racecheck follows every access to shared memory:
 // sinks, a ring that wraps, a chunk that ends within a block.
 ChunkCase small_chunks(int head_dim) {
@@ -251,6 +293,15 @@ TEST(ChunkAttention, Small) {
   SKIP_WITHOUT_DEVICE();
   check_chunks<bf16, 64>(small_chunks(64), 71);
   check_chunks<f16, 128>(small_chunks(128), 72);
+}
+TEST(ChunkAttention, SmallOfFewTokens) {
+  SKIP_WITHOUT_DEVICE();
+  ChunkCase c = small_chunks(64);
+  c.sequence.window_size = 200;
+  c.sequence.capacity = 4 + 200 + 7;
+  c.chunks.clear();
+  for (int i = 0; i < 30; ++i) c.chunks.push_back(1 + i % 8);
+  check_chunks<bf16, 64>(c, 77, ChunkKernel::kAuto);
 }
 TEST(ChunkAttention, SmallOnHopper) {
   SKIP_WITHOUT_DEVICE();

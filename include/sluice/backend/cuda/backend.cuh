@@ -170,7 +170,8 @@ __device__ inline void cluster_share() {
 #endif
 }
 
-/// Reads the shared memory of block `rank` of the cluster, at the address that `from` has here.
+/// Reads the shared memory of block `rank` of the cluster, at the address that `from` has here:
+/// between cluster_share() and the next barrier.
 __device__ inline float read_of_block(const float* from, int rank) {
 #if __CUDA_ARCH__ >= 900
   unsigned there;
@@ -178,7 +179,7 @@ __device__ inline float read_of_block(const float* from, int rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;"
       : "=r"(there)
       : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there));
   return x;
 #else
   static_cast<void>(rank);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -149,6 +150,104 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const std
                : "memory");
 }
 
+/// The keys that queries [first, last] see, in tiles of 64 in the order of their indices: first the
+/// sinks, then what the window shows.
+template <int kHeadDim>
+struct ChunkTiles {
+  static constexpr int kRow = kHeadDim + kChunkPadding;
+  static constexpr int kElements = 2 * kChunkTile * kRow;  // of a tile's keys and values
+
+  const ChunkAttentionParams& p;
+  const std::uint16_t* keys;
+  const std::uint16_t* values;
+  std::int64_t last;
+  std::int64_t sinks_seen;
+  std::int64_t oldest;
+  int sink_tiles;
+  int count;
+
+  __device__ ChunkTiles(const ChunkAttentionParams& params, int kv_head, std::int64_t first_query,
+                        std::int64_t last_query)
+      : p(params),
+        keys(params.keys + kv_head * params.head_stride),
+        values(params.values + kv_head * params.head_stride),
+        last(last_query),
+        sinks_seen(min(static_cast<std::int64_t>(params.sinks), last_query + 1)),
+        oldest(max(static_cast<std::int64_t>(params.sinks), first_query - params.window + 1)) {
+    sink_tiles = static_cast<int>((sinks_seen + kChunkTile - 1) / kChunkTile);
+    count = sink_tiles +
+            (last < oldest ? 0 : static_cast<int>((last - oldest + kChunkTile) / kChunkTile));
+  }
+
+  __device__ std::int64_t first_key(int n) const {
+    return n < sink_tiles ? std::int64_t{n} * kChunkTile
+                          : oldest + std::int64_t{n - sink_tiles} * kChunkTile;
+  }
+  __device__ std::int64_t end_key(int n) const { return n < sink_tiles ? sinks_seen : last + 1; }
+
+  /// Asks for tile n: to [2 (keys, values), 64, kRow].
+  __device__ void load(int n, std::uint16_t* to) const {
+    const std::int64_t from = first_key(n);
+    const auto slot0 = static_cast<int>(p.slot(from));
+    const auto present = static_cast<int>(min(end_key(n) - from, std::int64_t{kChunkTile}));
+    constexpr int kVectors = kHeadDim / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < kChunkTile * kVectors; i += kChunkThreads) {
+      const int j = i / kVectors;
+      const int c = i % kVectors * 8;
+      const bool inside = j < present;
+      int slot = inside ? slot0 + j : slot0;
+      if (n >= sink_tiles && slot >= p.sinks + p.ring) slot = p.sinks + (slot - p.sinks) % p.ring;
+      copy_async_or_zero(to + j * kRow + c, keys + slot * p.token_stride + c, inside);
+      copy_async_or_zero(to + (kChunkTile + j) * kRow + c, values + slot * p.token_stride + c,
+                         inside);
+    }
+  }
+};
+
+/// The running maximum and sum of two rows' softmax, base-2 scores, in a thread that holds columns
+/// 2 t and 2 t + 1 of every 8; the sum is of its own columns.
+struct ChunkSoftmax {
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0, 0};
+
+  /// Turns scores into weights; earlier outputs are to be multiplied by `factor`.
+  template <int kBlocks>
+  __device__ void add(float (&s)[kBlocks][4], float scale_log2, float (&factor)[2]) {
+    const float kInfinity = __int_as_float(0x7f800000);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = -kInfinity;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        most = fmaxf(most, fmaxf(s[b][2 * half], s[b][2 * half + 1]));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 2));
+      most = fmaxf(most * scale_log2, maximum[half]);
+      const float base = most == -kInfinity ? 0 : most;
+      factor[half] = power_of_two(maximum[half] - base);
+      maximum[half] = most;
+      float total = 0;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[b][2 * half + i];
+          x = power_of_two(fmaf(x, scale_log2, -base));
+          total += x;
+        }
+      sum[half] = sum[half] * factor[half] + total;
+    }
+  }
+  /// The sums of whole rows.
+  __device__ void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 2);
+    }
+  }
+};
+
 /// A block is 64 queries of one head; a warp 16 of them. Keys come in tiles of 64, in the order of
 /// their indices, first the sinks, then what the window shows.
 template <class Element, int kHeadDim>
@@ -174,41 +273,14 @@ __global__ void __launch_bounds__(kChunkThreads)
   const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const int kv_head = head / (p.num_qo_heads / p.num_kv_heads);
-  const std::uint16_t* const keys = p.keys + kv_head * p.head_stride;
-  const std::uint16_t* const values = p.values + kv_head * p.head_stride;
 
   const std::int64_t first = p.base + block * kChunkTile;  // index of the block's first query
   const std::int64_t last = p.base + min((block + 1) * kChunkTile, p.tokens) - 1;
-  const std::int64_t sinks_seen = min(static_cast<std::int64_t>(p.sinks), last + 1);
-  const std::int64_t oldest = max(static_cast<std::int64_t>(p.sinks), first - p.window + 1);
-  const int sink_tiles = static_cast<int>((sinks_seen + kChunkTile - 1) / kChunkTile);
-  const int ring_tiles =
-      last < oldest ? 0 : static_cast<int>((last - oldest + kChunkTile) / kChunkTile);
-  const int count = sink_tiles + ring_tiles;
-  const auto first_key = [&](int n) {
-    return n < sink_tiles ? std::int64_t{n} * kChunkTile
-                          : oldest + std::int64_t{n - sink_tiles} * kChunkTile;
-  };
-  const auto end_key = [&](int n) {
-    return n < sink_tiles ? sinks_seen : last + 1;
-  };
-
+  const ChunkTiles<kHeadDim> seen(p, kv_head, first, last);
+  const int count = seen.count;
+  const int sink_tiles = seen.sink_tiles;
   const auto load_tile = [&](int n) {
-    const std::int64_t from = first_key(n);
-    const auto slot0 = static_cast<int>(p.slot(from));
-    const auto present = static_cast<int>(min(end_key(n) - from, std::int64_t{kChunkTile}));
-    std::uint16_t* const to = tiles + n % 2 * (2 * kChunkTile * kRow);
-    constexpr int kVectors = kHeadDim / 8;
-    for (int i = tid; i < kChunkTile * kVectors; i += kChunkThreads) {
-      const int j = i / kVectors;
-      const int c = i % kVectors * 8;
-      const bool inside = j < present;
-      int slot = inside ? slot0 + j : slot0;
-      if (n >= sink_tiles && slot >= p.sinks + p.ring) slot = p.sinks + (slot - p.sinks) % p.ring;
-      copy_async_or_zero(to + j * kRow + c, keys + slot * p.token_stride + c, inside);
-      copy_async_or_zero(to + (kChunkTile + j) * kRow + c, values + slot * p.token_stride + c,
-                         inside);
-    }
+    seen.load(n, tiles + n % 2 * seen.kElements);
     copies_commit();
   };
 
@@ -230,8 +302,7 @@ __global__ void __launch_bounds__(kChunkThreads)
   };
 
   float out[kHeadDim / 8][4] = {};
-  float maximum[2] = {-kInfinity, -kInfinity};  // of rows g and g + 8, base-2 scores
-  float sum[2] = {0, 0};
+  ChunkSoftmax softmax;  // of rows g and g + 8
   const std::int64_t own = first + warp * 16 + g;
 
   load_tile(0);
@@ -256,12 +327,12 @@ __global__ void __launch_bounds__(kChunkThreads)
         H::multiply_add(s[b + 1], query[step], r[2], r[3]);
       }
     }
-    const std::int64_t from = first_key(n);
+    const std::int64_t from = seen.first_key(n);
     const std::int64_t window = n < sink_tiles ? DecodeStepConfig::kUnlimitedWindow : p.window;
-    const bool whole =
-        from + kChunkTile - 1 <= first && from + kChunkTile <= end_key(n) && from > last - window;
+    const bool whole = from + kChunkTile - 1 <= first && from + kChunkTile <= seen.end_key(n) &&
+                       from > last - window;
     if (!whole) {
-      const std::int64_t end = end_key(n);
+      const std::int64_t end = seen.end_key(n);
 #pragma unroll
       for (int b = 0; b < kKeyBlocks; ++b)
 #pragma unroll
@@ -273,29 +344,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
 
     float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = -kInfinity;
-#pragma unroll
-      for (int b = 0; b < kKeyBlocks; ++b)
-        most = fmaxf(most, fmaxf(s[b][2 * half], s[b][2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 2));
-      most = fmaxf(most * p.scale_log2, maximum[half]);
-      const float base = most == -kInfinity ? 0 : most;
-      factor[half] = power_of_two(maximum[half] - base);
-      maximum[half] = most;
-      float total = 0;
-#pragma unroll
-      for (int b = 0; b < kKeyBlocks; ++b)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[b][2 * half + i];
-          x = power_of_two(fmaf(x, p.scale_log2, -base));
-          total += x;
-        }
-      sum[half] = sum[half] * factor[half] + total;
-    }
+    softmax.add(s, p.scale_log2, factor);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 8; ++c)
 #pragma unroll
@@ -316,13 +365,12 @@ __global__ void __launch_bounds__(kChunkThreads)
       }
     }
   }
+  softmax.finish();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 2);
     const int token = block * kChunkTile + warp * 16 + g + 8 * half;
     if (token >= p.tokens) continue;
-    const float scale = 1 / sum[half];  // a query sees itself: never 0
+    const float scale = 1 / softmax.sum[half];  // a query sees itself: never 0
     const std::int64_t at =
         (static_cast<std::int64_t>(token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
 #pragma unroll
@@ -337,11 +385,207 @@ __global__ void __launch_bounds__(kChunkThreads)
   }
 }
 
+inline constexpr int kFewTokens = 8;
+inline constexpr int kFewStages = 3;
+inline constexpr int kFewRows = 16;
+inline constexpr int kFewWarps = kChunkThreads / kWarpSize;
+inline constexpr int kFewKeys = kChunkTile / kFewWarps;  // of a tile that a warp looks at
+
+/// At most 8 queries: keys are divided instead. A block is the queries of one head or two of a KV
+/// head (the halves of a fragment's 16 rows) and a part of the tiles, each warp 16 keys of a tile;
+/// warps merge in shared memory, and the blocks of a cluster, which hold all parts, in each
+/// other's. Order of sums: warps, then blocks.
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(kChunkThreads)
+    few_attention_kernel(const __grid_constant__ ChunkAttentionParams p) {
+  using H = Half<Element>;
+  using Tiles = ChunkTiles<kHeadDim>;
+  constexpr int kSteps = kHeadDim / 16;
+  const float kInfinity = __int_as_float(0x7f800000);
+  extern __shared__ __align__(16) unsigned char few_memory[];
+  // Tiles [stages, 2 (keys, values), 64, kRow]; later outputs [warps, rows, channels].
+  std::uint16_t* const tiles = reinterpret_cast<std::uint16_t*>(few_memory);
+  float* const outputs = reinterpret_cast<float*>(few_memory);
+  __shared__ float maxima[kFewWarps][kFewRows];
+  __shared__ float sums[kFewWarps][kFewRows];
+
+  const int tid = static_cast<int>(threadIdx.x);
+  const int warp = tid / kWarpSize;
+  const int lane = tid % kWarpSize;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const ClusterPlace cluster = cluster_place();
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int heads = group % 2 == 0 ? 2 : 1;  // of this block
+  const int first_head = static_cast<int>(blockIdx.y) * heads;
+  const Tiles seen(p, first_head / group, p.base, p.base + p.tokens - 1);
+  const int begin = seen.count * cluster.rank / cluster.size;
+  const int end = seen.count * (cluster.rank + 1) / cluster.size;
+
+  const auto load_tile = [&](int n) {
+    if (n < end) seen.load(n, tiles + (n - begin) % kFewStages * Tiles::kElements);
+    copies_commit();
+  };
+  const auto load_first = [&] {
+#pragma unroll
+    for (int i = 0; i < kFewStages - 1; ++i) load_tile(begin + i);
+  };
+  // Tokens of earlier chunks are in the cache since long ago.
+  const int ahead = min(begin + kFewStages - 1, end);
+  const bool early = ahead == begin ||
+                     min(seen.first_key(ahead - 1) + kChunkTile, seen.end_key(ahead - 1)) <= p.base;
+  if (early) load_first();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (!early) load_first();
+
+  // Row g is query g of the first head, row g + 8 of the second; what is not there repeats.
+  const int token = min(g, p.tokens - 1);
+  std::uint32_t query[kSteps][4];
+  const auto load_queries = [&](int which) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int head = first_head + min(half, heads - 1);
+      const std::uint16_t* const row =
+          p.rotated +
+          ((which * std::int64_t{p.tokens} + token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        query[s][half] = *reinterpret_cast<const std::uint32_t*>(row + 16 * s);
+        query[s][half + 2] = *reinterpret_cast<const std::uint32_t*>(row + 16 * s + 8);
+      }
+    }
+  };
+
+  float out[kHeadDim / 8][4] = {};
+  ChunkSoftmax softmax;
+  const std::int64_t own = p.base + token;
+  load_queries(begin < seen.sink_tiles ? 1 : 0);
+  for (int n = begin; n < end; ++n) {
+    copies_wait_but<kFewStages - 2>();
+    __syncthreads();
+    load_tile(n + kFewStages - 1);
+    if (n == seen.sink_tiles && n > begin) load_queries(0);
+    const std::uint16_t* const key_tile =
+        tiles + (n - begin) % kFewStages * Tiles::kElements + warp * kFewKeys * Tiles::kRow;
+    const std::uint16_t* const value_tile = key_tile + kChunkTile * Tiles::kRow;
+
+    float s[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      std::uint32_t r[4];
+      load_matrices(
+          r, key_tile + (lane / 16 * 8 + lane % 8) * Tiles::kRow + 16 * step + lane / 8 % 2 * 8);
+      H::multiply_add(s[0], query[step], r[0], r[1]);
+      H::multiply_add(s[1], query[step], r[2], r[3]);
+    }
+    const std::int64_t from = seen.first_key(n) + warp * kFewKeys + 2 * t;
+    const std::int64_t window = n < seen.sink_tiles ? DecodeStepConfig::kUnlimitedWindow : p.window;
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::int64_t k = from + 8 * b + i % 2;
+        if (k > own || k >= seen.end_key(n) || k <= own - window) s[b][i] = -kInfinity;
+      }
+    float factor[2];
+    softmax.add(s, p.scale_log2, factor);
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; ++c)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[c][i] *= factor[i / 2];
+    const std::uint32_t a[4] = {H::pack(s[0][0], s[0][1]), H::pack(s[0][2], s[0][3]),
+                                H::pack(s[1][0], s[1][1]), H::pack(s[1][2], s[1][3])};
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; c += 2) {
+      std::uint32_t r[4];
+      load_matrices_transposed(
+          r, value_tile + (lane / 8 % 2 * 8 + lane % 8) * Tiles::kRow + 8 * c + lane / 16 * 8);
+      H::multiply_add(out[c], a, r[0], r[1]);
+      H::multiply_add(out[c + 1], a, r[2], r[3]);
+    }
+  }
+  softmax.finish();
+  __syncthreads();  // tiles have been read
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
+    if (t == 0) {
+      maxima[warp][row] = softmax.maximum[half];
+      sums[warp][row] = softmax.sum[half];
+    }
+    float* const to = outputs + (warp * kFewRows + row) * kHeadDim + 2 * t;
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; ++c)
+      *reinterpret_cast<float2*>(to + 8 * c) = {out[c][2 * half], out[c][2 * half + 1]};
+  }
+  __syncthreads();
+  // Of the warps, into the first one's place.
+  for (int i = tid; i < kFewRows * kHeadDim; i += kChunkThreads) {
+    const int row = i / kHeadDim;
+    float most = -kInfinity;
+#pragma unroll
+    for (int w = 0; w < kFewWarps; ++w) most = fmaxf(most, maxima[w][row]);
+    const float base = most == -kInfinity ? 0 : most;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kFewWarps; ++w)
+      sum = fmaf(power_of_two(maxima[w][row] - base), outputs[w * kFewRows * kHeadDim + i], sum);
+    outputs[i] = sum;
+  }
+  float most = -kInfinity;
+  float total = 0;
+  if (tid < kFewRows) {
+    for (int w = 0; w < kFewWarps; ++w) most = fmaxf(most, maxima[w][tid]);
+    const float base = most == -kInfinity ? 0 : most;
+    for (int w = 0; w < kFewWarps; ++w) total += power_of_two(maxima[w][tid] - base) * sums[w][tid];
+  }
+  __syncthreads();
+  if (tid < kFewRows) {
+    maxima[0][tid] = most;
+    sums[0][tid] = total;
+  }
+  __syncthreads();
+  if (cluster.size > 1) cluster_share();
+
+  // Each block finishes a part of the channels of all rows.
+  const int channels = kHeadDim / cluster.size;
+  for (int i = tid; i < kFewRows * channels; i += kChunkThreads) {
+    const int row = i / channels;
+    const int channel = cluster.rank * channels + i % channels;
+    if (row % 8 >= p.tokens || row / 8 >= heads) continue;
+    float top = -kInfinity;
+    for (int rank = 0; rank < cluster.size; ++rank)
+      top = fmaxf(top, read_of_block(&maxima[0][row], rank));
+    float sum = 0;
+    float y = 0;
+    for (int rank = 0; rank < cluster.size; ++rank) {  // a query sees itself: the top is a number
+      const float weight = power_of_two(read_of_block(&maxima[0][row], rank) - top);
+      sum = fmaf(weight, read_of_block(&sums[0][row], rank), sum);
+      y = fmaf(weight, read_of_block(outputs + row * kHeadDim + channel, rank), y);
+    }
+    y /= sum;
+    const std::int64_t at =
+        (static_cast<std::int64_t>(row % 8) * p.num_qo_heads + first_head + row / 8) * kHeadDim +
+        channel;
+    if (p.wide)
+      static_cast<float*>(p.out)[at] = y;
+    else
+      static_cast<std::uint16_t*>(p.out)[at] = static_cast<std::uint16_t>(H::pack(y, 0));
+  }
+  // Others may still read this block's memory.
+  if (cluster.size > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
+}
+
 }  // namespace detail
 
 /// Which kernel attends.
 enum class ChunkKernel {
-  kAuto,    ///< kHopper where it runs
+  kAuto,    ///< kHopper where it runs; chunks of up to 8 tokens by one that divides the keys
   kMma,     ///< every GPU, every shape
   kHopper,  ///< wgmma and the copy engine: H100 and H200, head size 128, at most 16 sinks
 };
@@ -372,6 +616,26 @@ class ChunkAttentionPlan {
     check_cuda(
         cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "cudaFuncSetAttribute");
+    int device = 0;
+    int major = 0;
+    int most_shared = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               "cudaDeviceGetAttribute");
+    check_cuda(
+        cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+    // Without clusters keys are not divided.
+    if (kernel == ChunkKernel::kAuto && major >= 9 && kFewBytes + 1024 <= most_shared) {
+      int multiprocessors = 0;
+      check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                 "cudaDeviceGetAttribute");
+      check_cuda(
+          cudaFuncSetAttribute(few_kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kFewBytes),
+          "cudaFuncSetAttribute");
+      few_parts_ = 1;
+      while (few_parts_ < 8 && 2 * few_parts_ * few_blocks() <= multiprocessors) few_parts_ *= 2;
+    }
     if constexpr (kHeadDim == detail::kItemDim) {
       if (kernel != ChunkKernel::kMma && step.num_sink_tokens <= detail::kItemSinks)
         multiprocessors_ = detail::hopper_multiprocessors();
@@ -420,6 +684,7 @@ class ChunkAttentionPlan {
   void attend(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
+    if (few_parts_ > 0 && tokens <= detail::kFewTokens) return attend_few(p, stream);
     if constexpr (kHeadDim == detail::kItemDim) {
       if (multiprocessors_ > 0) return attend_hopper(step, p, stream);
     }
@@ -432,6 +697,31 @@ class ChunkAttentionPlan {
  private:
   static constexpr int kSharedBytes =
       4 * detail::kChunkTile * (kHeadDim + detail::kChunkPadding) * 2;
+
+  static constexpr int kFewBytes =
+      std::max(detail::kFewStages * detail::ChunkTiles<kHeadDim>::kElements * 2,
+               detail::kFewWarps* detail::kFewRows* kHeadDim * 4);
+
+  /// Blocks that share no keys' part: of one query head, or two.
+  int few_blocks() const {
+    const auto heads = static_cast<int>(shape_.num_qo_heads);
+    return shape_.num_qo_heads / shape_.num_kv_heads % 2 == 0 ? heads / 2 : heads;
+  }
+  void attend_few(const detail::ChunkAttentionParams& p, cudaStream_t stream) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(few_parts_), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(static_cast<unsigned>(few_parts_), static_cast<unsigned>(few_blocks()));
+    launch.blockDim = dim3(detail::kChunkThreads);
+    launch.dynamicSmemBytes = kFewBytes;
+    launch.stream = stream;
+    launch.attrs = attributes;
+    launch.numAttrs = overlap_ ? 2 : 1;
+    check_cuda(cudaLaunchKernelEx(&launch, few_kernel_, p), "few_attention_kernel");
+  }
 
   void attend_hopper(const DecodeStep& step, const detail::ChunkAttentionParams& p,
                      cudaStream_t stream) {
@@ -517,6 +807,9 @@ class ChunkAttentionPlan {
 
   // What the attributes are set on (backend.cuh).
   void (*kernel_)(detail::ChunkAttentionParams) = detail::chunk_attention_kernel<Element, kHeadDim>;
+  void (*few_kernel_)(detail::ChunkAttentionParams) =
+      detail::few_attention_kernel<Element, kHeadDim>;
+  int few_parts_ = 0;  // blocks that divide the keys between them; 0: not used
   void (*hopper_kernel_)(detail::HopperAttentionParams) = nullptr;
   DecodeAttentionShape shape_;
   std::int64_t max_tokens_ = 0;

@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decode_attention.cuh"
@@ -48,10 +49,10 @@ struct QuantisedColumnsTask {
 namespace detail {
 
 inline constexpr int kMostQuantisedColumns = 8;
-inline constexpr int kQuantisedColumnsWarps = 16;
+inline constexpr int kQuantisedColumnsWarps = 8;
 inline constexpr int kQuantisedColumnsThreads = kQuantisedColumnsWarps * kWarpSize;
 /// Pairs of chunks per warp in flight.
-inline constexpr int kQuantisedColumnsStages = 2;
+inline constexpr int kQuantisedColumnsStages = 4;
 /// Pairs of chunks before a warp's last request at which the next kernel may start.
 inline constexpr int kQuantisedColumnsLead = 2;
 inline constexpr int kQuantisedColumnsGroup = 128;  // columns under one power of two
@@ -92,12 +93,10 @@ template <ElementType kType>
 struct QuantisedColumnsChunk {
   static constexpr QuantisedLayout kLayout = quantised_layout(kType);
   static constexpr bool kBytes = kLayout.chunk_cols == 64;
-  /// What sums are too small by: 2^24 for the levels of 4 bits.
-  static constexpr int kLevelBits = kBytes ? 0 : 24;
-  /// What a block's sum of x counts by, in the same measure, 0: not at all. Q4_0's levels are less
-  /// 8.
-  static constexpr float kSumFactor =
-      kBytes ? 0.0F : (kType == ElementType::kQ4_0 ? -8.0F : 1.0F) * 0x1p-24F;
+  /// Whether levels stay in the bits where they are (fragment()).
+  static constexpr bool kInPlace = kLayout.has_min;
+  /// By how many bits sums are too small then.
+  static constexpr int kLevelBits = kInPlace ? 24 : 0;
 
   uint4 levels;
   uint2 scales;       // kBlocks of f16, or of bytes in .x
@@ -138,9 +137,10 @@ struct QuantisedColumnsChunk {
     }
   }
 
-  /// Levels of the 16 columns `part` of the chunk: two registers of a fragment. 4-bit levels stay
-  /// where they are: in the lowest bits of an f16 a level q is the number 2^-24 q, four bits higher
-  /// 2^-20 q, exact like every f16.
+  /// Levels of the 16 columns `part` of the chunk: two registers of a fragment. In the lowest bits
+  /// of an f16 a level q is the number 2^-24 q, four bits higher 2^-20 q, exact like every f16.
+  /// That is enough for types with minima; where an offset must be taken away, 2^10 + q and 2^10 +
+  /// 16 q are made first.
   __device__ uint2 fragment(int part) const {
     const std::uint32_t words[4] = {levels.x, levels.y, levels.z, levels.w};
     if constexpr (kBytes) {
@@ -148,7 +148,16 @@ struct QuantisedColumnsChunk {
       return {halves_of_bytes(word, 0x4140), halves_of_bytes(word, 0x4342)};
     } else {
       const std::uint32_t word = part % 2 == 0 ? words[part / 2] : words[part / 2] >> 8;
-      return {word & 0x000f000fU, word & 0x00f000f0U};
+      if constexpr (kInPlace) return {word & 0x000f000fU, word & 0x00f000f0U};
+      uint2 halves;
+      asm("{\n\t.reg .b32 low, high;\n\t"
+          "lop3.b32 low, %2, 0x000f000f, %3, 0xea;\n\t"  // (a & b) | c
+          "lop3.b32 high, %2, 0x00f000f0, %3, 0xea;\n\t"
+          "sub.f16x2 %0, low, %4;\n\t"           // less 2^10 + 8
+          "fma.rn.f16x2 %1, high, %5, %6;\n\t}"  // times 2^-4, less 2^6 + 8
+          : "=r"(halves.x), "=r"(halves.y)
+          : "r"(word), "r"(0x64006400U), "r"(0x64086408U), "r"(0x2c002c00U), "r"(0xd480d480U));
+      return halves;
     }
   }
   __device__ float scale_of(int block) const { return entry(scales, block); }
@@ -169,7 +178,7 @@ struct QuantisedColumnsChunk {
 
 /// sums[2 j + i]: of row g of tile j and vector 2 t + i, without the power of two of x. x: the
 /// thread's part of the chunk's vectors, 32 columns every 512 bytes, in even and odd blocks;
-/// x_sums: of vectors 2 t, 2 t + 1, by blocks of 32 columns, times kSumFactor.
+/// x_sums: of vectors 2 t, 2 t + 1, by blocks of 32 columns, where there are minima.
 template <ElementType kType>
 __device__ void multiply_pair(const QuantisedColumnsChunk<kType> (&w)[2], const unsigned char* x,
                               const unsigned char* x_of_odd, const float* x_sums,
@@ -180,13 +189,9 @@ __device__ void multiply_pair(const QuantisedColumnsChunk<kType> (&w)[2], const 
   for (int block = 0; block < Chunk::kLayout.chunk_cols / 32; ++block) {
     const uint4 b = *reinterpret_cast<const uint4*>((block % 2 == 0 ? x : x_of_odd) + 512 * block);
     float2 totals = {0, 0};
-    if constexpr (!Chunk::kBytes)
+    if constexpr (Chunk::kLayout.has_min)
       totals = *reinterpret_cast<const float2*>(x_sums + kMostQuantisedColumns * block);
     float products[4] = {0, 0, 0, 0};
-    if constexpr (kType == ElementType::kQ4_0) {
-      products[0] = products[2] = totals.x;
-      products[1] = products[3] = totals.y;
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint2 first = w[0].fragment(2 * block + half);
@@ -218,8 +223,8 @@ __device__ void multiply_pair(const QuantisedColumnsChunk<kType> (&w)[2], const 
   }
 }
 
-/// Shared memory of a launch: vectors; the ring; vectors' sums by blocks of 32 columns, where
-/// levels have 4 bits; 2^-e by groups; the rows' sums; those of pairs that another warp began.
+/// Shared memory of a launch: vectors; the ring; vectors' sums by blocks of 32 columns, where there
+/// are minima; 2^-e by groups; the rows' sums; those of pairs that another warp began.
 struct QuantisedColumnsMemory {
   std::int64_t ring;
   std::int64_t x_sums;
@@ -234,9 +239,9 @@ __host__ __device__ inline QuantisedColumnsMemory quantised_columns_memory(
   m.ring = groups * kQuantisedColumnsGroup * kMostQuantisedColumns * 2;
   m.x_sums = m.ring + std::int64_t{kQuantisedColumnsStages} * kQuantisedColumnsWarps * 2 *
                           layout.chunk_bytes;
-  m.factors = m.x_sums + (layout.chunk_cols == 128
-                              ? groups * (kQuantisedColumnsGroup / 32) * kMostQuantisedColumns * 4
-                              : 0);
+  m.factors =
+      m.x_sums +
+      (layout.has_min ? groups * (kQuantisedColumnsGroup / 32) * kMostQuantisedColumns * 4 : 0);
   m.carry = m.factors + groups * kMostQuantisedColumns * 4;
   m.sums = m.carry + std::int64_t{kQuantisedColumnsWarps} * kQuantisedColumnsPairSums * 4;
   m.bytes = m.sums + pairs * kQuantisedColumnsPairSums * 4;
@@ -253,11 +258,12 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
   constexpr int kScaleRuns = Place::kScaleBytes / 16;
   constexpr int kChunksOfGroup = kQuantisedColumnsGroup / kLayout.chunk_cols;
   constexpr int kBlocksOfChunk = kLayout.chunk_cols / 32;
-  // Of columns 2 and 3 of 4, whose levels lie 4 bits higher.
-  constexpr float kUpper = Chunk::kBytes ? 1.0F : 0x1p-4F;
+  // Of columns 2 and 3 of 4, whose levels may lie 4 bits higher.
+  constexpr float kUpper = Chunk::kInPlace ? 0x1p-4F : 1.0F;
   static_assert(kQuantisedLevelBytes == 16 * kWarpSize && kScaleRuns <= kWarpSize / 2);
   extern __shared__ __align__(16) unsigned char quantised_columns_memory_[];
   __shared__ float squares[kQuantisedColumnsWarps];
+  __shared__ float block_squares[kMostQuantisedColumns];
 
   const int tid = static_cast<int>(threadIdx.x);
   const int warp = tid / kWarpSize;
@@ -353,15 +359,18 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
   if (vector < p.count) {
     const float* const x = p.x + vector * p.x_stride;
     const int step = kQuantisedColumnsWarps / p.ways;
-    constexpr int kBatch = 4;
+    constexpr int kBatch = 8;
     for (int group = warp / p.ways; group < groups; group += kBatch * step) {
       float4 batch[kBatch];
+      float4 weights[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         const int col = (first_group + group + i * step) * kQuantisedColumnsGroup + 4 * lane;
-        batch[i] = {0, 0, 0, 0};
-        if (group + i * step < groups && col < p.cols)
-          batch[i] = __ldcg(reinterpret_cast<const float4*>(x + col));
+        const bool inside = group + i * step < groups && col < p.cols;
+        batch[i] = weights[i] = {0, 0, 0, 0};
+        if (inside) batch[i] = __ldcg(reinterpret_cast<const float4*>(x + col));
+        if (inside && p.norm != nullptr)
+          weights[i] = __ldg(reinterpret_cast<const float4*>(p.norm + col));
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -369,9 +378,7 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
         if (at >= groups) break;
         float4 v = batch[i];
         if (p.norm != nullptr) {
-          const int col = (first_group + at) * kQuantisedColumnsGroup + 4 * lane;
-          float4 w = {0, 0, 0, 0};
-          if (col < p.cols) w = __ldg(reinterpret_cast<const float4*>(p.norm + col));
+          const float4 w = weights[i];
           square += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
           v = {v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w};
         }
@@ -397,11 +404,11 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
         if (lane == 0)
           factors[at * kMostQuantisedColumns + vector] =
               __uint_as_float(static_cast<unsigned>(exponent - 14 + Chunk::kLevelBits) << 23);
-        if constexpr (!Chunk::kBytes) {
+        if constexpr (kLayout.has_min) {
           // Of the rounded numbers: their errors then count by a weight's size, not by its parts'.
-          float sum = Chunk::kSumFactor *
-                      ((Half<f16>::low(packed.x) + Half<f16>::high(packed.x)) +
-                       (Half<f16>::low(packed.y) + Half<f16>::high(packed.y)) * (1 / kUpper));
+          float sum = ((Half<f16>::low(packed.x) + Half<f16>::high(packed.x)) +
+                       (Half<f16>::low(packed.y) + Half<f16>::high(packed.y)) * (1 / kUpper)) *
+                      __uint_as_float((127U - Chunk::kLevelBits) << 23);
 #pragma unroll
           for (int lanes = 4; lanes > 0; lanes /= 2)
             sum += __shfl_xor_sync(0xffffffffU, sum, lanes);
@@ -476,37 +483,50 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
       sum += carry[w * kQuantisedColumnsPairSums + i % kQuantisedColumnsPairSums];
     sums[i] = sum;
   }
+  if (p.norm != nullptr && tid < p.count) {
+    float sum = 0;
+    for (int w = tid; w < kQuantisedColumnsWarps; w += p.ways) sum += squares[w];
+    block_squares[tid] = sum;
+  }
   __syncthreads();
   if (cluster.size > 1) cluster_share();
 
-  const auto sum_at = [&](const float* at) {
-    float sum = 0;
-    for (int rank = 0; rank < cluster.size; ++rank) sum += read_of_block(at, rank);
-    return sum;
-  };
-  const auto scale_of = [&](int n) {
-    if (p.norm == nullptr) return 1.0F;
-    float mean = 0;
-    for (int w = n; w < kQuantisedColumnsWarps; w += p.ways) mean += sum_at(squares + w);
-    return 1 / sqrtf(mean / static_cast<float>(p.cols) + p.norm_eps);
-  };
-  const auto row_at = [&](int n, int row) {
-    return sum_at(sums + row / kQuantisedColumnsPairRows * kQuantisedColumnsPairSums +
-                  n * kQuantisedColumnsPairRows + row % kQuantisedColumnsPairRows);
-  };
-  for (int e = tid; e < outputs; e += kQuantisedColumnsThreads) {
-    const int n = e / my_units;
-    const int unit = first_unit + e % my_units;
-    float* const to = output_at(e);
-    const float scale = scale_of(n);
-    if (gated) {
-      const float gate = scale * row_at(n, 2 * unit);
-      *to = gate / (1 + __expf(-gate)) * (scale * row_at(n, 2 * unit + 1));
-    } else {
-      float sum = scale * row_at(n, unit);
+  // Reads of other blocks' memory take long: those of an output are under way together.
+  const auto finish = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    const auto sum_at = [&](const float* at) {
+      float parts[kSize];
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) parts[rank] = read_of_block(at, rank);
+      float sum = parts[0];
+#pragma unroll
+      for (int rank = 1; rank < kSize; ++rank) sum += parts[rank];
+      return sum;
+    };
+    const auto row_at = [&](int n, int row) {
+      return sum_at(sums + row / kQuantisedColumnsPairRows * kQuantisedColumnsPairSums +
+                    n * kQuantisedColumnsPairRows + row % kQuantisedColumnsPairRows);
+    };
+    for (int e = tid; e < outputs; e += kQuantisedColumnsThreads) {
+      const int n = e / my_units;
+      const int unit = first_unit + e % my_units;
+      float* const to = output_at(e);
+      float sum = row_at(n, gated ? 2 * unit : unit);
+      const float up = gated ? row_at(n, 2 * unit + 1) : 0;
+      float scale = 1;
+      if (p.norm != nullptr)
+        scale = 1 / sqrtf(sum_at(block_squares + n) / static_cast<float>(p.cols) + p.norm_eps);
+      sum *= scale;
+      if (gated) sum = sum / (1 + __expf(-sum)) * (scale * up);
       if (p.epilogue == VectorEpilogue::kAdd) sum += e == tid ? residual : *to;
       *to = sum;
     }
+  };
+  switch (cluster.size) {
+    case 1: finish(std::integral_constant<int, 1>()); break;
+    case 2: finish(std::integral_constant<int, 2>()); break;
+    case 4: finish(std::integral_constant<int, 4>()); break;
+    default: finish(std::integral_constant<int, 8>());
   }
   // Others may still read this block's memory.
   if (cluster.size > 1) {
