@@ -162,6 +162,28 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
+/// The first half for a block that has stored into others' shared memory: its stores are seen
+/// behind their cluster_wait().
+__device__ inline void cluster_publish() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+/// Stores into the shared memory of the cluster's block `rank`, at the address that `to` has here.
+__device__ inline void store_in_cluster(float* to, int rank, float x) {
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+#else
+  *to = x;
+#endif
+}
+
 /// A barrier in shared memory that opens once, when the announced number of bytes has arrived from
 /// other blocks. One thread makes it, before cluster_arrive(); one announces.
 __device__ inline void byte_barrier_init(std::uint64_t* barrier) {
