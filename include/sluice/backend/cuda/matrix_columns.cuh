@@ -55,18 +55,9 @@ inline constexpr int kColumnsMost = 8;        // vectors: columns of the matrix 
 inline constexpr int kColumnsTile = 16;       // rows of the matrix instruction
 inline constexpr int kColumnsChunk = 64;      // columns of a chunk: 128 bytes of a row
 inline constexpr int kColumnsMostChunks = 4;  // that a warp holds of every vector at a time
-#ifndef COLS_STAGES
-#define COLS_STAGES 4
-#endif
-#ifndef COLS_LEAD
-#define COLS_LEAD 2
-#endif
-#ifndef COLS_L2
-#define COLS_L2 "128"
-#endif
-inline constexpr int kColumnsStages = COLS_STAGES;
+inline constexpr int kColumnsStages = 3;
 /// Chunks before a warp's last request at which the next kernel may start.
-inline constexpr int kColumnsLead = COLS_LEAD;
+inline constexpr int kColumnsLead = 2;
 /// Tiles whose sums meet at one barrier.
 inline constexpr int kColumnsGroup = kColumnsThreads / (kColumnsTile * kColumnsMost);
 /// Floats of a warp's sums of a tile: [kColumnsMost, 16], rows widened so that no bank is met
@@ -94,13 +85,6 @@ struct MatrixColumnsParams {
   int slots;  // tiles that a block finishes, at most
   VectorEpilogue epilogue;
 };
-
-__device__ inline void copy_line_or_zero(void* to, const void* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global.L2::" COLS_L2
-               "B [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(inside ? 16 : 0)
-               : "memory");
-}
 
 /// A warp's part of the vectors: lane 4 g + t has columns 8 t ... 8 t + 7 of every 32 of its chunks
 /// of vector g. Two words each of the high and of the low parts are matrix B of 16 columns.
@@ -273,8 +257,8 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
       const std::uint16_t* from = copy_from + static_cast<std::int64_t>(row) * p.cols + skipped;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        copy_line_or_zero(copy_to + stage * kColumnsWarps * kStageQuads + j * 32, from,
-                          inside && row + copy_row + 4 * j < count);
+        copy_async_or_zero(copy_to + stage * kColumnsWarps * kStageQuads + j * 32, from,
+                           inside && row + copy_row + 4 * j < count);
         from += 4 * p.cols;
       }
       ++fetched;
