@@ -4,15 +4,14 @@
 /// a line, on stdout.
 ///
 /// usage: decoder_bench [--case step|sessions|chunks|prefill|endless|curve] [--weights TYPE]...
-///                      [--parts] [--widened] [--tokens N]
+///                      [--parts] [--before] [--tokens N]
 ///   --case      one of them; without it all but curve, which is a step of the first geometry by
 ///   the
 ///               size of its cache, 256 to 16,384 entries (recompute_torch.py)
 ///   --weights   bf16, q8_0, q6_k, q4_0, q4_1 or q4_k, for all matrices but the embedding; several
 ///               run in turn (bf16); --parts, endless and curve know bf16 alone
 ///   --tokens N  how many the endless stream has (a million)
-///   --widened   also sessions and chunks of up to 8 rows whose quantised weights are widened, as
-///               those of more rows are
+///   --before    also sessions and chunks of up to 8 rows by way of cuBLASLt, as more rows go
 ///   --parts     also the products of a step, each alone
 #include <algorithm>
 #include <cmath>
@@ -327,15 +326,15 @@ void measure_endless(std::int64_t tokens) {
 
 int main(int count, char** arguments) {
   bool parts = false;
-  bool widened = false;
+  bool before = false;
   std::string only;
   std::vector<ElementType> types;
   std::int64_t tokens = 1000000;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--parts") == 0) {
       parts = true;
-    } else if (std::strcmp(arguments[i], "--widened") == 0) {
-      widened = true;
+    } else if (std::strcmp(arguments[i], "--before") == 0) {
+      before = true;
     } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
     } else if (std::strcmp(arguments[i], "--weights") == 0 && i + 1 < count &&
@@ -346,7 +345,7 @@ int main(int count, char** arguments) {
     } else {
       std::fprintf(stderr,
                    "usage: decoder_bench [--case step|sessions|chunks|prefill|endless|curve] "
-                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--parts] [--widened] "
+                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--parts] [--before] "
                    "[--tokens N]\n");
       return 2;
     }
@@ -382,13 +381,13 @@ int main(int count, char** arguments) {
           for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 2, 4, 8, 64, 112}
                                                    : std::vector<std::int64_t>{1, 2, 4, 8, 64, 256})
             for (const bool few_rows : {true, false})
-              if (few_rows || (widened && is_quantised(type) && sessions > 1 && sessions <= 8))
+              if (few_rows || (before && sessions > 1 && sessions <= 8))
                 measure_step(g, *weights, type, sessions, 1024, true, ceiling, few_rows);
         if (wanted("chunks"))
           for (const std::int64_t length : {1, 2, 4, 8, 16})
             for (const std::int64_t entries : {1024, 4096})
               for (const bool few_rows : {true, false})
-                if (few_rows || (widened && is_quantised(type) && length <= 8))
+                if (few_rows || (before && length <= 8))
                   measure_chunk(g, *weights, type, length, entries, ceiling, few_rows);
         if (wanted("prefill")) {
           measure_prefill(g, *weights, type, 4096, 1024, 1024);

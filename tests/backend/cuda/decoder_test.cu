@@ -451,9 +451,9 @@ TEST(CudaDecoder, QuantisedWeightsAgainstFloat64) {
 }
 
 // Chunks and batches of up to 8 rows read quantised weights as they are and round inputs of
-// products to 11 bits: by 2^-11 at most, 13 products. Attention of a chunk rounds as it does for
-// longer ones (queries, probabilities: to bf16, by 2^-9 at most), in 3 layers; that of a batch does
-// not.
+// products to 11 bits: by 2^-11 of their size at most, 13 products. Attention of a chunk rounds as
+// it does for longer ones (queries, probabilities: to bf16, by 2^-9 in the mean square), in 3
+// layers; that of a batch does not.
 TEST(CudaDecoder, FewRowsOfQuantisedWeightsAgainstFloat64) {
   SKIP_WITHOUT_DEVICE();
   constexpr double kFewBound = kExactBound + 13 * 0x1p-11;

@@ -547,7 +547,10 @@ __global__ void __launch_bounds__(kChunkThreads)
     sums[0][tid] = total;
   }
   __syncthreads();
-  if (cluster.size > 1) cluster_share();
+  if (cluster.size > 1) {
+    cluster_publish();
+    cluster_wait();
+  }
 
   // Each block finishes a part of the channels of all rows.
   const int channels = kHeadDim / cluster.size;

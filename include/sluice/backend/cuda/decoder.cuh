@@ -20,6 +20,7 @@
 #include "sluice/backend/cuda/decoder_kernels.cuh"
 #include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/backend/cuda/group_list.hpp"
+#include "sluice/backend/cuda/matrix_columns.cuh"
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
@@ -221,7 +222,7 @@ struct CudaDecoderOptions {
   /// Multiprocessors that products with one row take up, 0: all (MatrixVectorPlan).
   int vector_multiprocessors = 0;
   bool overlap = true;  ///< launches fetch weights and cache rows ahead of their turn
-  /// Up to 8 rows read quantised weights as they are; false: widened, as more rows do. For
+  /// Up to 8 rows go through products with several vectors; false: as more rows do. For
   /// measurements.
   bool few_rows = true;
 };
@@ -325,8 +326,9 @@ __global__ void __launch_bounds__(kHeadDim / 2)
 /// its cache and chooses its next one. Arithmetic: activations are float32 and weights are widened
 /// for one session; for several, and in prefill, activations are rounded to Element before each
 /// product with weights, and so are quantised weights. Up to 8 sessions, and chunks of up to 8
-/// tokens, read quantised weights as they are, and round activations to 11 bits
-/// (quantised_columns.cuh). Residual sums are float32.
+/// tokens, are between the two: weights stay what they are, activations keep 16 bits and more
+/// (matrix_columns.cuh), 11 with quantised weights (quantised_columns.cuh). Residual sums are
+/// float32.
 template <class Element, int kHeadDim>
 class CudaDecoder {
  public:
@@ -340,6 +342,7 @@ class CudaDecoder {
             options.step, options.overlap),
         vector_(options.overlap, options.vector_multiprocessors),
         quantised_vector_(options.overlap, vector_.blocks()),
+        columns_(options.overlap, vector_.blocks()),
         quantised_columns_(options.overlap, vector_.blocks()),
         few_in_layers_(options.few_rows && takes_few_in_layers(weights)),
         few_logits_(options.few_rows && takes_few(weights.quantised_output)),
@@ -629,10 +632,9 @@ class CudaDecoder {
 
   /// Whether multiply_few() knows the matrix.
   bool takes_few(const CudaQuantisedMatrix& quantised) const {
-    return !quantised.empty() &&
-           std::all_of(quantised.begin(), quantised.end(), [&](const CudaQuantisedRows& part) {
-             return quantised_columns_.fits(part.type, part.rows, part.cols);
-           });
+    return std::all_of(quantised.begin(), quantised.end(), [&](const CudaQuantisedRows& part) {
+      return quantised_columns_.fits(part.type, part.rows, part.cols);
+    });
   }
   bool takes_few_in_layers(const CudaDecoderWeights<Element>& weights) const {
     return std::all_of(
@@ -647,6 +649,20 @@ class CudaDecoder {
                     std::int64_t count, VectorEpilogue epilogue, cudaStream_t stream,
                     bool alone = false) const {
     const std::int64_t per_output = epilogue == VectorEpilogue::kGatedSilu ? 2 : 1;
+    if (quantised.empty()) {
+      MatrixColumnsTask<Element> rows;
+      rows.matrix = task.matrix;
+      rows.rows = task.rows;
+      rows.cols = task.cols;
+      rows.count = static_cast<int>(count);
+      rows.x = task.x;
+      rows.x_stride = task.cols;
+      rows.norm = task.norm;
+      rows.norm_eps = task.norm_eps;
+      rows.y = task.y;
+      rows.y_stride = task.rows / per_output;
+      return columns_.launch(rows, epilogue, stream, alone);
+    }
     float* y = task.y;
     for (const CudaQuantisedRows& part : quantised) {
       QuantisedColumnsTask rows;
@@ -956,6 +972,7 @@ class CudaDecoder {
   DecodeAttentionPlan<Element, kHeadDim> attention_;
   MatrixVectorPlan<Element> vector_;
   QuantisedVectorPlan quantised_vector_;
+  MatrixColumnsPlan<Element> columns_;
   QuantisedColumnsPlan quantised_columns_;
   bool few_in_layers_;                               // multiply_few() knows all matrices of layers
   bool few_logits_;                                  // and the last

@@ -489,7 +489,10 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
     block_squares[tid] = sum;
   }
   __syncthreads();
-  if (cluster.size > 1) cluster_share();
+  if (cluster.size > 1) {
+    cluster_publish();
+    cluster_wait();
+  }
 
   // Reads of other blocks' memory take long: those of an output are under way together.
   const auto finish = [&](auto size) {
@@ -623,8 +626,6 @@ class QuantisedColumnsPlan {
                                            ElementType::kQ4_0, ElementType::kQ4_1,
                                            ElementType::kQ4_K};
 
-  static constexpr int kReservedBytes = 1024;  // that the driver takes of every block's share
-
   /// How a product is dealt out: `clusters` share the rows, `size` blocks of each the columns.
   struct Cut {
     int size = 1;
@@ -669,7 +670,7 @@ class QuantisedColumnsPlan {
                                                                   (groups + size - 1) / size, pairs)
                                      .bytes;
       if (least.clusters == 0 || bytes < least.bytes) least = {size, clusters, bytes};
-      if (bytes <= device_.most_bytes() / 2 - kReservedBytes) return {size, clusters, bytes};
+      if (bytes <= device_.half_bytes()) return {size, clusters, bytes};
     }
     return least;
   }
