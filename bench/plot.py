@@ -134,7 +134,7 @@ GPU = {
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint", "head_map",
           "streaminnc_misaligned", "frame_encoder", "rounding", "chunk_products", "jitter",
           "pieces", "listen_overlap", "listen_overlap_mean", "listen_minute", "listen_endless",
-          "machine", "matrix_vector", "decoder_prefill", "decoder_endless", "segment_attention",
+          "machine", "matrix_vector", "decoder_prefill", "decoder_chunk", "decoder_endless", "segment_attention",
           "duplex_cuda", "watch", "watch_part")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
@@ -727,7 +727,7 @@ def draw_decode_attention_cuda(records, folder):
 def draw_decoder_cuda(records, folder):
     """Left: a token by the cache's size, above what its bytes need. Right: tokens/s by sessions."""
     made, (single, many) = figure(columns=2, width=5.2)
-    steps = [record for record in records if record["overlap"]]
+    steps = [record for record in records if record["overlap"] and record.get("few_rows", True)]
     styles = dict(zip(dict.fromkeys(record.get("type", "") for record in steps),
                       (("o", "-"), ("s", "--"), ("v", "--"), ("^", "-."), ("D", "-."), ("x", "-."))))
     for index, model in enumerate(dict.fromkeys(record["model"] for record in steps)):

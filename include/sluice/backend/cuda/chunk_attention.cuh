@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decode_attention.cuh"
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Rotates queries to both their places and appends keys and values: a block per token.
+/// Rotates queries to both their places and appends keys and values: blocks (token, part).
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kRowThreads)
     chunk_append_kernel(const __grid_constant__ ChunkAttentionParams p) {
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(kRowThreads)
   };
   const int query_pairs = p.num_qo_heads * kPairs;
   const int kv_pairs = p.num_kv_heads * kPairs;
-  for (int e = static_cast<int>(threadIdx.x); e < 2 * query_pairs + 2 * kv_pairs;
-       e += kRowThreads) {
+  for (int e = static_cast<int>(blockIdx.y * kRowThreads + threadIdx.x);
+       e < 2 * query_pairs + 2 * kv_pairs; e += static_cast<int>(gridDim.y) * kRowThreads) {
     if (e < 2 * query_pairs) {
       const int which = e / query_pairs;
       if (which == 1 && p.sinks == 0) continue;
@@ -387,7 +388,8 @@ __global__ void __launch_bounds__(kChunkThreads)
 
 inline constexpr int kFewTokens = 8;
 inline constexpr int kFewStages = 3;
-inline constexpr int kFewRows = 16;
+inline constexpr int kFewRows = 2 * kFewTokens;
+inline constexpr int kFewParts = 8;  // blocks that divide the keys between them, at most
 inline constexpr int kFewWarps = kChunkThreads / kWarpSize;
 inline constexpr int kFewKeys = kChunkTile / kFewWarps;  // of a tile that a warp looks at
 
@@ -408,6 +410,7 @@ __global__ void __launch_bounds__(kChunkThreads)
   float* const outputs = reinterpret_cast<float*>(few_memory);
   __shared__ float maxima[kFewWarps][kFewRows];
   __shared__ float sums[kFewWarps][kFewRows];
+  __shared__ float shares[kFewParts][kFewRows];  // of the blocks in the result
 
   const int tid = static_cast<int>(threadIdx.x);
   const int warp = tid / kWarpSize;
@@ -553,29 +556,56 @@ __global__ void __launch_bounds__(kChunkThreads)
   }
 
   // Each block finishes a part of the channels of all rows.
-  const int channels = kHeadDim / cluster.size;
-  for (int i = tid; i < kFewRows * channels; i += kChunkThreads) {
-    const int row = i / channels;
-    const int channel = cluster.rank * channels + i % channels;
-    if (row % 8 >= p.tokens || row / 8 >= heads) continue;
-    float top = -kInfinity;
-    for (int rank = 0; rank < cluster.size; ++rank)
-      top = fmaxf(top, read_of_block(&maxima[0][row], rank));
-    float sum = 0;
-    float y = 0;
-    for (int rank = 0; rank < cluster.size; ++rank) {  // a query sees itself: the top is a number
-      const float weight = power_of_two(read_of_block(&maxima[0][row], rank) - top);
-      sum = fmaf(weight, read_of_block(&sums[0][row], rank), sum);
-      y = fmaf(weight, read_of_block(outputs + row * kHeadDim + channel, rank), y);
+  const auto finish = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    if (tid < kFewRows) {
+      float tops[kSize];
+      float totals[kSize];
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) {
+        tops[rank] = read_of_block(&maxima[0][tid], rank);
+        totals[rank] = read_of_block(&sums[0][tid], rank);
+      }
+      float top = -kInfinity;
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) top = fmaxf(top, tops[rank]);
+      float sum = 0;
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) {  // a query sees itself: the top is a number
+        tops[rank] = power_of_two(tops[rank] - top);
+        sum = fmaf(tops[rank], totals[rank], sum);
+      }
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) shares[rank][tid] = tops[rank] / sum;
     }
-    y /= sum;
-    const std::int64_t at =
-        (static_cast<std::int64_t>(row % 8) * p.num_qo_heads + first_head + row / 8) * kHeadDim +
-        channel;
-    if (p.wide)
-      static_cast<float*>(p.out)[at] = y;
-    else
-      static_cast<std::uint16_t*>(p.out)[at] = static_cast<std::uint16_t>(H::pack(y, 0));
+    __syncthreads();
+    constexpr int kChannels = kHeadDim / kSize;
+    for (int i = tid; i < kFewRows * kChannels; i += kChunkThreads) {
+      const int row = i / kChannels;
+      const int channel = cluster.rank * kChannels + i % kChannels;
+      if (row % kFewTokens >= p.tokens || row / kFewTokens >= heads) continue;
+      float parts[kSize];
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank)
+        parts[rank] = read_of_block(outputs + row * kHeadDim + channel, rank);
+      float y = 0;
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) y = fmaf(shares[rank][row], parts[rank], y);
+      const std::int64_t at = (static_cast<std::int64_t>(row % kFewTokens) * p.num_qo_heads +
+                               first_head + row / kFewTokens) *
+                                  kHeadDim +
+                              channel;
+      if (p.wide)
+        static_cast<float*>(p.out)[at] = y;
+      else
+        static_cast<std::uint16_t*>(p.out)[at] = static_cast<std::uint16_t>(H::pack(y, 0));
+    }
+  };
+  switch (cluster.size) {
+    case 1: finish(std::integral_constant<int, 1>()); break;
+    case 2: finish(std::integral_constant<int, 2>()); break;
+    case 4: finish(std::integral_constant<int, 4>()); break;
+    default: finish(std::integral_constant<int, kFewParts>());
   }
   // Others may still read this block's memory.
   if (cluster.size > 1) {
@@ -637,7 +667,8 @@ class ChunkAttentionPlan {
           cudaFuncSetAttribute(few_kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kFewBytes),
           "cudaFuncSetAttribute");
       few_parts_ = 1;
-      while (few_parts_ < 8 && 2 * few_parts_ * few_blocks() <= multiprocessors) few_parts_ *= 2;
+      while (few_parts_ < detail::kFewParts && 2 * few_parts_ * few_blocks() <= multiprocessors)
+        few_parts_ *= 2;
     }
     if constexpr (kHeadDim == detail::kItemDim) {
       if (kernel != ChunkKernel::kMma && step.num_sink_tokens <= detail::kItemSinks)
@@ -677,8 +708,8 @@ class ChunkAttentionPlan {
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
     detail::launch_kernel("chunk_append_kernel", detail::chunk_append_kernel<Element, kHeadDim>,
-                          dim3(static_cast<unsigned>(tokens)), detail::kRowThreads, stream,
-                          overlap_, p);
+                          dim3(static_cast<unsigned>(tokens), append_parts(tokens)),
+                          detail::kRowThreads, stream, overlap_, p);
     attend(step, x, base, tokens, sm_scale, stream);
   }
 
@@ -704,6 +735,13 @@ class ChunkAttentionPlan {
   static constexpr int kFewBytes =
       std::max(detail::kFewStages * detail::ChunkTiles<kHeadDim>::kElements * 2,
                detail::kFewWarps* detail::kFewRows* kHeadDim * 4);
+
+  /// Blocks that share a token's rotation: few tokens would leave most of the chip idle.
+  unsigned append_parts(std::int64_t tokens) const {
+    const std::int64_t pairs = (shape_.num_qo_heads + shape_.num_kv_heads) * kHeadDim;
+    const std::int64_t most = (pairs + detail::kRowThreads - 1) / detail::kRowThreads;
+    return static_cast<unsigned>(std::clamp<std::int64_t>(256 / tokens, 1, most));
+  }
 
   /// Blocks that share no keys' part: of one query head, or two.
   int few_blocks() const {

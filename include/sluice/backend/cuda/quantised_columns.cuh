@@ -52,7 +52,9 @@ inline constexpr int kMostQuantisedColumns = 8;
 inline constexpr int kQuantisedColumnsWarps = 8;
 inline constexpr int kQuantisedColumnsThreads = kQuantisedColumnsWarps * kWarpSize;
 /// Pairs of chunks per warp in flight.
-inline constexpr int kQuantisedColumnsStages = 4;
+constexpr int quantised_columns_stages(const QuantisedLayout& layout) {
+  return layout.chunk_cols == 64 ? 4 : 6;
+}
 /// Pairs of chunks before a warp's last request at which the next kernel may start.
 inline constexpr int kQuantisedColumnsLead = 2;
 inline constexpr int kQuantisedColumnsGroup = 128;  // columns under one power of two
@@ -237,7 +239,7 @@ __host__ __device__ inline QuantisedColumnsMemory quantised_columns_memory(
     const QuantisedLayout& layout, std::int64_t groups, std::int64_t pairs) {
   QuantisedColumnsMemory m{};
   m.ring = groups * kQuantisedColumnsGroup * kMostQuantisedColumns * 2;
-  m.x_sums = m.ring + std::int64_t{kQuantisedColumnsStages} * kQuantisedColumnsWarps * 2 *
+  m.x_sums = m.ring + std::int64_t{quantised_columns_stages(layout)} * kQuantisedColumnsWarps * 2 *
                           layout.chunk_bytes;
   m.factors =
       m.x_sums +
@@ -254,7 +256,7 @@ __global__ void __launch_bounds__(kQuantisedColumnsThreads, 2)
   using Chunk = QuantisedColumnsChunk<kType>;
   using Place = QuantisedChunkPlace<kType>;
   constexpr QuantisedLayout kLayout = Chunk::kLayout;
-  constexpr int kStages = kQuantisedColumnsStages;
+  constexpr int kStages = quantised_columns_stages(kLayout);
   constexpr int kScaleRuns = Place::kScaleBytes / 16;
   constexpr int kChunksOfGroup = kQuantisedColumnsGroup / kLayout.chunk_cols;
   constexpr int kBlocksOfChunk = kLayout.chunk_cols / 32;
