@@ -138,8 +138,8 @@ TABLES = ("context_append", "context_update", "context_fork", "context_checkpoin
           "context_draft", "head_map", "streaminnc_misaligned", "frame_encoder", "rounding",
           "chunk_products", "jitter",
           "pieces", "listen_overlap", "listen_overlap_mean", "listen_minute", "listen_endless",
-          "machine", "matrix_vector", "decoder_prefill", "decoder_endless", "segment_attention",
-          "duplex_cuda", "watch", "watch_part")
+          "machine", "matrix_vector", "decoder_prefill", "decoder_chunk", "decoder_endless",
+          "segment_attention", "duplex_cuda", "watch", "watch_part")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
@@ -779,7 +779,8 @@ def draw_decoder_cuda(records, folder):
     for axis in beside:
         draw_step_ratios(axis, peers)
     steps = [record for record in records
-             if record["bench"] == "decoder_step" and record["overlap"]]
+             if record["bench"] == "decoder_step" and record["overlap"]
+             and record.get("few_rows", True)]
     styles = dict(zip(dict.fromkeys(record.get("type", "") for record in steps),
                       (("o", "-"), ("s", "--"), ("v", "--"), ("^", "-."), ("D", "-."), ("x", "-."))))
     for index, model in enumerate(dict.fromkeys(record["model"] for record in steps)):

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: MIT
 /// Times whole steps of decoders with random weights in replayed CUDA graphs: single tokens,
-/// batches of sessions, prefill, and a million tokens of one stream. One JSON object a line, on
-/// stdout.
+/// batches of sessions, short chunks, prefill, and a million tokens of one stream. One JSON object
+/// a line, on stdout.
 ///
-/// usage: decoder_bench [--case step|sessions|prefill|endless|curve] [--weights TYPE]... [--parts]
-///                      [--tokens N]
+/// usage: decoder_bench [--case step|sessions|chunks|prefill|endless|curve] [--weights TYPE]...
+///                      [--parts] [--before] [--tokens N]
 ///   --case      one of them; without it all but curve, which is a step of the first geometry by
 ///   the
 ///               size of its cache, 256 to 16,384 entries (recompute_torch.py)
 ///   --weights   bf16, q8_0, q6_k, q4_0, q4_1 or q4_k, for all matrices but the embedding; several
 ///               run in turn (bf16); --parts, endless and curve know bf16 alone
 ///   --tokens N  how many the endless stream has (a million)
+///   --before    also sessions and chunks of up to 8 rows by way of cuBLASLt, as more rows go
 ///   --parts     also the products of a step, each alone
 #include <algorithm>
 #include <cmath>
@@ -19,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,8 +65,8 @@ Geometry llama_3_8b() {
   return {"llama-3-8b", {128256, 4096, 14336, 32, 8, 128, 32, 1e-5, 1 / std::sqrt(128.0)}};
 }
 
-/// Of the matrices that a step reads.
-double weight_bytes(const CudaDecoderShape& s, ElementType type) {
+/// Of the matrices that a step reads, or of the layers' alone.
+double weight_bytes(const CudaDecoderShape& s, ElementType type, bool logits = true) {
   const auto matrix = [&](std::int64_t rows, std::int64_t cols) {
     return static_cast<double>(is_quantised(type) ? quantised_bytes(type, rows, cols)
                                                   : 2 * rows * cols);
@@ -72,7 +74,8 @@ double weight_bytes(const CudaDecoderShape& s, ElementType type) {
   const double layer =
       matrix(s.fused_size(), s.hidden_size) + matrix(s.hidden_size, s.query_size()) +
       matrix(2 * s.intermediate_size, s.hidden_size) + matrix(s.hidden_size, s.intermediate_size);
-  return layer * static_cast<double>(s.num_layers) + matrix(s.vocab_size, s.hidden_size);
+  return layer * static_cast<double>(s.num_layers) +
+         (logits ? matrix(s.vocab_size, s.hidden_size) : 0);
 }
 
 CudaDecoderOptions options_for(const CudaDecoderShape& s, std::int64_t batch, std::int64_t window,
@@ -92,10 +95,11 @@ CudaDecoderOptions options_for(const CudaDecoderShape& s, std::int64_t batch, st
 
 /// Sessions whose caches are full of random rows.
 void measure_step(const Geometry& g, const Weights& weights, ElementType type, std::int64_t batch,
-                  std::int64_t entries, bool overlap, double ceiling) {
+                  std::int64_t entries, bool overlap, double ceiling, bool few_rows = true) {
   std::vector<double> frequencies;
   CudaDecoderOptions options = options_for(g.shape, batch, entries, 0, frequencies);
   options.overlap = overlap;
+  options.few_rows = few_rows;
   Model model(weights, options);
   model.fill_cache([](bf16* rows, std::size_t count) {
     fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(rows),
@@ -115,13 +119,50 @@ void measure_step(const Geometry& g, const Weights& weights, ElementType type, s
                                         static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
   std::printf(
       "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"%s\", \"sessions\": %lld, "
-      "\"entries\": %lld, \"overlap\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, \"tokens_per_s\": "
+      "\"entries\": %lld, \"overlap\": %s, \"few_rows\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, "
+      "\"tokens_per_s\": "
       "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f, "
       "\"cache_mbytes_per_session\": %.1f}\n",
       g.name, name_of(type), static_cast<long long>(batch), static_cast<long long>(entries),
-      overlap ? "true" : "false", us * 1e-3, spread * 1e-3, static_cast<double>(batch) / us * 1e6,
-      bytes * 1e-9, bytes / us * 1e-6, bytes / us * 1e-6 / ceiling,
+      overlap ? "true" : "false", few_rows ? "true" : "false", us * 1e-3, spread * 1e-3,
+      static_cast<double>(batch) / us * 1e6, bytes * 1e-9, bytes / us * 1e-6,
+      bytes / us * 1e-6 / ceiling,
       static_cast<double>(model.cache_bytes()) / static_cast<double>(batch) * 1e-6);
+  std::fflush(stdout);
+}
+
+/// A chunk of a few tokens onto a full cache: its layers, no logits.
+void measure_chunk(const Geometry& g, const Weights& weights, ElementType type, std::int64_t length,
+                   std::int64_t entries, double ceiling, bool few_rows) {
+  std::vector<double> frequencies;
+  CudaDecoderOptions options = options_for(g.shape, 1, entries, length, frequencies);
+  options.few_rows = few_rows;
+  Model model(weights, options);
+  model.fill_cache([](bf16* rows, std::size_t count) {
+    fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(rows),
+                               static_cast<std::int64_t>(count), 77);
+  });
+  std::vector<std::int32_t> content(static_cast<std::size_t>(length));
+  for (std::size_t i = 0; i < content.size(); ++i)
+    content[i] = static_cast<std::int32_t>(17 * i + 1);
+  const Buffer<std::int32_t, cuda> tokens{std::span<const std::int32_t>(content)};
+  const auto read = [&](cudaStream_t stream) {
+    model.append_chunk(0, 1000000, tokens.data(), length, stream);
+  };
+  check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  read(nullptr);  // products choose their algorithms outside the capture
+  double spread = 0;
+  const double us = time_graph(read, 8, 9, &spread);
+  const double bytes = weight_bytes(g.shape, type, false) +
+                       static_cast<double>(entries * 4) *
+                           static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
+  std::printf(
+      "{\"bench\": \"decoder_chunk\", \"model\": \"%s\", \"type\": \"%s\", \"tokens\": %lld, "
+      "\"entries\": %lld, \"few_rows\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, \"tokens_per_s\": "
+      "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f}\n",
+      g.name, name_of(type), static_cast<long long>(length), static_cast<long long>(entries),
+      few_rows ? "true" : "false", us * 1e-3, spread * 1e-3, static_cast<double>(length) / us * 1e6,
+      bytes * 1e-9, bytes / us * 1e-6, bytes / us * 1e-6 / ceiling);
   std::fflush(stdout);
 }
 
@@ -285,12 +326,15 @@ void measure_endless(std::int64_t tokens) {
 
 int main(int count, char** arguments) {
   bool parts = false;
+  bool before = false;
   std::string only;
   std::vector<ElementType> types;
   std::int64_t tokens = 1000000;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--parts") == 0) {
       parts = true;
+    } else if (std::strcmp(arguments[i], "--before") == 0) {
+      before = true;
     } else if (std::strcmp(arguments[i], "--case") == 0 && i + 1 < count) {
       only = arguments[++i];
     } else if (std::strcmp(arguments[i], "--weights") == 0 && i + 1 < count &&
@@ -300,8 +344,9 @@ int main(int count, char** arguments) {
       tokens = std::max(10000LL, std::atoll(arguments[++i]));
     } else {
       std::fprintf(stderr,
-                   "usage: decoder_bench [--case step|sessions|prefill|endless|curve] "
-                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--parts] [--tokens N]\n");
+                   "usage: decoder_bench [--case step|sessions|chunks|prefill|endless|curve] "
+                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--parts] [--before] "
+                   "[--tokens N]\n");
       return 2;
     }
   }
@@ -333,9 +378,17 @@ int main(int count, char** arguments) {
               measure_step(g, *weights, type, 1, entries, overlap, ceiling);
         // 256 sessions of the first geometry would need 137 GB.
         if (wanted("sessions"))
-          for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 8, 64, 112}
-                                                   : std::vector<std::int64_t>{1, 8, 64, 256})
-            measure_step(g, *weights, type, sessions, 1024, true, ceiling);
+          for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 2, 4, 8, 64, 112}
+                                                   : std::vector<std::int64_t>{1, 2, 4, 8, 64, 256})
+            for (const bool few_rows : {true, false})
+              if (few_rows || (before && sessions > 1 && sessions <= 8))
+                measure_step(g, *weights, type, sessions, 1024, true, ceiling, few_rows);
+        if (wanted("chunks"))
+          for (const std::int64_t length : {1, 2, 4, 8, 16})
+            for (const std::int64_t entries : {1024, 4096})
+              for (const bool few_rows : {true, false})
+                if (few_rows || (before && length <= 8))
+                  measure_chunk(g, *weights, type, length, entries, ceiling, few_rows);
         if (wanted("prefill")) {
           measure_prefill(g, *weights, type, 4096, 1024, 1024);
           measure_prefill(g, *weights, type, 32768, 4096, 2048);

@@ -198,10 +198,10 @@ void expect_any_chunks(const Setting& setting, std::span<const std::int64_t> chu
 
 TEST(CudaSession, ReadsInAnyChunks) {
   SKIP_WITHOUT_DEVICE();
-  expect_any_chunks({.head_dim = 64}, std::array<std::int64_t, 2>{1, 16});
+  expect_any_chunks({.head_dim = 64}, std::array<std::int64_t, 4>{1, 2, 8, 16});
   expect_any_chunks({.head_dim = 128}, std::array<std::int64_t, 1>{7});  // by others on Hopper
   expect_any_chunks({.head_dim = 40}, std::array<std::int64_t, 1>{30});  // padded
-  expect_any_chunks(kQuantised, std::array<std::int64_t, 2>{1, 16});
+  expect_any_chunks(kQuantised, std::array<std::int64_t, 9>{1, 2, 3, 4, 5, 6, 7, 8, 16});
 }
 
 template <Backend Tag>

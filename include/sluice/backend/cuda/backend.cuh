@@ -162,6 +162,44 @@ __device__ inline void cluster_wait() {
 #endif
 }
 
+/// The first half for a block that has stored into others' shared memory, or into its own for them:
+/// its stores are seen behind their cluster_wait().
+__device__ inline void cluster_publish() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+/// Stores into the shared memory of the cluster's block `rank`, at the address that `to` has here.
+__device__ inline void store_in_cluster(float* to, int rank, float x) {
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(x) : "memory");
+#else
+  *to = x;
+#endif
+}
+/// Reads the shared memory of block `rank` of the cluster, at the address that `from` has here:
+/// between the barrier that follows cluster_publish() there and the next.
+__device__ inline float read_of_block(const float* from, int rank) {
+#if __CUDA_ARCH__ >= 900
+  unsigned there;
+  float x;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there));
+  return x;
+#else
+  static_cast<void>(rank);
+  return *from;
+#endif
+}
+
 /// A barrier in shared memory that opens once, when the announced number of bytes has arrived from
 /// other blocks. One thread makes it, before cluster_arrive(); one announces.
 __device__ inline void byte_barrier_init(std::uint64_t* barrier) {

@@ -5,8 +5,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decode_attention.cuh"
@@ -33,7 +35,8 @@ struct ChunkAttentionTensors {
   const float* key = nullptr;    ///< [tokens, num_kv_heads, head_dim], not rotated
   const float* value = nullptr;  ///< [tokens, num_kv_heads, head_dim]
   std::int64_t stride = 0;       ///< from token to token, of all three
-  Element* out = nullptr;        ///< [tokens, num_qo_heads, head_dim], no gaps
+  void* out = nullptr;           ///< [tokens, num_qo_heads, head_dim] of `output_type`, no gaps
+  ElementType output_type = element_type_of<Element>;  ///< this or kF32
 
   Element* keys = nullptr;  ///< of the sequence: [num_kv_heads, capacity, head_dim] by the strides
   Element* values = nullptr;
@@ -54,7 +57,7 @@ struct ChunkAttentionParams {
   const float* query;
   const float* key;
   const float* value;
-  std::uint16_t* out;
+  void* out;
   std::uint16_t* keys;
   std::uint16_t* values;
   std::uint16_t* rotated;  // [2 (own place, sinks), tokens, num_qo_heads, head_dim]
@@ -76,6 +79,7 @@ struct ChunkAttentionParams {
   int num_kv_heads;
   int num_pairs;
   bool interleaved;
+  bool wide;  // outputs are float32
   float scale_log2;
 
   /// The slot of a token.
@@ -109,12 +113,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Rotates queries to both their places and appends keys and values: a block per token.
+/// Rotates queries to both their places and appends keys and values: blocks (token, part).
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kRowThreads)
     chunk_append_kernel(const __grid_constant__ ChunkAttentionParams p) {
   using H = Half<Element>;
   constexpr int kPairs = kHeadDim / 2;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const std::int64_t token = blockIdx.x;
   const float* const rows = p.rows + token * 4 * p.num_pairs;
   const std::int64_t at = p.slot(p.base + token) * p.token_stride;
@@ -125,8 +131,8 @@ __global__ void __launch_bounds__(kRowThreads)
   };
   const int query_pairs = p.num_qo_heads * kPairs;
   const int kv_pairs = p.num_kv_heads * kPairs;
-  for (int e = static_cast<int>(threadIdx.x); e < 2 * query_pairs + 2 * kv_pairs;
-       e += kRowThreads) {
+  for (int e = static_cast<int>(blockIdx.y * kRowThreads + threadIdx.x);
+       e < 2 * query_pairs + 2 * kv_pairs; e += static_cast<int>(gridDim.y) * kRowThreads) {
     if (e < 2 * query_pairs) {
       const int which = e / query_pairs;
       if (which == 1 && p.sinks == 0) continue;
@@ -165,6 +171,104 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const std
                : "memory");
 }
 
+/// The keys that queries [first, last] see, in tiles of 64 in the order of their indices: first the
+/// sinks, then what the window shows.
+template <int kHeadDim>
+struct ChunkTiles {
+  static constexpr int kRow = kHeadDim + kChunkPadding;
+  static constexpr int kElements = 2 * kChunkTile * kRow;  // of a tile's keys and values
+
+  const ChunkAttentionParams& p;
+  const std::uint16_t* keys;
+  const std::uint16_t* values;
+  std::int64_t last;
+  std::int64_t sinks_seen;
+  std::int64_t oldest;
+  int sink_tiles;
+  int count;
+
+  __device__ ChunkTiles(const ChunkAttentionParams& params, int kv_head, std::int64_t first_query,
+                        std::int64_t last_query)
+      : p(params),
+        keys(params.keys + kv_head * params.head_stride),
+        values(params.values + kv_head * params.head_stride),
+        last(last_query),
+        sinks_seen(min(static_cast<std::int64_t>(params.sinks), last_query + 1)),
+        oldest(max(static_cast<std::int64_t>(params.sinks), first_query - params.window + 1)) {
+    sink_tiles = static_cast<int>((sinks_seen + kChunkTile - 1) / kChunkTile);
+    count = sink_tiles +
+            (last < oldest ? 0 : static_cast<int>((last - oldest + kChunkTile) / kChunkTile));
+  }
+
+  __device__ std::int64_t first_key(int n) const {
+    return n < sink_tiles ? std::int64_t{n} * kChunkTile
+                          : oldest + std::int64_t{n - sink_tiles} * kChunkTile;
+  }
+  __device__ std::int64_t end_key(int n) const { return n < sink_tiles ? sinks_seen : last + 1; }
+
+  /// Asks for tile n: to [2 (keys, values), 64, kRow].
+  __device__ void load(int n, std::uint16_t* to) const {
+    const std::int64_t from = first_key(n);
+    const auto slot0 = static_cast<int>(p.slot(from));
+    const auto present = static_cast<int>(min(end_key(n) - from, std::int64_t{kChunkTile}));
+    constexpr int kVectors = kHeadDim / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < kChunkTile * kVectors; i += kChunkThreads) {
+      const int j = i / kVectors;
+      const int c = i % kVectors * 8;
+      const bool inside = j < present;
+      int slot = inside ? slot0 + j : slot0;
+      if (n >= sink_tiles && slot >= p.sinks + p.ring) slot = p.sinks + (slot - p.sinks) % p.ring;
+      copy_async_or_zero(to + j * kRow + c, keys + slot * p.token_stride + c, inside);
+      copy_async_or_zero(to + (kChunkTile + j) * kRow + c, values + slot * p.token_stride + c,
+                         inside);
+    }
+  }
+};
+
+/// The running maximum and sum of two rows' softmax, base-2 scores, in a thread that holds columns
+/// 2 t and 2 t + 1 of every 8; the sum is of its own columns.
+struct ChunkSoftmax {
+  float maximum[2] = {-INFINITY, -INFINITY};
+  float sum[2] = {0, 0};
+
+  /// Turns scores into weights; earlier outputs are to be multiplied by `factor`.
+  template <int kBlocks>
+  __device__ void add(float (&s)[kBlocks][4], float scale_log2, float (&factor)[2]) {
+    const float kInfinity = __int_as_float(0x7f800000);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float most = -kInfinity;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        most = fmaxf(most, fmaxf(s[b][2 * half], s[b][2 * half + 1]));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 2));
+      most = fmaxf(most * scale_log2, maximum[half]);
+      const float base = most == -kInfinity ? 0 : most;
+      factor[half] = power_of_two(maximum[half] - base);
+      maximum[half] = most;
+      float total = 0;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[b][2 * half + i];
+          x = power_of_two(fmaf(x, scale_log2, -base));
+          total += x;
+        }
+      sum[half] = sum[half] * factor[half] + total;
+    }
+  }
+  /// The sums of whole rows.
+  __device__ void finish() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 1);
+      sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 2);
+    }
+  }
+};
+
 /// A block is 64 queries of one head; a warp 16 of them. Keys come in tiles of 64, in the order of
 /// their indices, first the sinks, then what the window shows.
 template <class Element, int kHeadDim, bool kTree>
@@ -185,46 +289,20 @@ __global__ void __launch_bounds__(kChunkThreads)
   const int g = lane / 4;
   const int t = lane % 4;
   // The last queries see most: they begin first.
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   const int block = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   const int head = static_cast<int>(blockIdx.y);
   const int kv_head = head / (p.num_qo_heads / p.num_kv_heads);
-  const std::uint16_t* const keys = p.keys + kv_head * p.head_stride;
-  const std::uint16_t* const values = p.values + kv_head * p.head_stride;
 
   const std::int64_t first = p.base + block * kChunkTile;  // index of the block's first query
   const std::int64_t last = p.base + min((block + 1) * kChunkTile, p.tokens) - 1;
-  const std::int64_t sinks_seen = min(static_cast<std::int64_t>(p.sinks), last + 1);
   // Of a tree any node may stand where its root does.
-  const std::int64_t oldest =
-      max(static_cast<std::int64_t>(p.sinks), (kTree ? p.base : first) - p.window + 1);
-  const int sink_tiles = static_cast<int>((sinks_seen + kChunkTile - 1) / kChunkTile);
-  const int ring_tiles =
-      last < oldest ? 0 : static_cast<int>((last - oldest + kChunkTile) / kChunkTile);
-  const int count = sink_tiles + ring_tiles;
-  const auto first_key = [&](int n) {
-    return n < sink_tiles ? std::int64_t{n} * kChunkTile
-                          : oldest + std::int64_t{n - sink_tiles} * kChunkTile;
-  };
-  const auto end_key = [&](int n) {
-    return n < sink_tiles ? sinks_seen : last + 1;
-  };
-
+  const ChunkTiles<kHeadDim> seen(p, kv_head, kTree ? p.base : first, last);
+  const int count = seen.count;
+  const int sink_tiles = seen.sink_tiles;
   const auto load_tile = [&](int n) {
-    const std::int64_t from = first_key(n);
-    const auto slot0 = static_cast<int>(p.slot(from));
-    const auto present = static_cast<int>(min(end_key(n) - from, std::int64_t{kChunkTile}));
-    std::uint16_t* const to = tiles + n % 2 * (2 * kChunkTile * kRow);
-    constexpr int kVectors = kHeadDim / 8;
-    for (int i = tid; i < kChunkTile * kVectors; i += kChunkThreads) {
-      const int j = i / kVectors;
-      const int c = i % kVectors * 8;
-      const bool inside = j < present;
-      int slot = inside ? slot0 + j : slot0;
-      if (n >= sink_tiles && slot >= p.sinks + p.ring) slot = p.sinks + (slot - p.sinks) % p.ring;
-      copy_async_or_zero(to + j * kRow + c, keys + slot * p.token_stride + c, inside);
-      copy_async_or_zero(to + (kChunkTile + j) * kRow + c, values + slot * p.token_stride + c,
-                         inside);
-    }
+    seen.load(n, tiles + n % 2 * seen.kElements);
     copies_commit();
   };
 
@@ -246,8 +324,7 @@ __global__ void __launch_bounds__(kChunkThreads)
   };
 
   float out[kHeadDim / 8][4] = {};
-  float maximum[2] = {-kInfinity, -kInfinity};  // of rows g and g + 8, base-2 scores
-  float sum[2] = {0, 0};
+  ChunkSoftmax softmax;  // of rows g and g + 8
   const std::int64_t own = first + warp * 16 + g;
 
   load_tile(0);
@@ -272,12 +349,12 @@ __global__ void __launch_bounds__(kChunkThreads)
         H::multiply_add(s[b + 1], query[step], r[2], r[3]);
       }
     }
-    const std::int64_t from = first_key(n);
+    const std::int64_t from = seen.first_key(n);
     const std::int64_t window = n < sink_tiles ? DecodeStepConfig::kUnlimitedWindow : p.window;
     const bool whole = from + kChunkTile - 1 <= (kTree ? p.base - 1 : first) &&
-                       from + kChunkTile <= end_key(n) && from > last - window;
+                       from + kChunkTile <= seen.end_key(n) && from > last - window;
     if (!whole) {
-      const std::int64_t end = end_key(n);
+      const std::int64_t end = seen.end_key(n);
 #pragma unroll
       for (int b = 0; b < kKeyBlocks; ++b)
 #pragma unroll
@@ -287,9 +364,9 @@ __global__ void __launch_bounds__(kChunkThreads)
             // Rows beyond the chunk repeat its last.
             const std::int64_t node =
                 min(own + i / 2 * 8 - p.base, static_cast<std::int64_t>(p.tokens) - 1);
-            const bool seen = k < end && (k >= p.base ? p.sees(node, k - p.base)
-                                                      : k > p.base + p.depth(node) - window);
-            if (!seen) s[b][i] = -kInfinity;
+            const bool shown = k < end && (k >= p.base ? p.sees(node, k - p.base)
+                                                       : k > p.base + p.depth(node) - window);
+            if (!shown) s[b][i] = -kInfinity;
           } else {
             const std::int64_t q = own + i / 2 * 8;
             if (k > q || k >= end || k <= q - window) s[b][i] = -kInfinity;
@@ -298,29 +375,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
 
     float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = -kInfinity;
-#pragma unroll
-      for (int b = 0; b < kKeyBlocks; ++b)
-        most = fmaxf(most, fmaxf(s[b][2 * half], s[b][2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 2));
-      most = fmaxf(most * p.scale_log2, maximum[half]);
-      const float base = most == -kInfinity ? 0 : most;
-      factor[half] = power_of_two(maximum[half] - base);
-      maximum[half] = most;
-      float total = 0;
-#pragma unroll
-      for (int b = 0; b < kKeyBlocks; ++b)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[b][2 * half + i];
-          x = power_of_two(fmaf(x, p.scale_log2, -base));
-          total += x;
-        }
-      sum[half] = sum[half] * factor[half] + total;
-    }
+    softmax.add(s, p.scale_log2, factor);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 8; ++c)
 #pragma unroll
@@ -341,19 +396,251 @@ __global__ void __launch_bounds__(kChunkThreads)
       }
     }
   }
+  softmax.finish();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 2);
     const int token = block * kChunkTile + warp * 16 + g + 8 * half;
     if (token >= p.tokens) continue;
-    const float scale = 1 / sum[half];  // a query sees itself: never 0
-    std::uint16_t* const row =
-        p.out + (static_cast<std::int64_t>(token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
+    const float scale = 1 / softmax.sum[half];  // a query sees itself: never 0
+    const std::int64_t at =
+        (static_cast<std::int64_t>(token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; ++c) {
+      const float2 y = {out[c][2 * half] * scale, out[c][2 * half + 1] * scale};
+      if (p.wide)
+        *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + 8 * c) = y;
+      else
+        *reinterpret_cast<std::uint32_t*>(static_cast<std::uint16_t*>(p.out) + at + 8 * c) =
+            H::pack(y.x, y.y);
+    }
+  }
+}
+
+inline constexpr int kFewTokens = 8;
+inline constexpr int kFewStages = 3;
+inline constexpr int kFewRows = 2 * kFewTokens;
+inline constexpr int kFewParts = 8;  // blocks that divide the keys between them, at most
+inline constexpr int kFewWarps = kChunkThreads / kWarpSize;
+inline constexpr int kFewKeys = kChunkTile / kFewWarps;  // of a tile that a warp looks at
+
+/// At most 8 queries: keys are divided instead. A block is the queries of one head or two of a KV
+/// head (the halves of a fragment's 16 rows) and a part of the tiles, each warp 16 keys of a tile;
+/// warps merge in shared memory, and the blocks of a cluster, which hold all parts, in each
+/// other's. Order of sums: warps, then blocks.
+template <class Element, int kHeadDim>
+__global__ void __launch_bounds__(kChunkThreads)
+    few_attention_kernel(const __grid_constant__ ChunkAttentionParams p) {
+  using H = Half<Element>;
+  using Tiles = ChunkTiles<kHeadDim>;
+  constexpr int kSteps = kHeadDim / 16;
+  const float kInfinity = __int_as_float(0x7f800000);
+  extern __shared__ __align__(16) unsigned char few_memory[];
+  // Tiles [stages, 2 (keys, values), 64, kRow]; later outputs [warps, rows, channels].
+  std::uint16_t* const tiles = reinterpret_cast<std::uint16_t*>(few_memory);
+  float* const outputs = reinterpret_cast<float*>(few_memory);
+  __shared__ float maxima[kFewWarps][kFewRows];
+  __shared__ float sums[kFewWarps][kFewRows];
+  __shared__ float shares[kFewParts][kFewRows];  // of the blocks in the result
+
+  const int tid = static_cast<int>(threadIdx.x);
+  const int warp = tid / kWarpSize;
+  const int lane = tid % kWarpSize;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const ClusterPlace cluster = cluster_place();
+  const int group = p.num_qo_heads / p.num_kv_heads;
+  const int heads = group % 2 == 0 ? 2 : 1;  // of this block
+  const int first_head = static_cast<int>(blockIdx.y) * heads;
+  const Tiles seen(p, first_head / group, p.base, p.base + p.tokens - 1);
+  const int begin = seen.count * cluster.rank / cluster.size;
+  const int end = seen.count * (cluster.rank + 1) / cluster.size;
+
+  const auto load_tile = [&](int n) {
+    if (n < end) seen.load(n, tiles + (n - begin) % kFewStages * Tiles::kElements);
+    copies_commit();
+  };
+  const auto load_first = [&] {
+#pragma unroll
+    for (int i = 0; i < kFewStages - 1; ++i) load_tile(begin + i);
+  };
+  // Tokens of earlier chunks are in the cache since long ago.
+  const int ahead = min(begin + kFewStages - 1, end);
+  const bool early = ahead == begin ||
+                     min(seen.first_key(ahead - 1) + kChunkTile, seen.end_key(ahead - 1)) <= p.base;
+  if (early) load_first();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (!early) load_first();
+
+  // Row g is query g of the first head, row g + 8 of the second; what is not there repeats.
+  const int token = min(g, p.tokens - 1);
+  std::uint32_t query[kSteps][4];
+  const auto load_queries = [&](int which) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int head = first_head + min(half, heads - 1);
+      const std::uint16_t* const row =
+          p.rotated +
+          ((which * std::int64_t{p.tokens} + token) * p.num_qo_heads + head) * kHeadDim + 2 * t;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        query[s][half] = *reinterpret_cast<const std::uint32_t*>(row + 16 * s);
+        query[s][half + 2] = *reinterpret_cast<const std::uint32_t*>(row + 16 * s + 8);
+      }
+    }
+  };
+
+  float out[kHeadDim / 8][4] = {};
+  ChunkSoftmax softmax;
+  const std::int64_t own = p.base + token;
+  load_queries(begin < seen.sink_tiles ? 1 : 0);
+  for (int n = begin; n < end; ++n) {
+    copies_wait_but<kFewStages - 2>();
+    __syncthreads();
+    load_tile(n + kFewStages - 1);
+    if (n == seen.sink_tiles && n > begin) load_queries(0);
+    const std::uint16_t* const key_tile =
+        tiles + (n - begin) % kFewStages * Tiles::kElements + warp * kFewKeys * Tiles::kRow;
+    const std::uint16_t* const value_tile = key_tile + kChunkTile * Tiles::kRow;
+
+    float s[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      std::uint32_t r[4];
+      load_matrices(
+          r, key_tile + (lane / 16 * 8 + lane % 8) * Tiles::kRow + 16 * step + lane / 8 % 2 * 8);
+      H::multiply_add(s[0], query[step], r[0], r[1]);
+      H::multiply_add(s[1], query[step], r[2], r[3]);
+    }
+    const std::int64_t from = seen.first_key(n) + warp * kFewKeys + 2 * t;
+    const std::int64_t window = n < seen.sink_tiles ? DecodeStepConfig::kUnlimitedWindow : p.window;
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const std::int64_t k = from + 8 * b + i % 2;
+        if (k > own || k >= seen.end_key(n) || k <= own - window) s[b][i] = -kInfinity;
+      }
+    float factor[2];
+    softmax.add(s, p.scale_log2, factor);
 #pragma unroll
     for (int c = 0; c < kHeadDim / 8; ++c)
-      *reinterpret_cast<std::uint32_t*>(row + 8 * c) =
-          H::pack(out[c][2 * half] * scale, out[c][2 * half + 1] * scale);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[c][i] *= factor[i / 2];
+    const std::uint32_t a[4] = {H::pack(s[0][0], s[0][1]), H::pack(s[0][2], s[0][3]),
+                                H::pack(s[1][0], s[1][1]), H::pack(s[1][2], s[1][3])};
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; c += 2) {
+      std::uint32_t r[4];
+      load_matrices_transposed(
+          r, value_tile + (lane / 8 % 2 * 8 + lane % 8) * Tiles::kRow + 8 * c + lane / 16 * 8);
+      H::multiply_add(out[c], a, r[0], r[1]);
+      H::multiply_add(out[c + 1], a, r[2], r[3]);
+    }
+  }
+  softmax.finish();
+  __syncthreads();  // tiles have been read
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = g + 8 * half;
+    if (t == 0) {
+      maxima[warp][row] = softmax.maximum[half];
+      sums[warp][row] = softmax.sum[half];
+    }
+    float* const to = outputs + (warp * kFewRows + row) * kHeadDim + 2 * t;
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 8; ++c)
+      *reinterpret_cast<float2*>(to + 8 * c) = {out[c][2 * half], out[c][2 * half + 1]};
+  }
+  __syncthreads();
+  // Of the warps, into the first one's place.
+  for (int i = tid; i < kFewRows * kHeadDim; i += kChunkThreads) {
+    const int row = i / kHeadDim;
+    float most = -kInfinity;
+#pragma unroll
+    for (int w = 0; w < kFewWarps; ++w) most = fmaxf(most, maxima[w][row]);
+    const float base = most == -kInfinity ? 0 : most;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kFewWarps; ++w)
+      sum = fmaf(power_of_two(maxima[w][row] - base), outputs[w * kFewRows * kHeadDim + i], sum);
+    outputs[i] = sum;
+  }
+  float most = -kInfinity;
+  float total = 0;
+  if (tid < kFewRows) {
+    for (int w = 0; w < kFewWarps; ++w) most = fmaxf(most, maxima[w][tid]);
+    const float base = most == -kInfinity ? 0 : most;
+    for (int w = 0; w < kFewWarps; ++w) total += power_of_two(maxima[w][tid] - base) * sums[w][tid];
+  }
+  __syncthreads();
+  if (tid < kFewRows) {
+    maxima[0][tid] = most;
+    sums[0][tid] = total;
+  }
+  __syncthreads();
+  if (cluster.size > 1) {
+    cluster_publish();
+    cluster_wait();
+  }
+
+  // Each block finishes a part of the channels of all rows.
+  const auto finish = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    if (tid < kFewRows) {
+      float tops[kSize];
+      float totals[kSize];
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) {
+        tops[rank] = read_of_block(&maxima[0][tid], rank);
+        totals[rank] = read_of_block(&sums[0][tid], rank);
+      }
+      float top = -kInfinity;
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) top = fmaxf(top, tops[rank]);
+      float sum = 0;
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) {  // a query sees itself: the top is a number
+        tops[rank] = power_of_two(tops[rank] - top);
+        sum = fmaf(tops[rank], totals[rank], sum);
+      }
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) shares[rank][tid] = tops[rank] / sum;
+    }
+    __syncthreads();
+    constexpr int kChannels = kHeadDim / kSize;
+    for (int i = tid; i < kFewRows * kChannels; i += kChunkThreads) {
+      const int row = i / kChannels;
+      const int channel = cluster.rank * kChannels + i % kChannels;
+      if (row % kFewTokens >= p.tokens || row / kFewTokens >= heads) continue;
+      float parts[kSize];
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank)
+        parts[rank] = read_of_block(outputs + row * kHeadDim + channel, rank);
+      float y = 0;
+#pragma unroll
+      for (int rank = 0; rank < kSize; ++rank) y = fmaf(shares[rank][row], parts[rank], y);
+      const std::int64_t at = (static_cast<std::int64_t>(row % kFewTokens) * p.num_qo_heads +
+                               first_head + row / kFewTokens) *
+                                  kHeadDim +
+                              channel;
+      if (p.wide)
+        static_cast<float*>(p.out)[at] = y;
+      else
+        static_cast<std::uint16_t*>(p.out)[at] = static_cast<std::uint16_t>(H::pack(y, 0));
+    }
+  };
+  switch (cluster.size) {
+    case 1: finish(std::integral_constant<int, 1>()); break;
+    case 2: finish(std::integral_constant<int, 2>()); break;
+    case 4: finish(std::integral_constant<int, 4>()); break;
+    default: finish(std::integral_constant<int, kFewParts>());
+  }
+  // Others may still read this block's memory.
+  if (cluster.size > 1) {
+    cluster_arrive();
+    cluster_wait();
   }
 }
 
@@ -361,7 +648,7 @@ __global__ void __launch_bounds__(kChunkThreads)
 
 /// Which kernel attends.
 enum class ChunkKernel {
-  kAuto,    ///< kHopper where it runs
+  kAuto,    ///< kHopper where it runs; chunks of up to 8 tokens by one that divides the keys
   kMma,     ///< every GPU, every shape
   kHopper,  ///< wgmma and the copy engine: H100 and H200, head size 128, at most 16 sinks
 };
@@ -372,10 +659,12 @@ enum class ChunkKernel {
 template <class Element, int kHeadDim>
 class ChunkAttentionPlan {
  public:
-  /// For chunks of up to `max_tokens`. \throws Error(kShape, kDevice).
+  /// For chunks of up to `max_tokens`. overlap: what launch() launches may start early, and lets
+  /// the next kernel start (sm_90 and later). \throws Error(kShape, kDevice).
   ChunkAttentionPlan(const DecodeAttentionShape& shape, const DecodeStepConfig& step,
-                     std::int64_t max_tokens, ChunkKernel kernel = ChunkKernel::kAuto)
-      : shape_(shape), max_tokens_(max_tokens) {
+                     std::int64_t max_tokens, ChunkKernel kernel = ChunkKernel::kAuto,
+                     bool overlap = false)
+      : shape_(shape), max_tokens_(max_tokens), overlap_(overlap) {
     const bool limited = step.window_size < DecodeStepConfig::kUnlimitedWindow;
     // The chunk's first query still sees keys that its last one's would have evicted.
     const std::int64_t most =
@@ -391,6 +680,27 @@ class ChunkAttentionPlan {
       check_cuda(cudaFuncSetAttribute(kernel_of_all, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kSharedBytes),
                  "cudaFuncSetAttribute");
+    int device = 0;
+    int major = 0;
+    int most_shared = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+               "cudaDeviceGetAttribute");
+    check_cuda(
+        cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+    // Without clusters keys are not divided.
+    if (kernel == ChunkKernel::kAuto && major >= 9 && kFewBytes + 1024 <= most_shared) {
+      int multiprocessors = 0;
+      check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+                 "cudaDeviceGetAttribute");
+      check_cuda(
+          cudaFuncSetAttribute(few_kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize, kFewBytes),
+          "cudaFuncSetAttribute");
+      few_parts_ = 1;
+      while (few_parts_ < detail::kFewParts && 2 * few_parts_ * few_blocks() <= multiprocessors)
+        few_parts_ *= 2;
+    }
     if constexpr (kHeadDim == detail::kItemDim) {
       if (kernel != ChunkKernel::kMma && step.num_sink_tokens <= detail::kItemSinks)
         multiprocessors_ = detail::hopper_multiprocessors();
@@ -432,9 +742,9 @@ class ChunkAttentionPlan {
   void launch(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
-    detail::chunk_append_kernel<Element, kHeadDim>
-        <<<static_cast<unsigned>(tokens), detail::kRowThreads, 0, stream>>>(p);
-    check_cuda(cudaGetLastError(), "chunk_append_kernel");
+    detail::launch_kernel("chunk_append_kernel", detail::chunk_append_kernel<Element, kHeadDim>,
+                          dim3(static_cast<unsigned>(tokens), append_parts(tokens)),
+                          detail::kRowThreads, stream, overlap_, p);
     attend(step, x, base, tokens, sm_scale, stream);
   }
 
@@ -443,20 +753,53 @@ class ChunkAttentionPlan {
   void attend(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
               std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
+    if (few_parts_ > 0 && tokens <= detail::kFewTokens && x.tree.depths == nullptr)
+      return attend_few(p, stream);
     if constexpr (kHeadDim == detail::kItemDim) {
       if (multiprocessors_ > 0 && x.tree.depths == nullptr) return attend_hopper(step, p, stream);
     }
     const dim3 grid(static_cast<unsigned>((tokens + detail::kChunkTile - 1) / detail::kChunkTile),
                     static_cast<unsigned>(shape_.num_qo_heads));
-    (x.tree.depths == nullptr
-         ? kernel_
-         : tree_kernel_)<<<grid, detail::kChunkThreads, kSharedBytes, stream>>>(p);
-    check_cuda(cudaGetLastError(), "chunk_attention_kernel");
+    detail::launch_kernel_with("chunk_attention_kernel",
+                               x.tree.depths == nullptr ? kernel_ : tree_kernel_, grid,
+                               detail::kChunkThreads, kSharedBytes, stream, overlap_, p);
   }
 
  private:
   static constexpr int kSharedBytes =
       4 * detail::kChunkTile * (kHeadDim + detail::kChunkPadding) * 2;
+
+  static constexpr int kFewBytes =
+      std::max(detail::kFewStages * detail::ChunkTiles<kHeadDim>::kElements * 2,
+               detail::kFewWarps* detail::kFewRows* kHeadDim * 4);
+
+  /// Blocks that share a token's rotation: few tokens would leave most of the chip idle.
+  unsigned append_parts(std::int64_t tokens) const {
+    const std::int64_t pairs = (shape_.num_qo_heads + shape_.num_kv_heads) * kHeadDim;
+    const std::int64_t most = (pairs + detail::kRowThreads - 1) / detail::kRowThreads;
+    return static_cast<unsigned>(std::clamp<std::int64_t>(256 / tokens, 1, most));
+  }
+
+  /// Blocks that share no keys' part: of one query head, or two.
+  int few_blocks() const {
+    const auto heads = static_cast<int>(shape_.num_qo_heads);
+    return shape_.num_qo_heads / shape_.num_kv_heads % 2 == 0 ? heads / 2 : heads;
+  }
+  void attend_few(const detail::ChunkAttentionParams& p, cudaStream_t stream) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(few_parts_), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(static_cast<unsigned>(few_parts_), static_cast<unsigned>(few_blocks()));
+    launch.blockDim = dim3(detail::kChunkThreads);
+    launch.dynamicSmemBytes = kFewBytes;
+    launch.stream = stream;
+    launch.attrs = attributes;
+    launch.numAttrs = overlap_ ? 2 : 1;
+    check_cuda(cudaLaunchKernelEx(&launch, few_kernel_, p), "few_attention_kernel");
+  }
 
   void attend_hopper(const DecodeStep& step, const detail::ChunkAttentionParams& p,
                      cudaStream_t stream) {
@@ -489,6 +832,7 @@ class ChunkAttentionPlan {
         .sink_keys = detail::tensor_map<Element, 3>(p.keys, dims, strides, sinks),
         .sink_values = detail::tensor_map<Element, 3>(p.values, dims, strides, sinks),
         .out = p.out,
+        .wide = p.wide,
         .base = p.base,
         .window = p.window,
         .tokens = p.tokens,
@@ -502,8 +846,9 @@ class ChunkAttentionPlan {
     const std::int64_t items =
         (p.tokens + detail::kItemQueries - 1) / detail::kItemQueries * shape_.num_qo_heads;
     const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(items, multiprocessors_));
-    hopper_kernel_<<<blocks, detail::kItemThreads, detail::kItemSharedBytes, stream>>>(params);
-    check_cuda(cudaGetLastError(), "hopper_attention_kernel");
+    detail::launch_kernel_with("hopper_attention_kernel", hopper_kernel_, dim3(blocks),
+                               detail::kItemThreads, detail::kItemSharedBytes, stream, overlap_,
+                               params);
   }
 
   detail::ChunkAttentionParams params(const DecodeStep& step,
@@ -513,7 +858,7 @@ class ChunkAttentionPlan {
     return {.query = x.query,
             .key = x.key,
             .value = x.value,
-            .out = reinterpret_cast<std::uint16_t*>(x.out),
+            .out = x.out,
             .keys = reinterpret_cast<std::uint16_t*>(x.keys),
             .values = reinterpret_cast<std::uint16_t*>(x.values),
             .rotated = rotated_.data(),
@@ -535,6 +880,7 @@ class ChunkAttentionPlan {
             .num_kv_heads = static_cast<int>(shape_.num_kv_heads),
             .num_pairs = step.rotary_dim() / 2,
             .interleaved = config.interleaved,
+            .wide = x.output_type == ElementType::kF32,
             .scale_log2 = sm_scale * 1.44269504088896340736F};
   }
 
@@ -542,9 +888,12 @@ class ChunkAttentionPlan {
   using Kernel = void (*)(detail::ChunkAttentionParams);
   Kernel kernel_ = detail::chunk_attention_kernel<Element, kHeadDim, false>;
   Kernel tree_kernel_ = detail::chunk_attention_kernel<Element, kHeadDim, true>;
+  Kernel few_kernel_ = detail::few_attention_kernel<Element, kHeadDim>;
+  int few_parts_ = 0;  // blocks that divide the keys between them; 0: not used
   void (*hopper_kernel_)(detail::HopperAttentionParams) = nullptr;
   DecodeAttentionShape shape_;
   std::int64_t max_tokens_ = 0;
+  bool overlap_ = false;
   int multiprocessors_ = 0;  // of a GPU that runs the Hopper kernel; 0: mma
   Buffer<std::uint16_t, cuda> rotated_;
   Buffer<float, cuda> rows_;

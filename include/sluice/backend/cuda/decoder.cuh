@@ -20,9 +20,11 @@
 #include "sluice/backend/cuda/decoder_kernels.cuh"
 #include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/backend/cuda/group_list.hpp"
+#include "sluice/backend/cuda/matrix_columns.cuh"
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"
 #include "sluice/backend/cuda/memory.cuh"
+#include "sluice/backend/cuda/quantised_columns.cuh"
 #include "sluice/backend/cuda/quantised_vector.cuh"
 #include "sluice/backend/cuda/segment_attention.cuh"
 
@@ -223,6 +225,9 @@ struct CudaDecoderOptions {
   /// The state behind a session's last token stays in hidden_data(): chosen tokens are not looked
   /// up, so that every token has to be fed (feed(), feed_from()).
   bool keep_hidden = false;
+  /// Up to 8 rows go through products with several vectors; false: as more rows do. For
+  /// measurements.
+  bool few_rows = true;
 };
 
 /// Another stream's cache, the first tokens of which every step of a decoder sees beside its own:
@@ -323,7 +328,10 @@ __global__ void __launch_bounds__(kHeadDim / 2)
 /// A step feeds each session's token (feed(), prefill() or the step before chose it), appends to
 /// its cache and chooses its next one. Arithmetic: activations are float32 and weights are widened
 /// for one session; for several, and in prefill, activations are rounded to Element before each
-/// product with weights, and so are quantised weights. Residual sums are float32.
+/// product with weights, and so are quantised weights. Up to 8 sessions, and chunks of up to 8
+/// tokens, are between the two: weights stay what they are, activations keep 16 bits and more
+/// (matrix_columns.cuh), 11 with quantised weights (quantised_columns.cuh). Residual sums are
+/// float32.
 template <class Element, int kHeadDim>
 class CudaDecoder {
  public:
@@ -337,6 +345,10 @@ class CudaDecoder {
             options.step, options.overlap),
         vector_(options.overlap, options.vector_multiprocessors),
         quantised_vector_(options.overlap, vector_.blocks()),
+        columns_(options.overlap, vector_.blocks()),
+        quantised_columns_(options.overlap, vector_.blocks()),
+        few_in_layers_(options.few_rows && takes_few_in_layers(weights)),
+        few_logits_(options.few_rows && takes_few(weights.quantised_output)),
         overlap_(options.overlap && supports_overlap()),
         frequencies_(options.step.frequencies.begin(), options.step.frequencies.end()) {
     options_.step.frequencies = {};
@@ -356,8 +368,9 @@ class CudaDecoder {
     history_ = Buffer<std::int32_t, cuda>(size(batch, options.history_size));
     candidates_ = Buffer<TokenCandidate, cuda>(
         size(std::max<std::int64_t>(vector_.blocks(), batch * detail::kCandidateParts), 1));
-    attended_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.query_size()));
-    activated_ = Buffer<float, cuda>(size(batch == 1 ? 1 : 0, s.intermediate_size));
+    const std::int64_t few = few_in_layers_ ? std::min(rows, kMostFew) : 1;
+    attended_ = Buffer<float, cuda>(size(few, s.query_size()));
+    activated_ = Buffer<float, cuda>(size(few, s.intermediate_size));
     if (batch > 1 || options.max_chunk > 0) {
       products_.emplace();
       rounded_ = Buffer<Element, cuda>(
@@ -366,7 +379,8 @@ class CudaDecoder {
       widened_ = Buffer<Element, cuda>(static_cast<std::size_t>(widened_size(weights)));
     }
     if (options.max_chunk > 0) {
-      chunk_.emplace(attention_.shape(), options.step, options.max_chunk);
+      chunk_.emplace(attention_.shape(), options.step, options.max_chunk, ChunkKernel::kAuto,
+                     overlap_);
       chunk_hidden_ = Buffer<float, cuda>(size(options.max_chunk, s.hidden_size));
       chunk_tokens_ = Buffer<std::int32_t, cuda>(size(options.max_chunk, 1));
     }
@@ -516,8 +530,12 @@ class CudaDecoder {
   /// \throws Error(kDevice).
   void chunk_logits(std::int64_t first, std::int64_t rows, float* to, cudaStream_t stream) {
     const CudaDecoderShape& s = shape();
-    norm_rows(chunk_hidden_.data() + first * s.hidden_size, weights_->output_norm.data(), rows,
-              stream);
+    const float* const hidden = chunk_hidden_.data() + first * s.hidden_size;
+    if (few_logits_ && rows <= kMostFew)
+      return multiply_few(vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size,
+                                      hidden, weights_->output_norm.data(), to),
+                          weights_->quantised_output, rows, VectorEpilogue::kStore, stream);
+    norm_rows(hidden, weights_->output_norm.data(), rows, stream);
     multiply_rows(weights_->output_matrix(), weights_->quantised_output, s.vocab_size,
                   s.hidden_size, rounded_.data(), rows, to, false, stream);
   }
@@ -639,6 +657,61 @@ class CudaDecoder {
       rows.sequence = task.sequence;
       quantised_vector_.launch(rows, epilogue, stream, alone);
       y += epilogue == VectorEpilogue::kGatedSilu ? part.rows / 2 : part.rows;
+    }
+  }
+
+  /// Rows that one launch multiplies as they are.
+  static constexpr std::int64_t kMostFew = QuantisedColumnsPlan::kMostColumns;
+
+  /// Whether multiply_few() knows the matrix.
+  bool takes_few(const CudaQuantisedMatrix& quantised) const {
+    return std::all_of(quantised.begin(), quantised.end(), [&](const CudaQuantisedRows& part) {
+      return quantised_columns_.fits(part.type, part.rows, part.cols);
+    });
+  }
+  bool takes_few_in_layers(const CudaDecoderWeights<Element>& weights) const {
+    return std::all_of(
+        weights.layers.begin(), weights.layers.end(), [&](const CudaLayerWeights<Element>& w) {
+          return takes_few(w.quantised_query_key_value) && takes_few(w.quantised_output) &&
+                 takes_few(w.quantised_gate_up) && takes_few(w.quantised_down);
+        });
+  }
+  /// task's product with `count` rows of x, 1 to kMostFew, that follow one another, as rows of y
+  /// do. kChoose is not for several.
+  void multiply_few(const MatrixVectorTask<Element>& task, const CudaQuantisedMatrix& quantised,
+                    std::int64_t count, VectorEpilogue epilogue, cudaStream_t stream,
+                    bool alone = false) const {
+    const std::int64_t per_output = epilogue == VectorEpilogue::kGatedSilu ? 2 : 1;
+    if (quantised.empty()) {
+      MatrixColumnsTask<Element> rows;
+      rows.matrix = task.matrix;
+      rows.rows = task.rows;
+      rows.cols = task.cols;
+      rows.count = static_cast<int>(count);
+      rows.x = task.x;
+      rows.x_stride = task.cols;
+      rows.norm = task.norm;
+      rows.norm_eps = task.norm_eps;
+      rows.y = task.y;
+      rows.y_stride = task.rows / per_output;
+      return columns_.launch(rows, epilogue, stream, alone);
+    }
+    float* y = task.y;
+    for (const CudaQuantisedRows& part : quantised) {
+      QuantisedColumnsTask rows;
+      rows.type = part.type;
+      rows.matrix = part.content.data();
+      rows.rows = part.rows;
+      rows.cols = part.cols;
+      rows.count = static_cast<int>(count);
+      rows.x = task.x;
+      rows.x_stride = task.cols;
+      rows.norm = task.norm;
+      rows.norm_eps = task.norm_eps;
+      rows.y = y;
+      rows.y_stride = task.rows / per_output;
+      quantised_columns_.launch(rows, epilogue, stream, alone);
+      y += part.rows / per_output;
     }
   }
 
@@ -824,24 +897,61 @@ class CudaDecoder {
                   rounded_.data(), rows, hidden, true, stream);
   }
 
+  /// A layer's queries, keys and values of `rows` rows: to fused_.
+  void begin_layer(const CudaLayerWeights<Element>& w, float* hidden, std::int64_t rows, bool few,
+                   cudaStream_t stream) {
+    const CudaDecoderShape& s = shape();
+    if (few)
+      return multiply_few(vector_task(w.query_key_value.data(), s.fused_size(), s.hidden_size,
+                                      hidden, w.attention_norm.data(), fused_.data()),
+                          w.quantised_query_key_value, rows, VectorEpilogue::kStore, stream);
+    norm_rows(hidden, w.attention_norm.data(), rows, stream);
+    multiply_rows(w.query_key_value.data(), w.quantised_query_key_value, s.fused_size(),
+                  s.hidden_size, rounded_.data(), rows, fused_.data(), false, stream);
+  }
+
+  /// finish_layer() of few rows; attended rows are in attended_.
+  void finish_layer_few(const CudaLayerWeights<Element>& w, float* hidden, std::int64_t rows,
+                        cudaStream_t stream) {
+    using enum VectorEpilogue;
+    const CudaDecoderShape& s = shape();
+    multiply_few(vector_task(w.output.data(), s.hidden_size, s.query_size(), attended_.data(),
+                             nullptr, hidden),
+                 w.quantised_output, rows, kAdd, stream, true);
+    multiply_few(vector_task(w.gate_up.data(), 2 * s.intermediate_size, s.hidden_size, hidden,
+                             w.feed_forward_norm.data(), activated_.data()),
+                 w.quantised_gate_up, rows, kGatedSilu, stream);
+    multiply_few(vector_task(w.down.data(), s.hidden_size, s.intermediate_size, activated_.data(),
+                             nullptr, hidden),
+                 w.quantised_down, rows, kAdd, stream);
+  }
+
   void step_many(cudaStream_t stream) {
     const CudaDecoderShape& s = shape();
     const std::int64_t batch = batch_size();
+    const bool few = few_in_layers_ && batch <= kMostFew;
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
-      norm_rows(hidden_.data(), w.attention_norm.data(), batch, stream);
-      multiply_rows(w.query_key_value.data(), w.quantised_query_key_value, s.fused_size(),
-                    s.hidden_size, rounded_.data(), batch, fused_.data(), false, stream);
+      begin_layer(w, hidden_.data(), batch, few, stream);
       DecodeAttentionTensors<Element> x = attention_tensors(l);
-      x.out = rounded_.data();
-      x.output_type = element_type_of<Element>;
+      x.out = few ? static_cast<void*>(attended_.data()) : rounded_.data();
+      x.output_type = few ? ElementType::kF32 : element_type_of<Element>;
       attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
-      finish_layer(w, hidden_.data(), batch, stream);
+      if (few)
+        finish_layer_few(w, hidden_.data(), batch, stream);
+      else
+        finish_layer(w, hidden_.data(), batch, stream);
     }
     step_.advance(stream, overlap_);
-    norm_rows(hidden_.data(), weights_->output_norm.data(), batch, stream);
-    multiply_rows(weights_->output_matrix(), weights_->quantised_output, s.vocab_size,
-                  s.hidden_size, rounded_.data(), batch, logits_.data(), false, stream);
+    if (few_logits_ && batch <= kMostFew) {
+      multiply_few(vector_task(weights_->output_matrix(), s.vocab_size, s.hidden_size,
+                               hidden_.data(), weights_->output_norm.data(), logits_.data()),
+                   weights_->quantised_output, batch, VectorEpilogue::kStore, stream);
+    } else {
+      norm_rows(hidden_.data(), weights_->output_norm.data(), batch, stream);
+      multiply_rows(weights_->output_matrix(), weights_->quantised_output, s.vocab_size,
+                    s.hidden_size, rounded_.data(), batch, logits_.data(), false, stream);
+    }
     const detail::TokenChoiceParams p = choice_params(0, detail::kCandidateParts);
     detail::launch_kernel("candidates_kernel", detail::candidates_kernel<detail::kVectorThreads>,
                           dim3(detail::kCandidateParts, static_cast<unsigned>(batch)),
@@ -864,26 +974,29 @@ class CudaDecoder {
                         cudaStream_t stream, const ChunkTree& tree = {}) {
     const CudaDecoderShape& s = shape();
     float* const hidden = chunk_hidden_.data();
+    const bool few = few_in_layers_ && length <= kMostFew;
     chunk_->rotate(step_, base, length, stream, tree);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
-      norm_rows(hidden, w.attention_norm.data(), length, stream);
-      multiply_rows(w.query_key_value.data(), w.quantised_query_key_value, s.fused_size(),
-                    s.hidden_size, rounded_.data(), length, fused_.data(), false, stream);
+      begin_layer(w, hidden, length, few, stream);
       const DecodeAttentionTensors<Element> all = attention_tensors(l);
       ChunkAttentionTensors<Element> x;
       x.query = fused_.data();
       x.key = fused_.data() + s.query_size();
       x.value = fused_.data() + s.query_size() + s.kv_size();
       x.stride = s.fused_size();
-      x.out = rounded_.data();
+      x.out = few ? static_cast<void*>(attended_.data()) : rounded_.data();
+      x.output_type = few ? ElementType::kF32 : element_type_of<Element>;
       x.keys = all.keys + session * all.sequence_stride;
       x.values = all.values + session * all.sequence_stride;
       x.head_stride = all.head_stride;
       x.token_stride = all.token_stride;
       x.tree = tree;
       chunk_->launch(step_, x, base, length, static_cast<float>(s.sm_scale), stream);
-      finish_layer(w, hidden, length, stream);
+      if (few)
+        finish_layer_few(w, hidden, length, stream);
+      else
+        finish_layer(w, hidden, length, stream);
     }
   }
 
@@ -895,7 +1008,11 @@ class CudaDecoder {
   DecodeAttentionPlan<Element, kHeadDim> attention_;
   MatrixVectorPlan<Element> vector_;
   QuantisedVectorPlan quantised_vector_;
-  std::optional<MatrixProducts<Element>> products_;             // several rows
+  MatrixColumnsPlan<Element> columns_;
+  QuantisedColumnsPlan quantised_columns_;
+  bool few_in_layers_;                               // multiply_few() knows all matrices of layers
+  bool few_logits_;                                  // and the last
+  std::optional<MatrixProducts<Element>> products_;  // several rows
   std::optional<ChunkAttentionPlan<Element, kHeadDim>> chunk_;  // prefill
   bool overlap_;
   std::vector<double> frequencies_;
@@ -909,8 +1026,8 @@ class CudaDecoder {
   Buffer<Element, cuda> values_;   // the same
   Buffer<float, cuda> hidden_;     // [batch, hidden_size], the residual stream
   Buffer<float, cuda> fused_;      // [rows, query + key + value]
-  Buffer<float, cuda> attended_;   // [query_size], one session
-  Buffer<float, cuda> activated_;  // [intermediate_size], one session
+  Buffer<float, cuda> attended_;   // [few rows, query_size]
+  Buffer<float, cuda> activated_;  // [few rows, intermediate_size]
   Buffer<Element, cuda> rounded_;  // [rows, widest]: inputs of products
   Buffer<Element, cuda> widened_;  // rows of a quantised matrix, for products with several rows
   Buffer<float, cuda> gate_up_;    // [rows, 2 intermediate_size]

@@ -3,7 +3,9 @@
 /// gated activations of several rows.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decode_attention.cuh"
@@ -17,18 +19,26 @@ inline constexpr int kCandidateParts = 8;
 
 /// Launches with or without early start.
 template <class... Parameters, class... Arguments>
-void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
-                   cudaStream_t stream, bool overlap, Arguments&&... arguments) {
+void launch_kernel_with(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
+                        std::size_t shared_bytes, cudaStream_t stream, bool overlap,
+                        Arguments&&... arguments) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch{};
   launch.gridDim = grid;
   launch.blockDim = dim3(static_cast<unsigned>(threads));
+  launch.dynamicSmemBytes = shared_bytes;
   launch.stream = stream;
   launch.attrs = &attribute;
   launch.numAttrs = overlap ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&launch, kernel, Parameters(arguments)...), name);
+}
+template <class... Parameters, class... Arguments>
+void launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, int threads,
+                   cudaStream_t stream, bool overlap, Arguments&&... arguments) {
+  launch_kernel_with(name, kernel, grid, threads, 0, stream, overlap,
+                     std::forward<Arguments>(arguments)...);
 }
 
 template <int kThreads>

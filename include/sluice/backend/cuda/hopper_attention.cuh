@@ -47,8 +47,9 @@ struct HopperAttentionParams {
   CUtensorMap values;
   CUtensorMap sink_keys;  // the same, boxes of 16 slots
   CUtensorMap sink_values;
-  std::uint16_t* out;  // [tokens, heads, channels]
-  std::int64_t base;   // index of the chunk's first token
+  void* out;          // [tokens, heads, channels]
+  bool wide;          // of float32, else of the tensors' type
+  std::int64_t base;  // index of the chunk's first token
   std::int64_t window;
   int tokens;
   int sinks;
@@ -358,6 +359,7 @@ __global__ void __launch_bounds__(kItemThreads, 1)
   }
   __syncthreads();
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   if (tid < 128) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -642,8 +644,18 @@ __global__ void __launch_bounds__(kItemThreads, 1)
         sum[half] += __shfl_xor_sync(0xffffffffU, sum[half], 2);
         const int token = x.first_token + group * kGroupQueries + warp * 16 + g + 8 * half;
         const float scale = 1 / sum[half];  // a query sees itself: never 0
-        std::uint16_t* const row =
-            p.out + (static_cast<std::int64_t>(token) * p.num_qo_heads + x.head) * kItemDim + 8 * t;
+        const std::int64_t at =
+            (static_cast<std::int64_t>(token) * p.num_qo_heads + x.head) * kItemDim;
+        if (p.wide) {
+          float* const row = static_cast<float*>(p.out) + at + 2 * t;
+#pragma unroll
+          for (int c = 0; c < 16; ++c)
+            if (token < p.tokens)
+              *reinterpret_cast<float2*>(row + 8 * c) = {out[4 * c + 2 * half] * scale,
+                                                         out[4 * c + 2 * half + 1] * scale};
+          continue;
+        }
+        std::uint16_t* const row = static_cast<std::uint16_t*>(p.out) + at + 8 * t;
         // A lane holds 2 of each 8 channels; four turn theirs so that each stores 8 side by side.
 #pragma unroll
         for (int c = 0; c < 16; c += 4) {

@@ -354,13 +354,18 @@ class VectorDevice {
     check_cuda(
         cudaDeviceGetAttribute(&most_shared_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
         "cudaDeviceGetAttribute");
-    overlap_ = overlap && major >= 9;
+    clusters_ = major >= 9;
+    overlap_ = overlap && clusters_;
   }
 
   int blocks() const { return blocks_; }
   bool overlap() const { return overlap_; }
+  /// Whether blocks can form clusters.
+  bool has_clusters() const { return clusters_; }
   /// Dynamic shared memory that a block may have.
   int most_bytes() const { return most_shared_ - kStaticBytes; }
+  /// The same if two blocks are to share a multiprocessor.
+  int half_bytes() const { return (most_shared_ - 1024) / 2 - kStaticBytes / 2; }
   /// So much that no two blocks share a multiprocessor.
   std::int64_t bytes_alone(std::int64_t bytes) const {
     return std::max<std::int64_t>(bytes, most_shared_ / 2 + 1024);
@@ -378,6 +383,7 @@ class VectorDevice {
   static constexpr int kStaticBytes = 1024;  // what the kernels declare besides, rounded up
 
   bool overlap_ = false;
+  bool clusters_ = false;
   int blocks_ = 0;
   int most_shared_ = 0;
 };

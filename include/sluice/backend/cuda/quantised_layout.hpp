@@ -20,8 +20,8 @@
 ///   - Q4_K, d scale q - dmin min: scale, then min, uint8 [t][2][S = 4][2], then d and dmin, f16
 ///     [t][2][2].
 ///
-/// These are the numbers of the file: nothing is rounded. Planes of levels at multiples of 512 bytes
-/// and of scales behind them are no faster to read (bench/cuda/NOTES.md).
+/// These are the numbers of the file: nothing is rounded. Planes of levels at multiples of 512
+/// bytes and of scales behind them are no faster to read (bench/cuda/NOTES.md).
 #pragma once
 
 #include <cstdint>
