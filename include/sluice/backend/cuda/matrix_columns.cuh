@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// Products of a weight matrix with 2 to 8 vectors at once, at the speed of the memory bus: a step
+/// Products of a weight matrix with up to 8 vectors at once, at the speed of the memory bus: a step
 /// of a few sessions, a chunk of a few tokens. The norm before the product and what follows it are
 /// part of the launch, as in matrix_vector.cuh.
 ///
@@ -9,10 +9,10 @@
 /// cores, in the very layout in which it comes from memory: x = high + low, both of Element, which
 /// keeps 16 bits of x (bf16; 22 for f16, after a scaling by a power of two). Where registers do not
 /// hold a slice, it is taken in passes. Weights come through a ring of shared memory per warp,
-/// which is filled before the kernel waits for the one before it, and two launches share a
-/// multiprocessor (matrix_vector.cuh says why). Warps' sums of a tile of 16 rows meet in shared
-/// memory, in that of the block that finishes the tile, and are added in a fixed order: the same
-/// bits twice.
+/// which is filled before the kernel waits for the one before it, with some more on its way to the
+/// L2, and two launches share a multiprocessor (matrix_vector.cuh says why). Warps' sums of a tile
+/// of 16 rows meet in shared memory, in that of the block that finishes the tile, and are added in
+/// a fixed order: the same bits twice.
 #pragma once
 
 #include <algorithm>
@@ -469,7 +469,7 @@ class MatrixColumnsPlan {
   bool overlap() const { return device_.overlap(); }
 
   /// May be captured. `alone`: as MatrixVectorPlan::launch(). Rows beyond what shared memory holds
-  /// sums of (some 500,000 at 4,096 columns) take further launches.
+  /// sums of (some 300,000 at 4,096 columns) take further launches.
   /// \throws Error(kShape) if the extents do not fit or the epilogue is kChoose; Error(kDevice) if
   /// the launch is refused.
   void launch(const MatrixColumnsTask<Element>& task, VectorEpilogue epilogue, cudaStream_t stream,
