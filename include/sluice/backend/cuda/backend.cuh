@@ -126,6 +126,14 @@ void prefer_shared_memory(Kernel kernel) {
              "cudaFuncSetAttribute");
 }
 
+/// Asks for bytes to be brought into the second-level cache, beside everything else; a multiple of
+/// 16, as is `from`. Before sm_90 it does nothing.
+__device__ inline void prefetch_bytes(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 /// Blocks that run at the same time on neighbouring multiprocessors and may write each other's
 /// shared memory. Before sm_90 every block is a cluster of its own.
 struct ClusterPlace {

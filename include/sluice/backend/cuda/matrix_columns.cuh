@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-/// Products of a weight matrix with 2 to 8 vectors at once, at the speed of the memory bus: a step
+/// Products of a weight matrix with up to 8 vectors at once, at the speed of the memory bus: a step
 /// of a few sessions, a chunk of a few tokens. The norm before the product and what follows it are
 /// part of the launch, as in matrix_vector.cuh.
 ///
@@ -9,10 +9,10 @@
 /// cores, in the very layout in which it comes from memory: x = high + low, both of Element, which
 /// keeps 16 bits of x (bf16; 22 for f16, after a scaling by a power of two). Where registers do not
 /// hold a slice, it is taken in passes. Weights come through a ring of shared memory per warp,
-/// which is filled before the kernel waits for the one before it, and two launches share a
-/// multiprocessor (matrix_vector.cuh says why). Warps' sums of a tile of 16 rows meet in shared
-/// memory, in that of the block that finishes the tile, and are added in a fixed order: the same
-/// bits twice.
+/// which is filled before the kernel waits for the one before it, with some more on its way to the
+/// L2, and two launches share a multiprocessor (matrix_vector.cuh says why). Warps' sums of a tile
+/// of 16 rows meet in shared memory, in that of the block that finishes the tile, and are added in
+/// a fixed order: the same bits twice.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +57,9 @@ inline constexpr int kColumnsChunk = 64;      // columns of a chunk: 128 bytes o
 inline constexpr int kColumnsMostChunks = 4;  // that a warp holds of every vector at a time
 inline constexpr int kColumnsStages = 3;
 /// Chunks before a warp's last request at which the next kernel may start.
-inline constexpr int kColumnsLead = 2;
+inline constexpr int kColumnsLead = 1;
+/// Tiles that are fetched as far as the second-level cache while the kernel before this one ends.
+inline constexpr int kColumnsAhead = 1;
 /// Tiles whose sums meet at one barrier.
 inline constexpr int kColumnsGroup = kColumnsThreads / (kColumnsTile * kColumnsMost);
 /// Floats of a warp's sums of a tile: [kColumnsMost, 16], rows widened so that no bank is met
@@ -86,48 +88,49 @@ struct MatrixColumnsParams {
   VectorEpilogue epilogue;
 };
 
-/// A warp's part of the vectors: lane 4 g + t has columns 8 t ... 8 t + 7 of every 32 of its chunks
-/// of vector g. Two words each of the high and of the low parts are matrix B of 16 columns.
+/// A warp's part of the vectors: lane 4 g + t has columns 4 t ... 4 t + 3 of every 16 of its chunks
+/// of vector g, so that lanes of one g read whole sectors. Two words each of the high and of the
+/// low parts are matrix B of the 16 columns.
 template <class Element, int kChunks>
 struct ColumnVectors {
   using H = Half<Element>;
   static constexpr bool kScaled = std::is_same_v<Element, f16>;
+  static constexpr int kRuns = kColumnsChunk / 16;
 
-  std::uint32_t high[kChunks][2][4];
-  std::uint32_t low[kChunks][2][4];
+  std::uint32_t high[kChunks][kRuns][2];
+  std::uint32_t low[kChunks][kRuns][2];
   /// What sums of vectors 2 t and 2 t + 1 are to be multiplied by.
   float factor[2] = {1, 1};
 
   /// `column`: the lane's first in its first chunk, `end`: behind the last that it may read. `x` is
-  /// the lane's vector or null. Returns the sum of the lane's squares.
-  __device__ float load(const float* x, const float* norm, int column, int end, int lane) {
+  /// the lane's vector or null; norm_of(chunk) is the norm of the lane's first columns of a chunk.
+  /// Returns the sum of the lane's squares.
+  template <class NormOf>
+  __device__ float load(const float* x, bool normed, const NormOf& norm_of, int column, int end,
+                        int lane) {
     float square = 0;
-    float4 v[kChunks][2][2];
+    float4 v[kChunks][kRuns];
+    const auto at = [&](int c, int run) {
+      return column + c * kColumnsWarps * kColumnsChunk + 16 * run;
+    };
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int at = column + c * kColumnsWarps * kColumnsChunk + 32 * h;
-        v[c][h][0] = v[c][h][1] = {0, 0, 0, 0};
-        if (x != nullptr && at < end) {
-          v[c][h][0] = __ldcg(reinterpret_cast<const float4*>(x + at));
-          v[c][h][1] = __ldcg(reinterpret_cast<const float4*>(x + at) + 1);
-        }
+      for (int run = 0; run < kRuns; ++run) {
+        v[c][run] = {0, 0, 0, 0};
+        if (x != nullptr && at(c, run) < end)
+          v[c][run] = __ldcg(reinterpret_cast<const float4*>(x + at(c, run)));
       }
-    if (norm != nullptr && x != nullptr) {
+    if (normed) {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int at = column + c * kColumnsWarps * kColumnsChunk + 32 * h;
-          if (at >= end) continue;
-#pragma unroll
-          for (int q = 0; q < 2; ++q) {
-            float4& y = v[c][h][q];
-            const float4 w = __ldg(reinterpret_cast<const float4*>(norm + at) + q);
-            square += (y.x * y.x + y.y * y.y) + (y.z * y.z + y.w * y.w);
-            y = {y.x * w.x, y.y * w.y, y.z * w.z, y.w * w.w};
-          }
+        for (int run = 0; run < kRuns; ++run) {
+          if (at(c, run) >= end) continue;
+          float4& y = v[c][run];
+          const float4 w = *reinterpret_cast<const float4*>(norm_of(c) + 16 * run);
+          square += (y.x * y.x + y.y * y.y) + (y.z * y.z + y.w * y.w);
+          y = {y.x * w.x, y.y * w.y, y.z * w.z, y.w * w.w};
         }
     }
     float scale = 1;
@@ -136,12 +139,10 @@ struct ColumnVectors {
 #pragma unroll
       for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-#pragma unroll
-          for (int q = 0; q < 2; ++q) {
-            const float4& y = v[c][h][q];
-            top = fmaxf(top, fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w))));
-          }
+        for (int run = 0; run < kRuns; ++run) {
+          const float4& y = v[c][run];
+          top = fmaxf(top, fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(y.z), fabsf(y.w))));
+        }
       top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffU, top, 2));
       // 2^14 <= top 2^e < 2^15, as far as 2^e and 2^-e are numbers.
@@ -154,13 +155,11 @@ struct ColumnVectors {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int q = 0; q < 2; ++q) {
-          const float4& y = v[c][h][q];
-          split(y.x * scale, y.y * scale, high[c][h][2 * q], low[c][h][2 * q]);
-          split(y.z * scale, y.w * scale, high[c][h][2 * q + 1], low[c][h][2 * q + 1]);
-        }
+      for (int run = 0; run < kRuns; ++run) {
+        const float4& y = v[c][run];
+        split(y.x * scale, y.y * scale, high[c][run][0], low[c][run][0]);
+        split(y.z * scale, y.w * scale, high[c][run][1], low[c][run][1]);
+      }
     return square;
   }
 
@@ -171,34 +170,71 @@ struct ColumnVectors {
   }
 };
 
-/// What becomes of the sums of `tiles` tiles, every `size`-th of which this block finishes:
-/// total_of(slot, vector, row) gives a pair of rows' sums.
-template <class TotalOf>
-__device__ void finish_columns(const MatrixColumnsParams& p, int first, int count, int tiles,
-                               const ClusterPlace& cluster, const float2& residual,
-                               const TotalOf& total_of) {
-  constexpr int kPairs = kColumnsSums / 2;
+/// The pair of rows of each of its tiles that a thread finishes, for one vector.
+struct ColumnsPlace {
+  static constexpr int kPairs = kColumnsTile / 2;
+  static constexpr int kSlots = kColumnsThreads / (kPairs * kColumnsMost);  // at once
+
+  int slot = static_cast<int>(threadIdx.x) / (kPairs * kColumnsMost);  // the first of its tiles
+  int vector = static_cast<int>(threadIdx.x) / kPairs % kColumnsMost;
+  int row = static_cast<int>(threadIdx.x) % kPairs * 2;  // in a tile
+
+  /// Of the cluster's rows.
+  __device__ int row_of(int at, const ClusterPlace& cluster) const {
+    return (at * cluster.size + cluster.rank) * kColumnsTile + row;
+  }
+};
+
+/// y's old values in rows [row, row + 2), where they are.
+__device__ inline float2 old_pair(const float* y, int row, int count) {
+  return {row < count ? y[row] : 0, row + 1 < count ? y[row + 1] : 0};
+}
+
+/// What becomes of the sums of the block's tiles: [blocks of parts][slots][vectors, rows of a
+/// tile]. `first`, `count`: rows of the cluster; `residual`: for kAdd, old_pair() of the thread's
+/// first tile, read ahead; `scale`: of the thread's vector.
+__device__ inline void finish_columns(const MatrixColumnsParams& p, int first, int count,
+                                      const ClusterPlace& cluster, const float* sums,
+                                      float2 residual, float scale) {
+  constexpr int kAtOnce = 4;
+  const ColumnsPlace mine;
+  const int tiles = (count + kColumnsTile - 1) / kColumnsTile;
   const int owned = (tiles - cluster.rank + cluster.size - 1) / cluster.size;
-  for (int i = static_cast<int>(threadIdx.x); i < owned * kPairs; i += kColumnsThreads) {
-    const int slot = i / kPairs;
-    const int vector = i % kPairs / (kColumnsTile / 2);
-    const int in_tile = i % (kColumnsTile / 2) * 2;
-    const int row = (slot * cluster.size + cluster.rank) * kColumnsTile + in_tile;
-    if (vector >= p.count || row >= count) continue;
-    const float2 total = total_of(slot, vector, in_tile);
-    float* const y = p.y + vector * p.y_stride;
-    if (p.epilogue == VectorEpilogue::kGatedSilu) {
-      y[(first + row) / 2] = total.x / (1 + __expf(-total.x)) * total.y;
-      continue;
+  const int parts = p.passes * cluster.size;
+  const bool gated = p.epilogue == VectorEpilogue::kGatedSilu;
+  float* const y = p.y + mine.vector * p.y_stride + (gated ? first / 2 : first);
+  for (int base = mine.slot; base < owned; base += kAtOnce * ColumnsPlace::kSlots) {
+    float2 total[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) total[k] = {0, 0};
+    const float* from = sums + base * kColumnsSums + mine.vector * kColumnsTile + mine.row;
+    for (int i = 0; i < parts; ++i) {
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (base + k * ColumnsPlace::kSlots >= owned) continue;
+        const float2 part =
+            *reinterpret_cast<const float2*>(from + k * ColumnsPlace::kSlots * kColumnsSums);
+        total[k].x += part.x;
+        total[k].y += part.y;
+      }
+      from += p.slots * kColumnsSums;
     }
-    float2 old = {0, 0};
-    if (p.epilogue == VectorEpilogue::kAdd) {
-      const bool ahead = i == static_cast<int>(threadIdx.x);
-      old.x = ahead ? residual.x : y[first + row];
-      if (row + 1 < count) old.y = ahead ? residual.y : y[first + row + 1];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int slot = base + k * ColumnsPlace::kSlots;
+      const int row = mine.row_of(slot, cluster);
+      if (slot >= owned || row >= count) continue;
+      const float2 sum = {total[k].x * scale, total[k].y * scale};
+      if (gated) {
+        y[row / 2] = sum.x / (1 + __expf(-sum.x)) * sum.y;
+        continue;
+      }
+      float2 old = {0, 0};
+      if (p.epilogue == VectorEpilogue::kAdd)
+        old = slot == mine.slot ? residual : old_pair(y, row, count);
+      y[row] = old.x + sum.x;
+      if (row + 1 < count) y[row + 1] = old.y + sum.y;
     }
-    y[first + row] = old.x + total.x;
-    if (row + 1 < count) y[first + row + 1] = old.y + total.y;
   }
 }
 
@@ -236,13 +272,13 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
   const int end_column = min(p.cols, chunks * (cluster.rank + 1) / cluster.size * kColumnsChunk);
   const int warp_column = (first_chunk + warp) * kColumnsChunk;
 
-  // A warp copies 8 rows of 128 bytes a chunk and lane: row lane / 8, 16 bytes lane % 8. Of every
-  // other row the two halves change places, so that reads meet no bank twice.
+  // A lane copies 16 bytes lane % 8 of rows lane / 8, + 4, + 8, + 12 of a chunk. Runs of 32 bytes
+  // are permuted by the row, so that reads meet no bank twice.
   const int steps = p.passes * tiles * kChunks;
   const int copy_row = lane / 8;
   const int copy_column = warp_column + lane % 8 * 8;
   constexpr int kStageQuads = kColumnsTile * kColumnsChunk * 2 / 16;
-  uint4* const copy_to = ring + warp * kStageQuads + copy_row * 8 + (lane % 8 ^ copy_row % 2 * 4);
+  uint4* const copy_to = ring + warp * kStageQuads + copy_row * 8 + (lane % 8 ^ copy_row * 2);
   const std::uint16_t* const copy_from =
       p.matrix + static_cast<std::int64_t>(first + copy_row) * p.cols + copy_column;
   int fetched = 0;
@@ -273,23 +309,39 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
     copies_commit();
   };
   cluster_arrive();
+  // The norm of the first pass, in what holds the warp's first sums later.
+  const auto norm_of = [&](int c) {
+    return parts + (c / 2 * kColumnsWarps + warp) * kColumnsPart + c % 2 * kColumnsChunk;
+  };
+  if (p.norm != nullptr) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int column = warp_column + c * kColumnsWarps * kColumnsChunk + 4 * lane;
+      if (4 * lane < kColumnsChunk)
+        copy_async_or_zero(norm_of(c) + 4 * lane, p.norm + column, column < end_column);
+    }
+    copies_commit();
+  }
 #pragma unroll
   for (int stage = 0; stage < kColumnsStages; ++stage) fetch(stage);
-  if (p.norm != nullptr) {
-    for (int i = first_chunk * kColumnsChunk + tid * 32; i < end_column; i += kColumnsThreads * 32)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.norm + i));
+  if (tid < kColumnsAhead * kColumnsTile) {
+    const int row = kColumnsStages / kChunks * kColumnsTile + tid;
+    const int begin = first_chunk * kColumnsChunk;
+    const int end = min(end_column, begin + kChunks * kColumnsWarps * kColumnsChunk);
+    if (row < count && begin < end)
+      prefetch_bytes(p.matrix + static_cast<std::int64_t>(first + row) * p.cols + begin,
+                     (end - begin) * 2);
   }
   wait_for_previous_kernel();
 
+  const ColumnsPlace mine;
   float2 residual = {0, 0};
-  if (p.epilogue == VectorEpilogue::kAdd) {
-    constexpr int kPairs = kColumnsSums / 2;
-    const int vector = tid % kPairs / (kColumnsTile / 2);
-    const int row =
-        (tid / kPairs * cluster.size + cluster.rank) * kColumnsTile + tid % (kColumnsTile / 2) * 2;
-    const float* const y = p.y + vector * p.y_stride + first + row;
-    if (vector < p.count && row < count) residual.x = y[0];
-    if (vector < p.count && row + 1 < count) residual.y = y[1];
+  if (p.epilogue == VectorEpilogue::kAdd && mine.vector < p.count)
+    residual =
+        old_pair(p.y + mine.vector * p.y_stride + first, mine.row_of(mine.slot, cluster), count);
+  if (p.norm != nullptr) {
+    copies_wait_but<kColumnsStages>();
+    __syncwarp();
   }
 
   const float* const own = g < p.count ? p.x + g * p.x_stride : nullptr;
@@ -301,9 +353,16 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
   if (tail <= 0) let_next_kernel_start();
   for (int pass = 0; pass < p.passes; ++pass) {
     ColumnVectors<Element, kChunks> x;
-    square +=
-        x.load(own, p.norm, warp_column + 8 * t + pass * kChunks * kColumnsWarps * kColumnsChunk,
-               end_column, lane);
+    const int skipped = pass * kChunks * kColumnsWarps * kColumnsChunk;
+    square += x.load(
+        own, p.norm != nullptr,
+        [&](int c) {
+          return (pass == 0 ? norm_of(c)
+                            : p.norm + warp_column + skipped + c * kColumnsWarps * kColumnsChunk) +
+                 4 * t;
+        },
+        warp_column + skipped + 4 * t, end_column, lane);
+    __syncwarp();
     if (p.norm != nullptr && pass + 1 == p.passes) {
       square += __shfl_xor_sync(0xffffffffU, square, 1);
       square += __shfl_xor_sync(0xffffffffU, square, 2);
@@ -319,24 +378,21 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
         copies_wait_but<kColumnsStages - 1>();
         __syncwarp();
         const uint4* const from = ring + (stage * kColumnsWarps + warp) * kStageQuads;
-        uint4 w[2][2];
+        uint2 w[4][2];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int quad = (4 * h + t) ^ g % 2 * 4;
-          w[h][0] = from[g * 8 + quad];
-          w[h][1] = from[(g + 8) * 8 + quad];
-        }
+        for (int run = 0; run < 4; ++run)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            w[run][half] =
+                reinterpret_cast<const uint2*>(from + (g + 8 * half) * 8 + (run ^ g % 4) * 2)[t];
         __syncwarp();
         fetch(stage);
         stage = stage + 1 == kColumnsStages ? 0 : stage + 1;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const std::uint32_t a[4] = {w[h][0].x, w[h][1].x, w[h][0].y, w[h][1].y};
-          H::multiply_add(high, a, x.high[c][h][0], x.high[c][h][1]);
-          H::multiply_add(low, a, x.low[c][h][0], x.low[c][h][1]);
-          const std::uint32_t b[4] = {w[h][0].z, w[h][1].z, w[h][0].w, w[h][1].w};
-          H::multiply_add(high, b, x.high[c][h][2], x.high[c][h][3]);
-          H::multiply_add(low, b, x.low[c][h][2], x.low[c][h][3]);
+        for (int run = 0; run < 4; ++run) {
+          const std::uint32_t a[4] = {w[run][0].x, w[run][1].x, w[run][0].y, w[run][1].y};
+          H::multiply_add(high, a, x.high[c][run][0], x.high[c][run][1]);
+          H::multiply_add(low, a, x.low[c][run][0], x.low[c][run][1]);
         }
       }
       const int in_group = tile % kColumnsGroup;
@@ -349,16 +405,17 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
       if (in_group + 1 < kColumnsGroup && tile + 1 < tiles) continue;
 
       __syncthreads();
-      const int mine = tid / kColumnsSums;  // of the group's tiles
-      if (mine <= in_group) {
+      const int of_group = tid / kColumnsSums;  // of the group's tiles
+      if (of_group <= in_group) {
         const int vector = tid % kColumnsSums / kColumnsTile;
         const int row = tid % kColumnsTile;
-        const float* from = parts + (buffer * kColumnsGroup + mine) * kColumnsWarps * kColumnsPart +
+        const float* from = parts +
+                            (buffer * kColumnsGroup + of_group) * kColumnsWarps * kColumnsPart +
                             vector * kColumnsPartRow + row;
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < kColumnsWarps; ++i) sum += from[i * kColumnsPart];
-        const int whole = tile - in_group + mine;
+        const int whole = tile - in_group + of_group;
         float* const to =
             sums +
             ((pass * cluster.size + cluster.rank) * p.slots + whole / cluster.size) * kColumnsSums +
@@ -378,24 +435,14 @@ __global__ void __launch_bounds__(kColumnsThreads, 2)
   cluster_publish();
   cluster_wait();
 
-  finish_columns(p, first, count, tiles, cluster, residual, [&](int slot, int vector, int row) {
-    float2 total = {0, 0};
-    const float* from = sums + slot * kColumnsSums + vector * kColumnsTile + row;
-    for (int i = 0; i < p.passes * cluster.size; ++i) {
-      const float2 part = *reinterpret_cast<const float2*>(from);
-      total.x += part.x;
-      total.y += part.y;
-      from += p.slots * kColumnsSums;
-    }
-    if (p.norm != nullptr) {
-      float square_sum = 0;
-      for (int i = 0; i < cluster.size; ++i) square_sum += block_squares[i][vector];
-      const float scale = 1 / sqrtf(square_sum / static_cast<float>(p.cols) + p.norm_eps);
-      total.x *= scale;
-      total.y *= scale;
-    }
-    return total;
-  });
+  if (mine.vector >= p.count) return;
+  float scale = 1;
+  if (p.norm != nullptr) {
+    float sum = 0;
+    for (int i = 0; i < cluster.size; ++i) sum += block_squares[i][mine.vector];
+    scale = 1 / sqrtf(sum / static_cast<float>(p.cols) + p.norm_eps);
+  }
+  finish_columns(p, first, count, cluster, sums, residual, scale);
 }
 
 }  // namespace detail
@@ -422,7 +469,7 @@ class MatrixColumnsPlan {
   bool overlap() const { return device_.overlap(); }
 
   /// May be captured. `alone`: as MatrixVectorPlan::launch(). Rows beyond what shared memory holds
-  /// sums of (some 500,000 at 4,096 columns) take further launches.
+  /// sums of (some 300,000 at 4,096 columns) take further launches.
   /// \throws Error(kShape) if the extents do not fit or the epilogue is kChoose; Error(kDevice) if
   /// the launch is refused.
   void launch(const MatrixColumnsTask<Element>& task, VectorEpilogue epilogue, cudaStream_t stream,
