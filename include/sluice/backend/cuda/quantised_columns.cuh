@@ -52,7 +52,7 @@ inline constexpr int kMostQuantisedColumns = 8;
 inline constexpr int kQuantisedColumnsWarps = 8;
 inline constexpr int kQuantisedColumnsThreads = kQuantisedColumnsWarps * kWarpSize;
 /// Pairs of chunks per warp in flight.
-constexpr int quantised_columns_stages(const QuantisedLayout& layout) {
+__host__ __device__ constexpr int quantised_columns_stages(const QuantisedLayout& layout) {
   return layout.chunk_cols == 64 ? 4 : 6;
 }
 /// Pairs of chunks before a warp's last request at which the next kernel may start.
