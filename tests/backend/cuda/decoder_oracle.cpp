@@ -12,14 +12,6 @@ namespace {
 
 using Row = std::vector<double>;
 
-Row product(const std::vector<float>& matrix, const Row& x) {
-  Row y(matrix.size() / x.size());
-  for (std::size_t r = 0; r < y.size(); ++r)
-    for (std::size_t c = 0; c < x.size(); ++c)
-      y[r] += static_cast<double>(matrix[r * x.size() + c]) * x[c];
-  return y;
-}
-
 Row norm(const Row& x, const std::vector<float>& weight, double eps) {
   double square = 0;
   for (const double v : x) square += v * v;
@@ -51,6 +43,21 @@ void add(Row& x, const Row& y) {
 }
 
 }  // namespace
+
+std::vector<double> PlainDecoder::product(const std::vector<float>& matrix, const Row& x) {
+  Row y(matrix.size() / x.size());
+  for (std::size_t r = 0; r < y.size(); ++r) {
+    double squares = 0;
+    for (std::size_t c = 0; c < x.size(); ++c) {
+      const double term = static_cast<double>(matrix[r * x.size() + c]) * x[c];
+      y[r] += term;
+      squares += term * term;
+    }
+    if (config_.product_error > 0)
+      y[r] += config_.product_error * std::sqrt(squares) * random_.normal();
+  }
+  return y;
+}
 
 std::vector<double> PlainDecoder::step(int token, const PlainDecoder* source,
                                        std::int64_t snapshot) {

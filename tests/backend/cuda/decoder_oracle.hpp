@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include <sluice/core/random.hpp>
+
 namespace sluice_test {
 
 struct PlainDecoderConfig {
@@ -22,6 +24,10 @@ struct PlainDecoderConfig {
   bool interleaved = false;
   std::int64_t num_sink_tokens = 0;
   std::int64_t window_size = 0;  ///< 0: unlimited
+  /// What is added to every product: normal deviates of this times the root of the terms' sum of
+  /// squares. Stands for another arithmetic, whose keys and values may round the other way.
+  double product_error = 0;
+  std::uint64_t error_seed = 0;
 };
 
 struct PlainLayer {
@@ -40,6 +46,7 @@ class PlainDecoder {
   PlainDecoder(const PlainDecoderConfig& config, const PlainWeights& weights)
       : config_(config),
         weights_(&weights),
+        random_(config.error_seed),
         keys_(weights.layers.size()),
         values_(weights.layers.size()) {}
 
@@ -49,8 +56,11 @@ class PlainDecoder {
                            std::int64_t snapshot = 0);
 
  private:
+  std::vector<double> product(const std::vector<float>& matrix, const std::vector<double>& x);
+
   PlainDecoderConfig config_;
   const PlainWeights* weights_;
+  sluice::Random random_;  // of product_error
   std::int64_t total_ = 0;
   // By layer: every token's row [num_kv_heads, head_dim], keys rotated.
   std::vector<std::vector<std::vector<float>>> keys_, values_;

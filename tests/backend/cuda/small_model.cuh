@@ -150,10 +150,13 @@ struct SmallModel {
     result.history_size = 512;
     return result;
   }
-  PlainDecoder oracle(std::int64_t sinks, std::int64_t window) const {
+  PlainDecoder oracle(std::int64_t sinks, std::int64_t window, double product_error = 0,
+                      std::uint64_t error_seed = 0) const {
     PlainDecoderConfig config = plain;
     config.num_sink_tokens = sinks;
     config.window_size = window;
+    config.product_error = product_error;
+    config.error_seed = error_seed;
     return PlainDecoder(config, host);
   }
 };
@@ -177,6 +180,26 @@ inline std::int32_t argmax(std::span<const float> logits) {
 // Keys and values that fall on the other side of a rounding than the reference's: a bf16 unit of a
 // few entries among thousands. Everything else is float32.
 inline constexpr double kExactBound = 1e-3;
+
+/// The same for one model and text, where an entry that lies between two bf16 numbers weighs more:
+/// the largest error of logits that the reference makes itself when its products are off by 2^-20,
+/// less than float32 sums may be (quantised_vector_test.cu), each of 32 times another way.
+inline double rounding_error(const SmallModel& model, std::int64_t sinks, std::int64_t window,
+                             std::span<const std::int32_t> tokens) {
+  std::vector<std::vector<double>> expected;
+  PlainDecoder exact = model.oracle(sinks, window);
+  for (const std::int32_t token : tokens) expected.push_back(exact.step(token));
+  double worst = 0;
+  for (std::uint64_t seed = 1; seed <= 32; ++seed) {
+    PlainDecoder other = model.oracle(sinks, window, 0x1p-20, seed);
+    for (std::size_t i = 0; i < tokens.size(); ++i) {
+      const std::vector<double> logits = other.step(tokens[i]);
+      const std::vector<float> found(logits.begin(), logits.end());
+      worst = std::max(worst, relative_error(found, expected[i]));
+    }
+  }
+  return worst;
+}
 // Inputs of every product are rounded to bf16, by 2^-9 of their size at most; 13 products.
 inline constexpr double kRoundedBound = 13 * 0x1p-9;
 
