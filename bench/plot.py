@@ -136,10 +136,10 @@ GPU = {
 # Read over: nothing is drawn of them.
 TABLES = ("context_append", "context_update", "context_fork", "context_checkpoint",
           "context_draft", "head_map", "streaminnc_misaligned", "frame_encoder", "rounding",
-          "chunk_products", "jitter",
-          "pieces", "listen_overlap", "listen_overlap_mean", "listen_minute", "listen_endless",
-          "machine", "matrix_vector", "decoder_prefill", "decoder_chunk", "decoder_endless",
-          "segment_attention", "duplex_cuda", "watch", "watch_part")
+          "chunk_products", "jitter", "pieces", "listen_overlap", "listen_overlap_mean",
+          "listen_minute", "listen_endless", "machine", "matrix_vector", "matrix_columns",
+          "decoder_prefill", "decoder_chunk", "decoder_endless", "segment_attention", "duplex_cuda",
+          "watch", "watch_part")
 # Parts of a Google Benchmark name that say how it was measured, not what.
 REPETITION = r"(repeats|iterations|min_time|min_warmup_time):|real_time|process_time"
 BIN_FIELDS = ("from", "to", "median_us", "p99_us", "p999_us", "max_us", "rss_bytes")
