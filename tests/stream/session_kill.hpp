@@ -50,8 +50,10 @@ inline SessionOptions killed_options() {
   return options;
 }
 
-/// The child: restores, then writes a token and saves, for ever, and tells the parent after each
-/// save how many tokens the session has written.
+inline constexpr std::int64_t kSaveBegins = -1;
+
+/// The child: restores, then writes a token and saves, for ever, and tells the parent that a save
+/// begins, and after it how many tokens the session has written.
 template <class Make>
 [[noreturn]] void save_for_ever(Make&& make, const std::string& path, int pipe) {
   try {
@@ -59,6 +61,8 @@ template <class Make>
     session.restore(path);
     for (;;) {
       session.step();
+      static_cast<void>(session.logits());  // what a save would compute first
+      if (::write(pipe, &kSaveBegins, sizeof kSaveBegins) != sizeof kSaveBegins) break;
       session.save(path);
       const std::int64_t position = session.position();
       if (::write(pipe, &position, sizeof position) != sizeof position) break;
@@ -89,15 +93,28 @@ void expect_kills_survived(Make&& make, const std::string& path, int kills) {
       save_for_ever(make, path, pipe[1]);
     }
     ::close(pipe[1]);
-    // Killed a random time after one of its first saves: within the next one or the one behind it.
+    // Killed a random time after one of its first saves has ended; or, every other child, after the
+    // next has begun, within the time that the one before it took.
     const std::int64_t first = between(random, 0, 2);
     std::int64_t told = 0;
-    for (std::int64_t i = 0; i <= first; ++i) {
+    const auto hear = [&] {
       ASSERT_EQ(::read(pipe[0], &told, sizeof told), static_cast<ssize_t>(sizeof told));
+    };
+    std::int64_t range = 1'500'000;
+    for (std::int64_t i = 0; i <= first; ++i) {
+      ASSERT_NO_FATAL_FAILURE(hear());
+      ASSERT_EQ(told, kSaveBegins);
+      const std::int64_t begin = monotonic_ns();
+      ASSERT_NO_FATAL_FAILURE(hear());
+      if (kill % 2 == 1) range = monotonic_ns() - begin;
       at_least = told;
       ++saves;
     }
-    const std::int64_t until = monotonic_ns() + between(random, 0, 1'500'000);
+    if (kill % 2 == 1) {
+      ASSERT_NO_FATAL_FAILURE(hear());
+      ASSERT_EQ(told, kSaveBegins);
+    }
+    const std::int64_t until = monotonic_ns() + between(random, 0, range);
     while (monotonic_ns() < until) {
     }
     ASSERT_EQ(::kill(child, SIGKILL), 0);
@@ -105,6 +122,7 @@ void expect_kills_survived(Make&& make, const std::string& path, int kills) {
     ASSERT_EQ(::waitpid(child, &status, 0), child);
     ASSERT_TRUE(WIFSIGNALED(status)) << "the child failed by itself";
     while (::read(pipe[0], &told, sizeof told) == static_cast<ssize_t>(sizeof told)) {
+      if (told == kSaveBegins) continue;
       at_least = told;
       ++saves;
     }
