@@ -682,27 +682,9 @@ class CudaDecoder {
                     std::int64_t count, VectorEpilogue epilogue, cudaStream_t stream,
                     bool alone = false) const {
     const std::int64_t per_output = epilogue == VectorEpilogue::kGatedSilu ? 2 : 1;
-    if (quantised.empty()) {
-      MatrixColumnsTask<Element> rows;
-      rows.matrix = task.matrix;
-      rows.rows = task.rows;
+    // rows: MatrixColumnsTask or QuantisedColumnsTask, its matrix and its number of rows set.
+    const auto launch = [&](const auto& plan, auto rows, float* y) {
       rows.cols = task.cols;
-      rows.count = static_cast<int>(count);
-      rows.x = task.x;
-      rows.x_stride = task.cols;
-      rows.norm = task.norm;
-      rows.norm_eps = task.norm_eps;
-      rows.y = task.y;
-      rows.y_stride = task.rows / per_output;
-      return columns_.launch(rows, epilogue, stream, alone);
-    }
-    float* y = task.y;
-    for (const CudaQuantisedRows& part : quantised) {
-      QuantisedColumnsTask rows;
-      rows.type = part.type;
-      rows.matrix = part.content.data();
-      rows.rows = part.rows;
-      rows.cols = part.cols;
       rows.count = static_cast<int>(count);
       rows.x = task.x;
       rows.x_stride = task.cols;
@@ -710,7 +692,21 @@ class CudaDecoder {
       rows.norm_eps = task.norm_eps;
       rows.y = y;
       rows.y_stride = task.rows / per_output;
-      quantised_columns_.launch(rows, epilogue, stream, alone);
+      plan.launch(rows, epilogue, stream, alone);
+    };
+    if (quantised.empty()) {
+      MatrixColumnsTask<Element> rows;
+      rows.matrix = task.matrix;
+      rows.rows = task.rows;
+      return launch(columns_, rows, task.y);
+    }
+    float* y = task.y;
+    for (const CudaQuantisedRows& part : quantised) {
+      QuantisedColumnsTask rows;
+      rows.type = part.type;
+      rows.matrix = part.content.data();
+      rows.rows = part.rows;
+      launch(quantised_columns_, rows, y);
       y += part.rows / per_output;
     }
   }
