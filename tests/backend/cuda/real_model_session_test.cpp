@@ -107,9 +107,10 @@ TEST(RealModel, WritesTheSameTextWithTheFilesWeights) {
     found.reset();
     found.accept(text);
   }
-  // Float32 on both sides, in another order. A key or value then may round to its other neighbour:
-  // what all of those do together on the CPU is the bound.
-  EXPECT_LE(worst, rounding);
+  // Float32 on both sides, in another order: each cache's roundings are its own, and take its stream
+  // off the exact one by about `rounding` (real_model_test.cu says how that comes). The two are
+  // apart by the sum of both at most.
+  EXPECT_LE(worst, 2 * rounding);
   EXPECT_LE(rounding, 0.05);
   EXPECT_EQ(parted, 0);
 

@@ -109,10 +109,12 @@ TEST(RealModel, WritesTheSameTextOnBothSides) {
     rounding = std::max(rounding, relative_error(exact.step(token), expected));
     if (i + 1 >= static_cast<int>(kPrompt.size())) text.push_back(argmax(expected));
   }
-  // Float32 on both sides, in another order. A key or value then may round to its other neighbour,
-  // and thirty layers amplify that as they amplify every rounding of the cache: what all of those
-  // do together on the CPU is the bound.
-  EXPECT_LE(worst, rounding);
+  // Float32 on both sides, in another order. Where a key or value then rounds to its other neighbour,
+  // thirty layers make that the next keys' error, until the two streams' roundings have nothing in
+  // common: on the CPU alone, norms off by 2^-21 move logits by 1.3e-2 to 1.6e-2 with a bf16 cache,
+  // by 5e-6 with a float32 one. Each stream is off from the exact one by about `rounding`, so they
+  // are apart by the sum of both at most.
+  EXPECT_LE(worst, 2 * rounding);
   EXPECT_LE(rounding, 0.05);
 
   // The GPU's own text: the prompt fed, then nothing but replays.
