@@ -6,8 +6,8 @@ usage() {
 usage: sh bench/cuda/run.sh [--build FOLDER] [--prebuilt] [--out FOLDER] [--limit SECONDS]
                             [--model FILE] [--llama-bench PROGRAM] [PART]...
 
-Builds the CUDA backend for the GPU at hand, checks it and times it; needs nvcc, and what
-cmake/test.sh needs.
+Builds the CUDA backend, checks it and times it on the GPU at hand; needs nvcc, and what cmake/test.sh
+needs.
 
   --build FOLDER         build folder (build-gpu)
   --prebuilt             the programs are there already: build nothing
@@ -100,7 +100,7 @@ export LD_LIBRARY_PATH
 
 if [ "$prebuilt" -eq 0 ]; then
   if ! CMAKE_GENERATOR="${CMAKE_GENERATOR:-Ninja}" cmake -S "$sluice_root" -B "$build" \
-    -D CMAKE_BUILD_TYPE=Release -D CMAKE_CUDA_ARCHITECTURES=native -D SLUICE_IO=ON \
+    -D CMAKE_BUILD_TYPE=Release -D SLUICE_IO=ON \
     -D SLUICE_TESTS=ON -D SLUICE_BENCH=ON -D SLUICE_TEST_UNIT_FILES=8 >&2 ||
     ! cmake --build "$build" --parallel "$(build_jobs)" --target sluice_test_backend_cuda \
       sluice_cuda_decode_attention_bench sluice_cuda_segment_attention_bench \
