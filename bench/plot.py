@@ -697,7 +697,8 @@ def draw_streaminnc(records, folder):
 def draw_decode_attention_cuda(records, folder):
     """Microseconds a launch: ours as a decoder runs it, and the best way of each peer."""
     ours = {record["case"]: record["us"] for record in records
-            if record["bench"] == "decode_attention" and record.get("default") and record["overlap"]}
+            if record["bench"] == "decode_attention" and record.get("default") and record["overlap"]
+            and record.get("type", "bf16") == "bf16"}
     peers = {"torch": {}, "flashinfer": {}}
     for record in records:
         if record["bench"] in peers and record.get("us") and not record.get("rotates"):
@@ -780,6 +781,7 @@ def draw_decoder_cuda(records, folder):
         draw_step_ratios(axis, peers)
     steps = [record for record in records
              if record["bench"] == "decoder_step" and record["overlap"]
+             and record.get("cache", "bf16") == "bf16"
              and record.get("few_rows", True)]
     styles = dict(zip(dict.fromkeys(record.get("type", "") for record in steps),
                       (("o", "-"), ("s", "--"), ("v", "--"), ("^", "-."), ("D", "-."), ("x", "-."))))

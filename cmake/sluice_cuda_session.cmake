@@ -9,12 +9,21 @@ find_package(CUDAToolkit REQUIRED)
 set(cuda_session_sources "")
 foreach(element IN ITEMS bf16 f16)
   set(source ${PROJECT_BINARY_DIR}/cuda_session/${element}.cu)
+  # Caches of codes have the weights that CudaWeightsOf names. In one file with what else has those:
+  # most kernels are theirs too, and are compiled once.
+  set(sessions_of_codes "")
+  if(element STREQUAL "f16")
+    foreach(cache IN ITEMS std::int8_t sluice::fp8_e4m3)
+      string(APPEND sessions_of_codes
+             "template class sluice::CudaDeviceSession<sluice::f16, ${cache}>;\n")
+    endforeach()
+  endif()
   file(CONFIGURE OUTPUT ${source} CONTENT
 "#include <sluice/backend/cuda/device_duplex.cuh>
 template class sluice::CudaDeviceModel<sluice::${element}>;
 template class sluice::CudaDeviceSession<sluice::${element}>;
 template class sluice::CudaDeviceDuplex<sluice::${element}>;
-")
+${sessions_of_codes}")
   list(APPEND cuda_session_sources ${source})
 endforeach()
 

@@ -4,12 +4,15 @@
 /// a line, on stdout.
 ///
 /// usage: decoder_bench [--case step|sessions|chunks|prefill|endless|curve] [--weights TYPE]...
-///                      [--parts] [--before] [--tokens N]
+///                      [--cache TYPE]... [--parts] [--before] [--tokens N]
 ///   --case      one of them; without it all but curve, which is a step of the first geometry by
 ///   the
 ///               size of its cache, 256 to 16,384 entries (recompute_torch.py)
 ///   --weights   bf16, q8_0, q6_k, q4_0, q4_1 or q4_k, for all matrices but the embedding; several
 ///               run in turn (bf16); --parts, endless and curve know bf16 alone
+///   --cache     bf16, int8 or fp8, of keys and values; several run in turn (bf16); --parts,
+///   endless
+///               and curve know bf16 alone. f16 is not built: its bytes and steps are those of bf16
 ///   --tokens N  how many the endless stream has (a million)
 ///   --before    also sessions and chunks of up to 8 rows by way of cuBLASLt, as more rows go
 ///   --parts     also the products of a step, each alone
@@ -19,9 +22,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -36,7 +41,25 @@ using namespace sluice;
 using namespace sluice::bench;
 
 using Weights = CudaDecoderWeights<bf16>;
-using Model = CudaDecoder<bf16, 128>;
+template <class Cache>
+using Model = CudaDecoder<bf16, 128, Cache>;
+
+template <class Cache>
+constexpr const char* kCacheName = std::is_same_v<Cache, bf16>          ? "bf16"
+                                   : std::is_same_v<Cache, std::int8_t> ? "int8"
+                                                                        : "fp8";
+constexpr const char* kCacheNames[] = {"bf16", "int8", "fp8"};
+
+/// Calls run(Cache()) for the type of that name.
+template <class Run>
+void with_cache(const std::string& name, Run&& run) {
+  if (name == "int8")
+    run(std::int8_t());
+  else if (name == "fp8")
+    run(fp8_e4m3());
+  else
+    run(bf16());
+}
 
 struct Geometry {
   const char* name;
@@ -93,18 +116,79 @@ CudaDecoderOptions options_for(const CudaDecoderShape& s, std::int64_t batch, st
   return options;
 }
 
+/// Of keys and values, their scales included.
+template <class Cache>
+double cache_bytes(const CudaDecoderShape& s, std::int64_t rows) {
+  const std::int64_t row =
+      s.head_dim * static_cast<std::int64_t>(sizeof(Cache)) + (CudaCode<Cache> ? 4 : 0);
+  return static_cast<double>(rows) * static_cast<double>(2 * s.num_layers * s.num_kv_heads * row);
+}
+
+/// Codes that are numbers, of any type.
+__global__ void fill_codes(std::uint8_t* codes, std::int64_t count) {
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += stride) {
+    std::uint64_t z = (static_cast<std::uint64_t>(i) + 77) * 0x9e3779b97f4a7c15ULL;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ULL;
+    const auto code = static_cast<std::uint8_t>(z >> 40);
+    codes[i] = static_cast<std::uint8_t>((code & 0x7f) == 0x7f ? code ^ 1 : code);  // of fp8: NaN
+  }
+}
+__global__ void fill_scales(float* scales, std::int64_t count, float scale) {
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += stride)
+    scales[i] = scale;
+}
+
+/// Rows of about 1 in all slots.
+template <class Cache>
+void fill_cache(Model<Cache>& model) {
+  model.fill_cache([]<class T>(T* data, std::size_t size) {
+    const auto count = static_cast<std::int64_t>(size);
+    if constexpr (std::is_same_v<T, float>)
+      fill_scales<<<1024, 256>>>(data, count, std::is_same_v<Cache, std::int8_t> ? 0.013F : 0.01F);
+    else if constexpr (CudaCode<T>)
+      fill_codes<<<1024, 256>>>(reinterpret_cast<std::uint8_t*>(data), count);
+    else
+      fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(data), count, 77);
+  });
+}
+
+/// Whether there is memory for that many sessions. Says so where there is not.
+template <class Cache>
+bool fits(const Geometry& g, ElementType type, std::int64_t batch, std::int64_t entries) {
+  std::size_t free = 0;
+  std::size_t all = 0;
+  check_cuda(cudaMemGetInfo(&free, &all), "cudaMemGetInfo");
+  const CudaDecoderShape& s = g.shape;
+  const double rows = static_cast<double>(
+      batch * (4 * s.fused_size() + 4 * s.vocab_size + 8 * s.intermediate_size +
+               6 * std::max({s.hidden_size, s.query_size(), s.intermediate_size})));
+  // Beside the rows: widened weights, and what cuBLASLt works with.
+  const double needed = cache_bytes<Cache>(s, batch * entries) + rows + 256e6;
+  if (needed <= static_cast<double>(free)) return true;
+  std::fprintf(stderr,
+               "decoder_bench: %s, %s weights, %lld sessions x %lld entries in %s: needs %.2f GB, "
+               "%.2f GB are free; left out\n",
+               g.name, name_of(type), static_cast<long long>(batch),
+               static_cast<long long>(entries), kCacheName<Cache>, needed * 1e-9,
+               static_cast<double>(free) * 1e-9);
+  return false;
+}
+
 /// Sessions whose caches are full of random rows.
+template <class Cache>
 void measure_step(const Geometry& g, const Weights& weights, ElementType type, std::int64_t batch,
                   std::int64_t entries, bool overlap, double ceiling, bool few_rows = true) {
+  if (!fits<Cache>(g, type, batch, entries)) return;
   std::vector<double> frequencies;
   CudaDecoderOptions options = options_for(g.shape, batch, entries, 0, frequencies);
   options.overlap = overlap;
   options.few_rows = few_rows;
-  Model model(weights, options);
-  model.fill_cache([](bf16* rows, std::size_t count) {
-    fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(rows),
-                               static_cast<std::int64_t>(count), 77);
-  });
+  Model<Cache> model(weights, options);
+  fill_cache<Cache>(model);
   model.set_totals(std::vector<std::int64_t>(static_cast<std::size_t>(batch), 1000000));
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(batch));
   for (std::size_t b = 0; b < tokens.size(); ++b) tokens[b] = static_cast<std::int32_t>(17 * b + 1);
@@ -114,34 +198,31 @@ void measure_step(const Geometry& g, const Weights& weights, ElementType type, s
   double spread = 0;
   const double us =
       time_graph([&](cudaStream_t stream) { model.step(stream); }, batch > 8 ? 3 : 8, 9, &spread);
-  const double bytes =
-      weight_bytes(g.shape, type) + static_cast<double>(batch * entries * 4) *
-                                        static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
+  const double bytes = weight_bytes(g.shape, type) + cache_bytes<Cache>(g.shape, batch * entries);
   std::printf(
-      "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"%s\", \"sessions\": %lld, "
+      "{\"bench\": \"decoder_step\", \"model\": \"%s\", \"type\": \"%s\", \"cache\": \"%s\", "
+      "\"sessions\": %lld, "
       "\"entries\": %lld, \"overlap\": %s, \"few_rows\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, "
       "\"tokens_per_s\": "
       "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f, "
       "\"cache_mbytes_per_session\": %.1f}\n",
-      g.name, name_of(type), static_cast<long long>(batch), static_cast<long long>(entries),
-      overlap ? "true" : "false", few_rows ? "true" : "false", us * 1e-3, spread * 1e-3,
-      static_cast<double>(batch) / us * 1e6, bytes * 1e-9, bytes / us * 1e-6,
-      bytes / us * 1e-6 / ceiling,
+      g.name, name_of(type), kCacheName<Cache>, static_cast<long long>(batch),
+      static_cast<long long>(entries), overlap ? "true" : "false", few_rows ? "true" : "false",
+      us * 1e-3, spread * 1e-3, static_cast<double>(batch) / us * 1e6, bytes * 1e-9,
+      bytes / us * 1e-6, bytes / us * 1e-6 / ceiling,
       static_cast<double>(model.cache_bytes()) / static_cast<double>(batch) * 1e-6);
   std::fflush(stdout);
 }
 
 /// A chunk of a few tokens onto a full cache: its layers, no logits.
+template <class Cache>
 void measure_chunk(const Geometry& g, const Weights& weights, ElementType type, std::int64_t length,
                    std::int64_t entries, double ceiling, bool few_rows) {
   std::vector<double> frequencies;
   CudaDecoderOptions options = options_for(g.shape, 1, entries, length, frequencies);
   options.few_rows = few_rows;
-  Model model(weights, options);
-  model.fill_cache([](bf16* rows, std::size_t count) {
-    fill_random<<<1024, 256>>>(reinterpret_cast<std::uint16_t*>(rows),
-                               static_cast<std::int64_t>(count), 77);
-  });
+  Model<Cache> model(weights, options);
+  fill_cache<Cache>(model);
   std::vector<std::int32_t> content(static_cast<std::size_t>(length));
   for (std::size_t i = 0; i < content.size(); ++i)
     content[i] = static_cast<std::int32_t>(17 * i + 1);
@@ -153,16 +234,16 @@ void measure_chunk(const Geometry& g, const Weights& weights, ElementType type, 
   read(nullptr);  // products choose their algorithms outside the capture
   double spread = 0;
   const double us = time_graph(read, 8, 9, &spread);
-  const double bytes = weight_bytes(g.shape, type, false) +
-                       static_cast<double>(entries * 4) *
-                           static_cast<double>(g.shape.kv_size() * g.shape.num_layers);
+  const double bytes = weight_bytes(g.shape, type, false) + cache_bytes<Cache>(g.shape, entries);
   std::printf(
-      "{\"bench\": \"decoder_chunk\", \"model\": \"%s\", \"type\": \"%s\", \"tokens\": %lld, "
+      "{\"bench\": \"decoder_chunk\", \"model\": \"%s\", \"type\": \"%s\", \"cache\": \"%s\", "
+      "\"tokens\": %lld, "
       "\"entries\": %lld, \"few_rows\": %s, \"ms\": %.4f, \"spread_ms\": %.4f, \"tokens_per_s\": "
       "%.1f, \"gbytes\": %.3f, \"tb_per_s\": %.3f, \"of_read_ceiling\": %.3f}\n",
-      g.name, name_of(type), static_cast<long long>(length), static_cast<long long>(entries),
-      few_rows ? "true" : "false", us * 1e-3, spread * 1e-3, static_cast<double>(length) / us * 1e6,
-      bytes * 1e-9, bytes / us * 1e-6, bytes / us * 1e-6 / ceiling);
+      g.name, name_of(type), kCacheName<Cache>, static_cast<long long>(length),
+      static_cast<long long>(entries), few_rows ? "true" : "false", us * 1e-3, spread * 1e-3,
+      static_cast<double>(length) / us * 1e6, bytes * 1e-9, bytes / us * 1e-6,
+      bytes / us * 1e-6 / ceiling);
   std::fflush(stdout);
 }
 
@@ -226,10 +307,11 @@ void measure_parts(const Geometry& g, const Weights& weights, bool overlap) {
 }
 
 /// A prompt read in chunks.
+template <class Cache>
 void measure_prefill(const Geometry& g, const Weights& weights, ElementType type,
                      std::int64_t prompt, std::int64_t window, std::int64_t chunk) {
   std::vector<double> frequencies;
-  Model model(weights, options_for(g.shape, 1, window + 4, chunk, frequencies));
+  Model<Cache> model(weights, options_for(g.shape, 1, window + 4, chunk, frequencies));
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(prompt));
   for (std::size_t i = 0; i < tokens.size(); ++i)
     tokens[i] = static_cast<std::int32_t>(i * 7919 % static_cast<std::size_t>(g.shape.vocab_size));
@@ -251,11 +333,13 @@ void measure_prefill(const Geometry& g, const Weights& weights, ElementType type
     check_cuda(cudaEventDestroy(end), "cudaEventDestroy");
   }
   std::printf(
-      "{\"bench\": \"decoder_prefill\", \"model\": \"%s\", \"type\": \"%s\", \"prompt\": %lld, "
+      "{\"bench\": \"decoder_prefill\", \"model\": \"%s\", \"type\": \"%s\", \"cache\": \"%s\", "
+      "\"prompt\": %lld, "
       "\"window\": %lld, "
       "\"chunk\": %lld, \"ms\": %.2f, \"tokens_per_s\": %.0f}\n",
-      g.name, name_of(type), static_cast<long long>(prompt), static_cast<long long>(window),
-      static_cast<long long>(chunk), best, static_cast<double>(prompt) / best * 1e3);
+      g.name, name_of(type), kCacheName<Cache>, static_cast<long long>(prompt),
+      static_cast<long long>(window), static_cast<long long>(chunk), best,
+      static_cast<double>(prompt) / best * 1e3);
   std::fflush(stdout);
 }
 
@@ -329,6 +413,7 @@ int main(int count, char** arguments) {
   bool before = false;
   std::string only;
   std::vector<ElementType> types;
+  std::vector<std::string> caches;
   std::int64_t tokens = 1000000;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--parts") == 0) {
@@ -340,17 +425,22 @@ int main(int count, char** arguments) {
     } else if (std::strcmp(arguments[i], "--weights") == 0 && i + 1 < count &&
                type_of(arguments[i + 1]) != ElementType::kF32) {
       types.push_back(type_of(arguments[++i]));
+    } else if (std::strcmp(arguments[i], "--cache") == 0 && i + 1 < count &&
+               std::find(std::begin(kCacheNames), std::end(kCacheNames),
+                         std::string(arguments[i + 1])) != std::end(kCacheNames)) {
+      caches.push_back(arguments[++i]);
     } else if (std::strcmp(arguments[i], "--tokens") == 0 && i + 1 < count) {
       tokens = std::max(10000LL, std::atoll(arguments[++i]));
     } else {
       std::fprintf(stderr,
                    "usage: decoder_bench [--case step|sessions|chunks|prefill|endless|curve] "
-                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--parts] [--before] "
-                   "[--tokens N]\n");
+                   "[--weights bf16|q8_0|q6_k|q4_0|q4_1|q4_k]... [--cache bf16|int8|fp8]... "
+                   "[--parts] [--before] [--tokens N]\n");
       return 2;
     }
   }
   if (types.empty()) types.push_back(ElementType::kBF16);
+  if (caches.empty()) caches.push_back("bf16");
   const auto wanted = [&](const char* name) {
     return only.empty() || only == name;
   };
@@ -362,7 +452,7 @@ int main(int count, char** arguments) {
       const Geometry g = llama_2_7b();
       const std::unique_ptr<Weights> weights = random_weights(g.shape);
       for (std::int64_t entries = 256; entries <= 16384; entries *= 2)
-        measure_step(g, *weights, ElementType::kBF16, 1, entries, true, ceiling);
+        measure_step<bf16>(g, *weights, ElementType::kBF16, 1, entries, true, ceiling);
       return 0;
     }
     for (const Geometry& g : {llama_2_7b(), llama_3_8b()})
@@ -371,30 +461,34 @@ int main(int count, char** arguments) {
         const bool small = g.shape.num_kv_heads == g.shape.num_qo_heads;
         if (parts && type == ElementType::kBF16)
           for (const bool overlap : {false, true}) measure_parts(g, *weights, overlap);
-        if (wanted("step"))
-          for (const std::int64_t entries : small ? std::vector<std::int64_t>{256, 1024, 4096}
-                                                  : std::vector<std::int64_t>{1024, 4096, 32768})
-            for (const bool overlap : {false, true})
-              measure_step(g, *weights, type, 1, entries, overlap, ceiling);
-        // 256 sessions of the first geometry would need 137 GB.
-        if (wanted("sessions"))
-          for (const std::int64_t sessions : small ? std::vector<std::int64_t>{1, 2, 4, 8, 64, 112}
-                                                   : std::vector<std::int64_t>{1, 2, 4, 8, 64, 256})
-            for (const bool few_rows : {true, false})
-              if (few_rows || (before && sessions > 1 && sessions <= 8))
-                measure_step(g, *weights, type, sessions, 1024, true, ceiling, few_rows);
-        if (wanted("chunks"))
-          for (const std::int64_t length : {1, 2, 4, 8, 16})
-            for (const std::int64_t entries : {1024, 4096})
-              for (const bool few_rows : {true, false})
-                if (few_rows || (before && length <= 8))
-                  measure_chunk(g, *weights, type, length, entries, ceiling, few_rows);
-        if (wanted("prefill")) {
-          measure_prefill(g, *weights, type, 4096, 1024, 1024);
-          measure_prefill(g, *weights, type, 32768, 4096, 2048);
-          // Nothing leaves the window here: what other programs do (decoder_llama_cpp.py).
-          measure_prefill(g, *weights, type, 4096, 4096, 2048);
-        }
+        for (const std::string& cache : caches)
+          with_cache(cache, [&]<class Cache>(Cache) {
+            if (wanted("step"))
+              for (const std::int64_t entries : small
+                                                    ? std::vector<std::int64_t>{256, 1024, 4096}
+                                                    : std::vector<std::int64_t>{1024, 4096, 32768})
+                for (const bool overlap : {false, true})
+                  measure_step<Cache>(g, *weights, type, 1, entries, overlap, ceiling);
+            if (wanted("sessions"))
+              for (const std::int64_t sessions :
+                   small ? std::vector<std::int64_t>{1, 2, 4, 8, 64, 112, 240, 256}
+                         : std::vector<std::int64_t>{1, 2, 4, 8, 64, 256})
+                for (const bool few_rows : {true, false})
+                  if (few_rows || (before && sessions > 1 && sessions <= 8))
+                    measure_step<Cache>(g, *weights, type, sessions, 1024, true, ceiling, few_rows);
+            if (wanted("chunks"))
+              for (const std::int64_t length : {1, 2, 4, 8, 16})
+                for (const std::int64_t entries : {1024, 4096})
+                  for (const bool few_rows : {true, false})
+                    if (few_rows || (before && length <= 8))
+                      measure_chunk<Cache>(g, *weights, type, length, entries, ceiling, few_rows);
+            if (wanted("prefill")) {
+              measure_prefill<Cache>(g, *weights, type, 4096, 1024, 1024);
+              measure_prefill<Cache>(g, *weights, type, 32768, 4096, 2048);
+              // Nothing leaves the window here: what other programs do (decoder_llama_cpp.py).
+              measure_prefill<Cache>(g, *weights, type, 4096, 4096, 2048);
+            }
+          });
       }
   } catch (const Error& error) {
     std::fprintf(stderr, "decoder_bench: %s\n", error.what());

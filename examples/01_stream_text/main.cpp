@@ -2,6 +2,7 @@
 // stream_text: streams text through a language model at constant memory and constant latency.
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <iostream>
 #include <new>
@@ -91,6 +92,8 @@ int run(Options options) {
       case KvType::kF32: return run<float>(model, options);
       case KvType::kF16: return run<sluice::f16>(model, options);
       case KvType::kBF16: return run<sluice::bf16>(model, options);
+      case KvType::kInt8: return run<std::int8_t>(model, options);
+      case KvType::kFp8: return run<sluice::fp8_e4m3>(model, options);
       case KvType::kQ8_0: return run<sluice::q8_0>(model, options);
       case KvType::kQ4_0: return run<sluice::q4_0>(model, options);
     }

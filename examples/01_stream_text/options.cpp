@@ -31,6 +31,8 @@ std::string_view to_string(KvType type) {
     case KvType::kF32: return "f32";
     case KvType::kF16: return "f16";
     case KvType::kBF16: return "bf16";
+    case KvType::kInt8: return "int8";
+    case KvType::kFp8: return "fp8";
     case KvType::kQ8_0: return "q8_0";
     case KvType::kQ4_0: return "q4_0";
   }
@@ -138,9 +140,9 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   with_default("--keys", keys, "keys are stored rotated once, or raw and rotated when read")
       ->check(CLI::IsMember({"rotated", "raw"}));
   with_default("--kv-type", kv_type,
-               "elements of keys and values; q8_0, q4_0: llama.cpp's\nblocks of 32 channels, 8.5 "
-               "and 4.5 bits each")
-      ->check(CLI::IsMember({"f32", "f16", "bf16", "q8_0", "q4_0"}));
+               "elements of keys and values; int8, fp8: codes of a byte\nand a float scale a row; "
+               "q8_0, q4_0: llama.cpp's\nblocks of 32 channels, 8.5 and 4.5 bits each")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "int8", "fp8", "q8_0", "q4_0"}));
   with_default("-b,--chunk,--batch-size", o.cache.chunk_size,
                "tokens read at once; 0: the smaller of 512 and the window")
       ->check(whole_number(0, 1 << 20));
@@ -236,7 +238,8 @@ std::variant<Options, int> parse_options(int argc, char** argv) {
   o.latency_log = taken(log_option, latency_log);
   o.format = format == "json" ? Format::kJson : Format::kText;
   o.activations = support::activations_of(activations);
-  for (const KvType type : {KvType::kF32, KvType::kBF16, KvType::kQ8_0, KvType::kQ4_0})
+  for (const KvType type :
+       {KvType::kF32, KvType::kBF16, KvType::kInt8, KvType::kFp8, KvType::kQ8_0, KvType::kQ4_0})
     if (kv_type == to_string(type)) o.kv_type = type;
   o.cache.key_form = keys == "raw" ? sluice::KeyForm::kRaw : sluice::KeyForm::kRotated;
   o.cache.position_rule =

@@ -16,7 +16,7 @@
 namespace stream_text {
 
 enum class Mode { kGenerate, kPerplexity, kChat };
-enum class KvType { kF32, kF16, kBF16, kQ8_0, kQ4_0 };
+enum class KvType { kF32, kF16, kBF16, kInt8, kFp8, kQ8_0, kQ4_0 };
 enum class Format { kText, kJson };
 
 /// Policies that look at queries or likelihoods, beside those of CachePolicy.

@@ -127,12 +127,18 @@ std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
   // As many entries as a window of them, or everything.
   if (options.choosing != Choosing::kNone && !keeps_all(options.choosing))
     held.policy = CachePolicy::kWindow;
-  // Of 32 channels, with the scale that blocks have for so many.
+  // Of so many channels, with the scale that they share.
+  std::int64_t channels = 32;
   std::int64_t bytes = 64;
   switch (options.kv_type) {
     case KvType::kF32: bytes = 128; break;
     case KvType::kF16:
     case KvType::kBF16: break;
+    case KvType::kInt8:
+    case KvType::kFp8:
+      channels = model.config().head_dim;
+      bytes = channels + 4;
+      break;
     case KvType::kQ8_0: bytes = 34; break;
     case KvType::kQ4_0: bytes = 18; break;
   }
@@ -142,7 +148,7 @@ std::int64_t cache_bytes(const sluice::Decoder& model, const Options& options) {
     held.policy = CachePolicy::kSinkWindow;
     elements += support::cache_bytes(model, held, 1);
   }
-  return elements * bytes / 32;
+  return elements * bytes / channels;
 }
 
 void print_setting(const sluice::LoadedModel& model, const Options& options) {

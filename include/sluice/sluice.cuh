@@ -14,6 +14,7 @@
 #include "sluice/backend/cuda/duplex.cuh"
 #include "sluice/backend/cuda/hopper_attention.cuh"
 #include "sluice/backend/cuda/kind_decoder.cuh"
+#include "sluice/backend/cuda/kv_codes.cuh"
 #include "sluice/backend/cuda/matrix_columns.cuh"
 #include "sluice/backend/cuda/matrix_product.cuh"
 #include "sluice/backend/cuda/matrix_vector.cuh"

@@ -62,6 +62,7 @@ class StreamTextCudaTest(unittest.TestCase):
             (("--policy", "recompute"), ("cache.policy", "sink-window, window or full")),
             (("--policy", "h2o"), ("--policy", "h2o")),
             (("--kv-type", "f32"), ("--kv-type", "f32")),
+            (("--kv-type", "q8_0"), ("--kv-type", "q8_0")),
             (("--keys", "raw"), ("cache.key_form", "rotated")),
         ):
             with self.subTest(arguments):
@@ -95,9 +96,11 @@ class StreamTextCudaTest(unittest.TestCase):
 
     def test_a_stream_goes_on_where_the_other_program_saved_it(self):
         self.needs_device()
-        options = ("--temp", "0", "--ignore-eos", "--sinks", "4", "--window", "60", "--format", "json")
-        for first, second in ((CUDA, CPU), (CPU, CUDA), (CUDA, CUDA)):
-            with self.subTest((first.name, second.name)):
+        for kv_type, first, second in (("f16", CUDA, CPU), ("f16", CPU, CUDA), ("f16", CUDA, CUDA),
+                                       ("int8", CUDA, CPU), ("int8", CPU, CUDA), ("fp8", CUDA, CUDA)):
+            options = ("--temp", "0", "--ignore-eos", "--sinks", "4", "--window", "60",
+                       "--kv-type", kv_type, "--format", "json")
+            with self.subTest((kv_type, first.name, second.name)):
                 state = FOLDER / "state"
                 saved = run(first, "-p", TEXT, "-n", "70", "--save", state, *options)
                 self.assertEqual(saved.returncode, 0, saved.stderr.decode())

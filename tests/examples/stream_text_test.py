@@ -214,6 +214,8 @@ class StreamTextTest(unittest.TestCase):
 
     def test_the_memory_that_was_announced_is_the_memory_that_is_used(self):
         for arguments in ((), ("--kv-type", "f32"), ("--policy", "full", "--capacity", "77"),
+                          # 64 slots: scales fill whole cache lines
+                          ("--kv-type", "int8", "--policy", "full", "--capacity", "64"),
                           ("--window", "13", "--sinks", "3", "--chunk", "5")):
             with self.subTest(arguments):
                 result = self.assertDone(run("-p", "x", "-n", "1", "--format", "json", *arguments))
@@ -232,7 +234,8 @@ class StreamTextTest(unittest.TestCase):
 
     def test_every_cache_setting_writes(self):
         for arguments in (("--position", "in-text"), ("--keys", "raw"), ("--kv-type", "f32"),
-                          ("--kv-type", "bf16"), ("--sinks", "0"), ("--chunk", "1"),
+                          ("--kv-type", "bf16"), ("--kv-type", "int8"), ("--kv-type", "fp8"),
+                          ("--sinks", "0"), ("--chunk", "1"),
                           ("--window", "1"), ("--keys", "raw", "--policy", "window")):
             with self.subTest(arguments):
                 result = self.assertDone(run("-p", TEXT, "-n", "40", "--window", "16", *GREEDY,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -9,6 +10,7 @@
 #include <span>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include <gtest/gtest.h>
@@ -100,13 +102,90 @@ DecodeStepConfig step_config(const Case& c, const std::vector<double>& frequenci
           .interleaved = s.interleaved};
 }
 
+/// What a cache holds for one of keys and values: rows where `at` says, and, of codes, scales.
+/// Slots beyond the first `used` of a sequence hold NaN, or codes of 0xff with NaN for a scale.
+template <class Element>
+struct HostCache {
+  static constexpr bool kCodes = sizeof(Element) == 1;
+  using Bits = std::conditional_t<kCodes, std::uint8_t, std::uint16_t>;
+  std::vector<Bits> bits;
+  std::vector<std::uint32_t> scales;  // bits of floats; empty unless kCodes
+
+  friend bool operator==(const HostCache&, const HostCache&) = default;
+
+  void write(std::size_t at, std::size_t scale_at, std::span<const float> row) {
+    if constexpr (kCodes) {
+      std::vector<Element> codes(row.size());
+      const float scale = sluice_test::quantise_on_cpu(row, codes.data());
+      std::memcpy(&bits[at], codes.data(), row.size());
+      scales[scale_at] = std::bit_cast<std::uint32_t>(scale);
+    } else {
+      std::vector<float> copy(row.begin(), row.end());
+      const std::vector<std::uint8_t> bytes = encode(copy, element_type_of<Element>);
+      std::memcpy(&bits[at], bytes.data(), bytes.size());
+    }
+  }
+  void poison(std::size_t at, std::size_t scale_at, std::size_t count) {
+    std::fill_n(&bits[at], count, static_cast<Bits>(0xffff));
+    if (kCodes) scales[scale_at] = 0xffffffffU;
+  }
+  std::vector<float> read(std::size_t at, std::size_t scale_at, std::size_t count) const {
+    if constexpr (kCodes) {
+      std::vector<Element> codes(count);
+      std::vector<float> row(count);
+      std::memcpy(codes.data(), &bits[at], count);
+      const auto scale = std::bit_cast<float>(scales[scale_at]);
+      for (std::size_t d = 0; d < count; ++d) row[d] = static_cast<float>(codes[d]) * scale;
+      return row;
+    } else {
+      std::vector<std::uint8_t> bytes(2 * count);
+      std::memcpy(bytes.data(), &bits[at], bytes.size());
+      return decode(bytes, element_type_of<Element>);
+    }
+  }
+};
+
+/// Whether an appended row is the fresh one as it must be stored. `exact`: the fresh one is known
+/// to the last bit. Otherwise it went through float32 arithmetic, whose error is 2^-8 of a 16-bit
+/// rounding of the largest partner; of codes, 2^-21 of the largest channel.
+template <class Element>
+void check_row(const HostCache<Element>& found, std::size_t at, std::size_t scale_at,
+               const std::vector<float>& fresh, bool exact) {
+  const std::size_t count = fresh.size();
+  if constexpr (HostCache<Element>::kCodes) {
+    HostCache<Element> expected{std::vector<std::uint8_t>(count), {0}};
+    expected.write(0, 0, fresh);
+    const auto scale = std::bit_cast<float>(expected.scales[0]);
+    const auto found_scale = std::bit_cast<float>(found.scales[scale_at]);
+    if (exact) {
+      ASSERT_EQ(found.scales[scale_at], expected.scales[0]);
+      for (std::size_t d = 0; d < count; ++d)
+        ASSERT_EQ(found.bits[at + d], expected.bits[d]) << "channel " << d;
+      return;
+    }
+    ASSERT_NEAR(found_scale, scale, 0x1p-20F * scale);
+    const std::vector<float> wide = found.read(at, scale_at, count);
+    for (std::size_t d = 0; d < count; ++d) {
+      const float step = std::is_same_v<Element, std::int8_t>
+                             ? scale / 2
+                             : std::max(std::abs(fresh[d]) * 0x1p-4F, scale * 0x1p-10F);
+      ASSERT_NEAR(wide[d], fresh[d], step + 448 * scale * 0x1p-20F) << "channel " << d;
+    }
+  } else {
+    const double rounding = std::is_same_v<Element, bf16> ? 0x1p-8 : 0x1p-11;
+    const std::vector<float> wide = found.read(at, scale_at, count);
+    for (std::size_t d = 0; d < count; ++d)
+      ASSERT_NEAR(wide[d], fresh[d], rounding * (std::abs(fresh[d]) + 1e-4)) << "channel " << d;
+  }
+}
+
 /// Runs a case step by step and compares every step's output, lse and appended rows.
 template <class Element, int kHeadDim>
 void check(const Case& c, std::uint64_t seed) {
   SCOPED_TRACE(describe(c));
   const OracleConfig& s = c.sequence;
   ASSERT_EQ(s.head_dim, kHeadDim);
-  const ElementType stored = element_type_of<Element>;
+  using Host = HostCache<Element>;
   Random random(seed);
   const auto kv_heads = static_cast<std::size_t>(s.num_kv_heads);
   const auto qo_heads = static_cast<std::size_t>(s.num_qo_heads);
@@ -129,24 +208,41 @@ void check(const Case& c, std::uint64_t seed) {
   // Rows that were written hold random numbers, all others NaN.
   const std::size_t head_stride = c.heads_first ? capacity * kHeadDim : kHeadDim;
   const std::size_t token_stride = c.heads_first ? kHeadDim : kv_heads * kHeadDim;
+  const std::size_t scale_head_stride = capacity + 3;
+  const std::size_t scale_sequence_stride = kv_heads * scale_head_stride + 1;
   const auto at = [&](std::size_t b, std::size_t head, std::size_t slot) {
     return b * cache + head * head_stride + slot * token_stride;
   };
-  std::array<std::vector<float>, 2> content;  // keys, values
-  std::array<std::vector<std::uint16_t>, 2> bits;
+  const auto scale_at = [&](std::size_t b, std::size_t head, std::size_t slot) {
+    return b * scale_sequence_stride + head * scale_head_stride + slot;
+  };
+  std::array<Host, 2> host;  // keys, values
   for (int kv = 0; kv < 2; ++kv) {
-    content[kv] = random_floats(random, batch * cache);
-    const std::vector<std::uint8_t> bytes = encode(content[kv], stored);
-    bits[kv].resize(batch * cache);
-    std::memcpy(bits[kv].data(), bytes.data(), bytes.size());
+    host[kv].bits.resize(batch * cache);
+    if (Host::kCodes) host[kv].scales.resize(batch * scale_sequence_stride, 0xffffffffU);
     for (std::size_t b = 0; b < batch; ++b)
       for (std::size_t head = 0; head < kv_heads; ++head)
-        for (auto slot = static_cast<std::size_t>(std::min(c.starts[b], s.capacity));
-             slot < capacity; ++slot)
-          std::fill_n(&bits[kv][at(b, head, slot)], kHeadDim, 0xffff);
+        for (std::size_t slot = 0; slot < capacity; ++slot) {
+          std::vector<float> row = random_floats(random, kHeadDim);
+          // Values of one head may differ by far: scales may leave the range of f16.
+          if (Host::kCodes && kv == 1) {
+            const int exponent = static_cast<int>(random.next() % 20) - 14;
+            for (float& x : row) x = std::ldexp(x, exponent);
+          }
+          if (static_cast<std::int64_t>(slot) < c.starts[b])
+            host[kv].write(at(b, head, slot), scale_at(b, head, slot), row);
+          else
+            host[kv].poison(at(b, head, slot), scale_at(b, head, slot), kHeadDim);
+        }
   }
-  Buffer<std::uint16_t, cuda> keys{std::span<const std::uint16_t>(bits[0])};
-  Buffer<std::uint16_t, cuda> values{std::span<const std::uint16_t>(bits[1])};
+  using Bits = typename Host::Bits;
+  std::array<Buffer<Bits, cuda>, 2> rows;
+  std::array<Buffer<std::uint32_t, cuda>, 2> scales;
+  for (int kv = 0; kv < 2; ++kv) {
+    rows[kv] = Buffer<Bits, cuda>{std::span<const Bits>(host[kv].bits)};
+    if (Host::kCodes)
+      scales[kv] = Buffer<std::uint32_t, cuda>{std::span<const std::uint32_t>(host[kv].scales)};
+  }
 
   const std::size_t in_size = c.input == ElementType::kF32 ? 4 : 2;
   const std::size_t out_size = c.output == ElementType::kF32 ? 4 : 2;
@@ -166,48 +262,61 @@ void check(const Case& c, std::uint64_t seed) {
   x.lse = lse.data();
   x.out_stride = static_cast<std::int64_t>(qo_heads * kHeadDim);
   x.output_type = c.output;
-  x.keys = reinterpret_cast<Element*>(keys.data());
-  x.values = reinterpret_cast<Element*>(values.data());
+  x.keys = reinterpret_cast<Element*>(rows[0].data());
+  x.values = reinterpret_cast<Element*>(rows[1].data());
   x.sequence_stride = static_cast<std::int64_t>(cache);
   x.head_stride = static_cast<std::int64_t>(head_stride);
   x.token_stride = static_cast<std::int64_t>(token_stride);
+  if (Host::kCodes) {
+    x.key_scales = reinterpret_cast<float*>(scales[0].data());
+    x.value_scales = reinterpret_cast<float*>(scales[1].data());
+    x.scale_sequence_stride = static_cast<std::int64_t>(scale_sequence_stride);
+    x.scale_head_stride = static_cast<std::int64_t>(scale_head_stride);
+  }
 
-  const double element_rounding = stored == ElementType::kBF16 ? 0x1p-8 : 0x1p-11;
   for (int i = 0; i < c.steps; ++i) {
     std::vector<float> in = random_floats(random, batch * fused);
     input.upload(encode(in, c.input));
-    check_cuda(cudaMemset(output.data(), 0xff, output.bytes()), "cudaMemset");
-    check_cuda(cudaMemset(lse.data(), 0xff, lse.bytes()), "cudaMemset");
-    plan.launch(step, x, s.sm_scale, nullptr);
+    std::array<std::vector<std::uint8_t>, 2> outputs;  // of the same step, run twice
+    for (std::vector<std::uint8_t>& bytes : outputs) {
+      check_cuda(cudaMemset(output.data(), 0xff, output.bytes()), "cudaMemset");
+      check_cuda(cudaMemset(lse.data(), 0xff, lse.bytes()), "cudaMemset");
+      plan.launch(step, x, s.sm_scale, nullptr);
+      bytes = output.download();
+    }
+    ASSERT_EQ(outputs[0], outputs[1]) << "step " << i;
     step.advance(nullptr);
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 
-    const std::vector<float> out = decode(output.download(), c.output);
+    const std::vector<float> out = decode(outputs[1], c.output);
     const std::vector<float> found_lse = lse.download();
-    std::array<std::vector<std::uint16_t>, 2> found{keys.download(), values.download()};
+    std::array<Host, 2> found;
+    for (int kv = 0; kv < 2; ++kv) {
+      found[kv].bits = rows[kv].download();
+      if (Host::kCodes) found[kv].scales = scales[kv].download();
+    }
     for (std::size_t b = 0; b < batch; ++b) {
       const auto slot = static_cast<std::size_t>(oracles[b].append());
       const float* row = &in[b * fused];
       std::array<std::vector<float>, 2> held;  // [kv_heads, capacity, head_dim]
       for (int kv = 0; kv < 2; ++kv) {
         for (std::size_t head = 0; head < kv_heads; ++head) {
+          SCOPED_TRACE("step " + std::to_string(i) + ", row " + std::to_string(kv) + ", head " +
+                       std::to_string(head));
           const float* fresh = row + (qo_heads + (kv == 0 ? 0 : kv_heads) + head) * kHeadDim;
           const std::vector<float> expected =
               kv == 0 ? oracles[b].stored_key(fresh) : std::vector<float>(fresh, fresh + kHeadDim);
-          for (std::size_t d = 0; d < kHeadDim; ++d) {
-            std::vector<std::uint8_t> two(2);
-            std::memcpy(two.data(), &found[kv][at(b, head, slot) + d], 2);
-            // One rounding, and float32's error before it: 2^-8 of the largest partner.
-            ASSERT_NEAR(decode(two, stored)[0], expected[d],
-                        element_rounding * (std::abs(expected[d]) + 1e-4))
-                << "step " << i << ", row " << kv << ", head " << head << ", channel " << d;
-            bits[kv][at(b, head, slot) + d] = found[kv][at(b, head, slot) + d];
+          const std::size_t place = at(b, head, slot);
+          const std::size_t scale_place = scale_at(b, head, slot);
+          check_row(found[kv], place, scale_place, expected, kv == 1 || s.rotary_dim == 0);
+          if (testing::Test::HasFatalFailure()) return;
+          std::copy_n(&found[kv].bits[place], kHeadDim, &host[kv].bits[place]);
+          if (Host::kCodes) host[kv].scales[scale_place] = found[kv].scales[scale_place];
+          for (std::size_t j = 0; j < capacity; ++j) {
+            const std::vector<float> wide =
+                found[kv].read(at(b, head, j), scale_at(b, head, j), kHeadDim);
+            held[kv].insert(held[kv].end(), wide.begin(), wide.end());
           }
-          std::vector<std::uint8_t> rows(capacity * kHeadDim * 2);
-          for (std::size_t j = 0; j < capacity; ++j)
-            std::memcpy(&rows[j * kHeadDim * 2], &found[kv][at(b, head, j)], kHeadDim * 2);
-          const std::vector<float> wide = decode(rows, stored);
-          held[kv].insert(held[kv].end(), wide.begin(), wide.end());
         }
       }
       std::vector<double> expected_out(qo_heads * kHeadDim);
@@ -223,7 +332,8 @@ void check(const Case& c, std::uint64_t seed) {
         error += difference * difference;
         norm += expected_out[e] * expected_out[e];
       }
-      // Queries and probabilities carry 16 bits (bf16) or 22 (f16): 2^-17 of scores up to about 20.
+      // Queries and probabilities carry 16 bits (bf16) or 22 (f16, codes): 2^-17 of scores up to
+      // about 20.
       const double bound = c.output == ElementType::kF32    ? 2e-4
                            : c.output == ElementType::kBF16 ? 3e-3
                                                             : 4e-4;
@@ -233,8 +343,7 @@ void check(const Case& c, std::uint64_t seed) {
             << "step " << i << ", sequence " << b << ", head " << h;
     }
     // Nothing but the appended rows has changed.
-    ASSERT_EQ(found[0], bits[0]) << "step " << i;
-    ASSERT_EQ(found[1], bits[1]) << "step " << i;
+    ASSERT_TRUE(found == host) << "step " << i;
   }
 }
 
@@ -284,16 +393,15 @@ Case random_case(Random& random, int head_dim) {
 
 template <class Parameters>
 class DecodeAttention : public testing::Test {};
-using Kernels = testing::Types<std::tuple<bf16, std::integral_constant<int, 64>>,
-                               std::tuple<bf16, std::integral_constant<int, 80>>,
-                               std::tuple<bf16, std::integral_constant<int, 96>>,
-                               std::tuple<bf16, std::integral_constant<int, 128>>,
-                               std::tuple<bf16, std::integral_constant<int, 256>>,
-                               std::tuple<f16, std::integral_constant<int, 64>>,
-                               std::tuple<f16, std::integral_constant<int, 80>>,
-                               std::tuple<f16, std::integral_constant<int, 96>>,
-                               std::tuple<f16, std::integral_constant<int, 128>>,
-                               std::tuple<f16, std::integral_constant<int, 256>>>;
+template <class Element, int kHeadDim>
+using Kernel = std::tuple<Element, std::integral_constant<int, kHeadDim>>;
+using Kernels =
+    testing::Types<Kernel<bf16, 64>, Kernel<bf16, 80>, Kernel<bf16, 96>, Kernel<bf16, 128>,
+                   Kernel<bf16, 256>, Kernel<f16, 64>, Kernel<f16, 80>, Kernel<f16, 96>,
+                   Kernel<f16, 128>, Kernel<f16, 256>, Kernel<std::int8_t, 64>,
+                   Kernel<std::int8_t, 80>, Kernel<std::int8_t, 96>, Kernel<std::int8_t, 128>,
+                   Kernel<std::int8_t, 256>, Kernel<fp8_e4m3, 64>, Kernel<fp8_e4m3, 80>,
+                   Kernel<fp8_e4m3, 96>, Kernel<fp8_e4m3, 128>, Kernel<fp8_e4m3, 256>>;
 TYPED_TEST_SUITE(DecodeAttention, Kernels);
 
 TYPED_TEST(DecodeAttention, EqualsTheReferenceOverRandomShapes) {
@@ -332,7 +440,12 @@ TYPED_TEST(DecodeAttention, Small) {
   }
 }
 
-TEST(DecodeAttentionWindows, AroundAHundredAndTwentyEight) {
+template <class Element>
+class DecodeAttentionWindows : public testing::Test {};
+using Elements = testing::Types<bf16, std::int8_t, fp8_e4m3>;
+TYPED_TEST_SUITE(DecodeAttentionWindows, Elements);
+
+TYPED_TEST(DecodeAttentionWindows, AroundAHundredAndTwentyEight) {
   SKIP_WITHOUT_DEVICE();
   for (const std::int64_t window : {127, 128, 129}) {
     for (std::int64_t sinks = 0; sinks <= 4; ++sinks) {
@@ -350,14 +463,14 @@ TEST(DecodeAttentionWindows, AroundAHundredAndTwentyEight) {
         c.batch = 3;
         c.starts = {0, sinks + window - 2, 1000};
         c.steps = 5;
-        check<bf16, 128>(c, 17);
+        check<TypeParam, 128>(c, 17);
         if (testing::Test::HasFatalFailure()) return;
       }
     }
   }
 }
 
-TEST(DecodeAttentionFirstToken, StreamsFromAnEmptyCacheAcrossTwoWraps) {
+TYPED_TEST(DecodeAttentionWindows, StreamsFromAnEmptyCacheAcrossTwoWraps) {
   SKIP_WITHOUT_DEVICE();
   Case c;
   c.sequence = {.num_qo_heads = 4,
@@ -371,7 +484,7 @@ TEST(DecodeAttentionFirstToken, StreamsFromAnEmptyCacheAcrossTwoWraps) {
   c.starts = {0};
   c.steps = 70;
   c.schedule = {1, 2};
-  check<bf16, 64>(c, 3);
+  check<TypeParam, 64>(c, 3);
 }
 
 TEST(DecodeStep, AnglesAreExactFarOut) {
@@ -446,15 +559,19 @@ __global__ void digest_output(const std::uint32_t* output, std::uint64_t* digest
 }
 
 /// A model of two layers with a batch of ragged sequences: everything of a step on the device.
+template <class Element>
 struct TwoLayers {
   static constexpr int kBatch = 3;
   static constexpr int kFused = (8 + 2 * 2) * 128;
   static constexpr int kOut = kBatch * 8 * 128;
-  static constexpr std::int64_t kCache = kBatch * 2 * 260 * 128;
+  static constexpr std::int64_t kScales = kBatch * 2 * 260;
+  static constexpr std::int64_t kCache = kScales * 128;
   DecodeStepConfig config;
   DecodeStep step;
-  DecodeAttentionPlan<bf16, 128> plan;
-  Buffer<std::uint16_t, cuda> keys, values, input;
+  DecodeAttentionPlan<Element, 128> plan;
+  Buffer<std::uint8_t, cuda> keys, values;
+  Buffer<float, cuda> scales;
+  Buffer<std::uint16_t, cuda> input;
   Buffer<float, cuda> output, lse;
   Buffer<std::uint64_t, cuda> digest;
   bool overlap;
@@ -470,8 +587,9 @@ struct TwoLayers {
       : config(make(frequencies)),
         step(config),
         plan({8, 2, 128}, config, overlap_),
-        keys(2 * kCache),
-        values(2 * kCache),
+        keys(2 * kCache * sizeof(Element)),
+        values(2 * kCache * sizeof(Element)),
+        scales(4 * kScales),
         input(kBatch * kFused),
         output(kOut),
         lse(kBatch * 8),
@@ -481,7 +599,7 @@ struct TwoLayers {
     step.set_totals(totals);
   }
   void attend(int layer, cudaStream_t stream) {
-    DecodeAttentionTensors<bf16> x;
+    DecodeAttentionTensors<Element> x;
     x.query = input.data();
     x.key = input.data() + 8 * 128;
     x.value = input.data() + 10 * 128;
@@ -490,8 +608,12 @@ struct TwoLayers {
     x.output_type = ElementType::kF32;
     x.out_stride = 8 * 128;
     x.lse = lse.data();
-    x.keys = reinterpret_cast<bf16*>(keys.data()) + layer * kCache;
-    x.values = reinterpret_cast<bf16*>(values.data()) + layer * kCache;
+    x.keys = reinterpret_cast<Element*>(keys.data()) + layer * kCache;
+    x.values = reinterpret_cast<Element*>(values.data()) + layer * kCache;
+    x.key_scales = scales.data() + layer * kScales;
+    x.value_scales = scales.data() + (2 + layer) * kScales;
+    x.scale_sequence_stride = 2 * 260;
+    x.scale_head_stride = 260;
     x.sequence_stride = 2 * 260 * 128;
     x.head_stride = 260 * 128;
     x.token_stride = 128;
@@ -516,16 +638,20 @@ std::vector<double> plain_frequencies() {
       .frequencies();
 }
 
-TEST(DecodeGraph, ReplaysForThreeThousandStepsAsLaunchesOneByOne) {
+template <class Element>
+class DecodeGraph : public testing::Test {};
+TYPED_TEST_SUITE(DecodeGraph, Elements);
+
+TYPED_TEST(DecodeGraph, ReplaysForThreeThousandStepsAsLaunchesOneByOne) {
   SKIP_WITHOUT_DEVICE();
   const std::vector<double> frequencies = plain_frequencies();
   constexpr int kSteps = 3000;
-  TwoLayers one_by_one(frequencies, false);
+  TwoLayers<TypeParam> one_by_one(frequencies, false);
   for (int i = 0; i < kSteps; ++i) one_by_one.run(nullptr);
   check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
 
   for (const bool overlap : {false, true}) {
-    TwoLayers replayed(frequencies, overlap);
+    TwoLayers<TypeParam> replayed(frequencies, overlap);
     cudaStream_t stream = nullptr;
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
@@ -542,6 +668,7 @@ TEST(DecodeGraph, ReplaysForThreeThousandStepsAsLaunchesOneByOne) {
     EXPECT_EQ(replayed.digest.download(), one_by_one.digest.download()) << overlap;
     EXPECT_EQ(replayed.keys.download(), one_by_one.keys.download()) << overlap;
     EXPECT_EQ(replayed.values.download(), one_by_one.values.download()) << overlap;
+    EXPECT_EQ(replayed.scales.download(), one_by_one.scales.download()) << overlap;
     check_cuda(cudaGraphExecDestroy(executable), "destroy");
     check_cuda(cudaGraphDestroy(graph), "destroy");
     check_cuda(cudaStreamDestroy(stream), "destroy");
@@ -550,16 +677,16 @@ TEST(DecodeGraph, ReplaysForThreeThousandStepsAsLaunchesOneByOne) {
 
 /// Nothing but attention and advance() in the stream: every launch starts under the one before it,
 /// and fetches rows that the launch before that one wrote.
-TEST(DecodeGraph, AChainOfOverlappingLaunchesIsExact) {
+TYPED_TEST(DecodeGraph, AChainOfOverlappingLaunchesIsExact) {
   SKIP_WITHOUT_DEVICE();
   const std::vector<double> frequencies = plain_frequencies();
   constexpr int kSteps = 1200;
   std::vector<std::vector<float>> outputs[2];
-  std::vector<std::uint16_t> caches[2];
+  std::vector<std::uint8_t> caches[2];
   for (const bool overlap : {false, true}) {
-    TwoLayers model(frequencies, overlap);
-    draw_inputs<<<TwoLayers::kBatch, 128>>>(model.step.totals_data(), model.input.data(),
-                                            TwoLayers::kFused, 99);
+    TwoLayers<TypeParam> model(frequencies, overlap);
+    draw_inputs<<<model.kBatch, 128>>>(model.step.totals_data(), model.input.data(), model.kFused,
+                                       99);
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     cudaStream_t stream = nullptr;
     check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
@@ -577,14 +704,14 @@ TEST(DecodeGraph, AChainOfOverlappingLaunchesIsExact) {
   EXPECT_EQ(caches[0], caches[1]);
 }
 
-TEST(DecodeIdle, SequencesSeeNothingAndStay) {
+TYPED_TEST(DecodeGraph, IdleSequencesSeeNothingAndStay) {
   SKIP_WITHOUT_DEVICE();
   const std::vector<double> frequencies = plain_frequencies();
-  TwoLayers layers(frequencies, false);
+  TwoLayers<TypeParam> layers(frequencies, false);
   const std::vector<std::int64_t> totals{10, -1, 300};
   layers.step.set_totals(totals);
   check_cuda(cudaMemset(layers.output.data(), 0xff, layers.output.bytes()), "cudaMemset");
-  const std::vector<std::uint16_t> before = layers.keys.download();
+  const std::vector<std::uint8_t> before = layers.keys.download();
   layers.run(nullptr);
   EXPECT_EQ(layers.step.totals(), (std::vector<std::int64_t>{11, -1, 301}));
   const std::vector<float> out = layers.output.download();
@@ -594,8 +721,8 @@ TEST(DecodeIdle, SequencesSeeNothingAndStay) {
     ASSERT_EQ(lse[8 + h], -std::numeric_limits<float>::infinity());
     ASSERT_TRUE(std::isfinite(lse[h]));
   }
-  const std::vector<std::uint16_t> after = layers.keys.download();
-  const std::size_t per_sequence = 2 * 260 * 128;
+  const std::vector<std::uint8_t> after = layers.keys.download();
+  const std::size_t per_sequence = 2 * 260 * 128 * sizeof(TypeParam);
   for (std::size_t i = 0; i < per_sequence; ++i)
     ASSERT_EQ(after[per_sequence + i], before[per_sequence + i]);
 }

@@ -6,6 +6,7 @@
 #include <span>
 
 #include <sluice/attention/reference.hpp>
+#include <sluice/cache/kv_element.hpp>
 #include <sluice/cache/retention.hpp>
 #include <sluice/position/rotary.hpp>
 
@@ -120,5 +121,14 @@ void DecodeOracle::attend(const float* query, const float* keys, const float* va
 void DecodeOracle::commit() {
   state_->retention.commit();
 }
+
+template <class Element>
+float quantise_on_cpu(std::span<const float> row, Element* to) {
+  float scale = 0;
+  KvRow<Element>::quantise(row.data(), static_cast<std::int64_t>(row.size()), to, &scale);
+  return scale;
+}
+template float quantise_on_cpu(std::span<const float> row, std::int8_t* to);
+template float quantise_on_cpu(std::span<const float> row, fp8_e4m3* to);
 
 }  // namespace sluice_test

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace sluice_test {
@@ -55,5 +56,10 @@ class DecodeOracle {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+/// Quantises a row as the CPU's cache does (KvRow). to: row.size() codes. Returns the row's scale.
+/// Element: std::int8_t or fp8_e4m3.
+template <class Element>
+float quantise_on_cpu(std::span<const float> row, Element* to);
 
 }  // namespace sluice_test

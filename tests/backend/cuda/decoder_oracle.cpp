@@ -32,10 +32,12 @@ void rotate(double* head, int head_dim, double position, double theta, bool inte
   }
 }
 
-std::vector<float> rounded(const Row& x) {
-  std::vector<float> y;
-  for (const double v : x) y.push_back(static_cast<float>(sluice::bf16(static_cast<float>(v))));
-  return y;
+/// To the nearest number of three bits behind the first, of exponents from -6 on; ties to even.
+double rounded_to_e4m3(double x) {
+  int exponent = 0;
+  static_cast<void>(std::frexp(x, &exponent));
+  const double unit = std::ldexp(1.0, std::max(exponent - 1, -6) - 3);
+  return std::nearbyint(x / unit) * unit;
 }
 
 void add(Row& x, const Row& y) {
@@ -59,6 +61,29 @@ std::vector<double> PlainDecoder::product(const std::vector<float>& matrix, cons
   return y;
 }
 
+std::vector<double> PlainDecoder::stored(const Row& row) const {
+  Row result;
+  const auto dim = static_cast<std::size_t>(config_.head_dim);
+  for (std::size_t head = 0; head < row.size(); head += dim) {
+    float peak = 0;
+    for (std::size_t d = 0; d < dim; ++d)
+      peak = std::max(peak, std::abs(static_cast<float>(row[head + d])));
+    const bool whole = config_.cache == PlainCache::kInt8;
+    const float scale = peak / (whole ? 127.0F : 448.0F);
+    for (std::size_t d = 0; d < dim; ++d) {
+      const auto x = static_cast<float>(row[head + d]);
+      if (config_.cache == PlainCache::kBF16) {
+        result.push_back(static_cast<double>(static_cast<float>(sluice::bf16(x))));
+        continue;
+      }
+      const auto quotient = static_cast<double>(x / scale);
+      result.push_back((whole ? std::nearbyint(quotient) : rounded_to_e4m3(quotient)) *
+                       static_cast<double>(scale));
+    }
+  }
+  return result;
+}
+
 std::vector<double> PlainDecoder::step(int token, const PlainDecoder* source,
                                        std::int64_t snapshot) {
   const PlainDecoderConfig& c = config_;
@@ -78,8 +103,8 @@ std::vector<double> PlainDecoder::step(int token, const PlainDecoder* source,
     for (int h = 0; h < c.num_kv_heads; ++h)
       rotate(&key[static_cast<std::size_t>(h * c.head_dim)], c.head_dim,
              static_cast<double>(total_), c.theta, c.interleaved);
-    keys_[l].push_back(rounded(key));
-    values_[l].push_back(rounded(product(layer.value, x)));
+    keys_[l].push_back(stored(key));
+    values_[l].push_back(stored(product(layer.value, x)));
     Row attended(query.size());
     for (int h = 0; h < c.num_qo_heads; ++h) {
       const int kv = h / (c.num_qo_heads / c.num_kv_heads);
@@ -89,13 +114,12 @@ std::vector<double> PlainDecoder::step(int token, const PlainDecoder* source,
       rotate(own.data(), c.head_dim, static_cast<double>(total_), c.theta, c.interleaved);
       rotate(at_sinks.data(), c.head_dim, static_cast<double>(sink_place), c.theta, c.interleaved);
       std::vector<double> scores;
-      std::vector<const std::vector<float>*> seen;  // value rows
-      const auto see = [&](const Row& q, const std::vector<float>& key_row,
-                           const std::vector<float>& value_row) {
+      std::vector<const Row*> seen;  // value rows
+      const auto see = [&](const Row& q, const Row& key_row, const Row& value_row) {
         double score = 0;
         for (int d = 0; d < c.head_dim; ++d)
           score += q[static_cast<std::size_t>(d)] *
-                   static_cast<double>(key_row[static_cast<std::size_t>(kv * c.head_dim + d)]);
+                   key_row[static_cast<std::size_t>(kv * c.head_dim + d)];
         scores.push_back(score * c.sm_scale);
         seen.push_back(&value_row);
       };
@@ -111,8 +135,7 @@ std::vector<double> PlainDecoder::step(int token, const PlainDecoder* source,
       for (std::size_t i = 0; i < seen.size(); ++i)
         for (int d = 0; d < c.head_dim; ++d)
           attended[static_cast<std::size_t>(h * c.head_dim + d)] +=
-              scores[i] / sum *
-              static_cast<double>((*seen[i])[static_cast<std::size_t>(kv * c.head_dim + d)]);
+              scores[i] / sum * (*seen[i])[static_cast<std::size_t>(kv * c.head_dim + d)];
     }
     add(hidden, product(layer.output, attended));
     const Row y = norm(hidden, layer.feed_forward_norm, c.norm_eps);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 /// What a decoder on the GPU must compute: plain float64 loops over float32 weights, one token at a
-/// time, keys and values rounded to bf16 as a cache holds them. Shares no code with the backend.
+/// time, keys and values rounded as a cache holds them. Shares no code with the backend.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,10 @@
 #include <sluice/core/random.hpp>
 
 namespace sluice_test {
+
+/// What a cache holds of a row: bf16 numbers, or codes of a byte times the row's largest entry over
+/// the largest code.
+enum class PlainCache { kBF16, kInt8, kFp8 };
 
 struct PlainDecoderConfig {
   int vocab_size = 0;
@@ -24,6 +28,7 @@ struct PlainDecoderConfig {
   bool interleaved = false;
   std::int64_t num_sink_tokens = 0;
   std::int64_t window_size = 0;  ///< 0: unlimited
+  PlainCache cache = PlainCache::kBF16;
   /// What is added to every product: normal deviates of this times the root of the terms' sum of
   /// squares. Stands for another arithmetic, whose keys and values may round the other way.
   double product_error = 0;
@@ -57,13 +62,15 @@ class PlainDecoder {
 
  private:
   std::vector<double> product(const std::vector<float>& matrix, const std::vector<double>& x);
+  /// A row of all KV heads as it is read from the cache.
+  std::vector<double> stored(const std::vector<double>& row) const;
 
   PlainDecoderConfig config_;
   const PlainWeights* weights_;
   sluice::Random random_;  // of product_error
   std::int64_t total_ = 0;
   // By layer: every token's row [num_kv_heads, head_dim], keys rotated.
-  std::vector<std::vector<std::vector<float>>> keys_, values_;
+  std::vector<std::vector<std::vector<double>>> keys_, values_;
 };
 
 }  // namespace sluice_test

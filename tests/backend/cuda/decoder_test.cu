@@ -17,6 +17,7 @@
 
 #include <sluice/core/random.hpp>
 
+#include "backend/cuda/chunk_check.cuh"
 #include "backend/cuda/decode_oracle.hpp"
 #include "backend/cuda/decoder_oracle.hpp"
 #include "backend/cuda/device_test.hpp"
@@ -27,7 +28,8 @@ namespace SLUICE_TEST_UNIT {
 
 using namespace sluice;
 using sluice_test::argmax;
-using sluice_test::DecodeOracle;
+using sluice_test::check_chunks;
+using sluice_test::ChunkCase;
 using sluice_test::kExactBound;
 using sluice_test::kRoundedBound;
 using sluice_test::OracleConfig;
@@ -36,120 +38,10 @@ using sluice_test::random_floats;
 using sluice_test::relative_error;
 using sluice_test::rounded_to;
 using sluice_test::rounding_error;
+using sluice_test::small_chunks;
 using sluice_test::SmallModel;
 
 // --- Chunks --------------------------------------------------------------------------------------
-
-struct ChunkCase {
-  OracleConfig sequence;
-  std::vector<std::int64_t> chunks;
-  double swell = 0;  // not 0: inputs grow by so much a token, and are rounded to Element
-};
-
-/// Feeds chunks and compares every token's output and every appended row.
-template <class Element, int kHeadDim>
-void check_chunks(const ChunkCase& c, std::uint64_t seed, ChunkKernel kernel = ChunkKernel::kMma) {
-  const OracleConfig& s = c.sequence;
-  SCOPED_TRACE("heads " + std::to_string(s.num_qo_heads) + ":" + std::to_string(s.num_kv_heads) +
-               " x " + std::to_string(kHeadDim) + ", sinks " + std::to_string(s.num_sink_tokens) +
-               ", window " + std::to_string(s.window_size) + ", capacity " +
-               std::to_string(s.capacity) + ", first chunk " + std::to_string(c.chunks[0]));
-  Random random(seed);
-  DecodeOracle oracle(s);
-  const std::vector<double> frequencies = oracle.frequencies();
-  const DecodeStepConfig config{
-      .num_sink_tokens = s.num_sink_tokens,
-      .window_size = s.window_size == 0 ? DecodeStepConfig::kUnlimitedWindow : s.window_size,
-      .capacity = s.capacity,
-      .position_rule = s.in_text ? PositionRule::kInText : PositionRule::kInCache,
-      .origin = s.origin,
-      .frequencies = frequencies,
-      .interleaved = s.interleaved};
-  const DecodeStep step(config);
-  const std::int64_t longest = *std::max_element(c.chunks.begin(), c.chunks.end());
-  ChunkAttentionPlan<Element, kHeadDim> plan({s.num_qo_heads, s.num_kv_heads, kHeadDim}, config,
-                                             longest, kernel);
-  const auto qo = static_cast<std::size_t>(s.num_qo_heads);
-  const auto kv = static_cast<std::size_t>(s.num_kv_heads);
-  const auto capacity = static_cast<std::size_t>(s.capacity);
-  const std::size_t fused = (qo + 2 * kv) * kHeadDim;
-  // Rows that nobody wrote are NaN.
-  const std::vector<std::uint16_t> poison(kv * capacity * kHeadDim, 0xffff);
-  Buffer<std::uint16_t, cuda> keys{std::span<const std::uint16_t>(poison)};
-  Buffer<std::uint16_t, cuda> values{std::span<const std::uint16_t>(poison)};
-  Buffer<float, cuda> input(static_cast<std::size_t>(longest) * fused);
-  Buffer<std::uint16_t, cuda> output(static_cast<std::size_t>(longest) * qo * kHeadDim);
-  ChunkAttentionTensors<Element> x;
-  x.query = input.data();
-  x.key = input.data() + qo * kHeadDim;
-  x.value = input.data() + (qo + kv) * kHeadDim;
-  x.stride = static_cast<std::int64_t>(fused);
-  x.out = reinterpret_cast<Element*>(output.data());
-  x.keys = reinterpret_cast<Element*>(keys.data());
-  x.values = reinterpret_cast<Element*>(values.data());
-  x.head_stride = s.capacity * kHeadDim;
-  x.token_stride = kHeadDim;
-  const double rounding = element_type_of<Element> == ElementType::kBF16 ? 0x1p-8 : 0x1p-11;
-
-  std::int64_t base = 0;
-  for (const std::int64_t length : c.chunks) {
-    std::vector<float> in = random_floats(random, static_cast<std::size_t>(length) * fused);
-    for (std::size_t i = 0; c.swell > 0 && i < in.size(); ++i) {
-      const double token = static_cast<double>(base) + static_cast<double>(i / fused);
-      in[i] = static_cast<float>(Element(in[i] * static_cast<float>(0.25 + c.swell * token)));
-    }
-    input.upload(in);
-    std::vector<std::uint16_t> found[2];
-    for (std::vector<std::uint16_t>& result : found) {
-      check_cuda(cudaMemset(output.data(), 0xff, output.bytes()), "cudaMemset");
-      plan.rotate(step, base, length, nullptr);
-      plan.launch(step, x, base, length, s.sm_scale, nullptr);
-      result = output.download();
-    }
-    ASSERT_EQ(found[0], found[1]) << "other bits the second time";
-    const auto widen = [](const std::vector<std::uint16_t>& bits) {
-      std::vector<float> wide;
-      for (const std::uint16_t b : bits) wide.push_back(static_cast<float>(Element::from_bits(b)));
-      return wide;
-    };
-    const std::vector<float> held_keys = widen(keys.download());
-    const std::vector<float> held_values = widen(values.download());
-    const std::vector<float> out = widen(found[0]);
-    for (std::int64_t i = 0; i < length; ++i) {
-      const auto slot = static_cast<std::size_t>(oracle.append());
-      const float* row = &in[static_cast<std::size_t>(i) * fused];
-      // Later tokens of the chunk may have taken this one's slot only where nobody sees it.
-      const bool held = i + s.capacity - s.num_sink_tokens >= length;
-      for (std::size_t head = 0; held && head < kv; ++head) {
-        const std::vector<float> key = oracle.stored_key(row + (qo + head) * kHeadDim);
-        for (std::size_t d = 0; d < kHeadDim; ++d) {
-          const std::size_t at = (head * capacity + slot) * kHeadDim + d;
-          ASSERT_NEAR(held_keys[at], key[d], rounding * (std::abs(key[d]) + 1e-4));
-          const float value = row[(qo + kv + head) * kHeadDim + d];
-          // Below 2^-14, f16 is subnormal.
-          ASSERT_NEAR(held_values[at], value, rounding * std::max(std::abs(value), 0x1p-14F));
-        }
-      }
-      std::vector<double> expected(qo * kHeadDim);
-      std::vector<double> lse(qo);
-      oracle.attend(row, held_keys.data(), held_values.data(), expected.data(), lse.data());
-      oracle.commit();
-      double error = 0;
-      double norm = 0;
-      for (std::size_t e = 0; e < expected.size(); ++e) {
-        const double difference =
-            static_cast<double>(out[static_cast<std::size_t>(i) * expected.size() + e]) -
-            expected[e];
-        error += difference * difference;
-        norm += expected[e] * expected[e];
-      }
-      // Query, probabilities and output are rounded once each, at most half a unit: scores of about
-      // 4 move by 4 times that.
-      ASSERT_LE(std::sqrt(error), 3 * rounding * std::sqrt(norm)) << "token " << base + i;
-    }
-    base += length;
-  }
-}
 
 TEST(ChunkAttention, AnyChunkingOfRandomStreams) {
   SKIP_WITHOUT_DEVICE();
@@ -276,21 +168,6 @@ TEST(ChunkAttention, FewTokens) {
   }
 }
 
-// Few enough tokens for compute-sanitizer, whose racecheck follows every access to shared memory:
-// sinks, a ring that wraps, a chunk that ends within a block.
-ChunkCase small_chunks(int head_dim) {
-  ChunkCase c;
-  OracleConfig& s = c.sequence;
-  s.head_dim = s.rotary_dim = head_dim;
-  s.num_kv_heads = 1;
-  s.num_qo_heads = 2;
-  s.num_sink_tokens = 4;
-  s.window_size = 40;
-  s.sm_scale = 1 / std::sqrt(static_cast<float>(head_dim));
-  c.chunks = {20, 33, 5};
-  s.capacity = s.num_sink_tokens + s.window_size + 33 - 1;
-  return c;
-}
 TEST(ChunkAttention, Small) {
   SKIP_WITHOUT_DEVICE();
   check_chunks<bf16, 64>(small_chunks(64), 71);

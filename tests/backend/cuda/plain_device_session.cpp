@@ -5,6 +5,7 @@
 /// that there are two devices.
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -197,11 +198,63 @@ struct PlainExtents {
   }
 };
 
-template <class Element, class Content>
+/// A token's keys or values, [num_kv_heads, head_dim], as they are stored: codes times scales,
+/// which is exact in float64.
+struct StoredRow {
+  StoredRow() = default;
+  explicit StoredRow(const CudaDecoderShape& shape)
+      : values(static_cast<std::size_t>(shape.kv_size())),
+        scales(static_cast<std::size_t>(shape.num_kv_heads), 1.0F) {}
+
+  void copy_from(const StoredRow& other) {  // allocates nothing
+    std::copy(other.values.begin(), other.values.end(), values.begin());
+    std::copy(other.scales.begin(), other.scales.end(), scales.begin());
+  }
+
+  Row values;
+  std::vector<float> scales;  // [num_kv_heads]; 1 where there are none
+};
+
+/// Of a token's key or value in one head, on the device.
+template <class Cache>
+std::size_t bytes_of_row(std::int64_t head_dim) {
+  return static_cast<std::size_t>(head_dim) * sizeof(Cache) + (CudaCode<Cache> ? sizeof(float) : 0);
+}
+
+/// Rounds a row as a cache of that type stores it.
+template <class Cache>
+StoredRow stored(const Row& row, const CudaDecoderShape& shape) {
+  StoredRow result(shape);
+  const auto dim = static_cast<std::size_t>(shape.head_dim);
+  const std::vector<float> narrow(row.begin(), row.end());
+  for (std::size_t head = 0; head < result.scales.size(); ++head) {
+    float& scale = result.scales[head];
+    const float* const x = narrow.data() + head * dim;
+    if constexpr (CudaCode<Cache>) {
+      float peak = 0;
+      for (std::size_t d = 0; d < dim; ++d) peak = std::max(peak, std::abs(x[d]));
+      scale = std::max(peak / (std::same_as<Cache, std::int8_t> ? 127.0F : 448.0F), 0x1p-126F);
+    }
+    for (std::size_t d = 0; d < dim; ++d) {
+      const float code = x[d] / scale;
+      const Cache n = [&] {
+        if constexpr (std::same_as<Cache, std::int8_t>)
+          return static_cast<std::int8_t>(std::nearbyint(code));
+        else
+          return Cache(code);
+      }();
+      result.values[head * dim + d] =
+          static_cast<double>(static_cast<float>(n)) * static_cast<double>(scale);
+    }
+  }
+  return result;
+}
+
+template <class Cache, class Content>
 struct PlainStream {
   PlainStream(const Content& model, const PlainExtents& extents) : m(model), x(extents) {
     const auto rows = static_cast<std::size_t>(m.shape.num_layers * x.capacity);
-    keys.assign(rows, Row(static_cast<std::size_t>(m.shape.kv_size())));
+    keys.assign(rows, StoredRow(m.shape));
     values = keys;
   }
 
@@ -247,11 +300,11 @@ struct PlainStream {
       const auto see = [&](const PlainStream& stream, std::int64_t index, double position) {
         if (position != turned_to) q = rotated(head_of(query, head), m.rotation, position);
         turned_to = position;
-        const Row key = stream.head_of(stream.keys[stream.place(layer, index)], kv);
+        const Row key = stream.head_of(stream.keys[stream.place(layer, index)].values, kv);
         double score = 0;
         for (std::size_t d = 0; d < key.size(); ++d) score += q[d] * key[d];
         scores.push_back(score * s.sm_scale);
-        seen.push_back(&stream.values[stream.place(layer, index)]);
+        seen.push_back(&stream.values[stream.place(layer, index)].values);
       };
       for (std::int64_t i = 0; source != nullptr && i < visible; ++i) {
         const PlainExtents& of = source->x;
@@ -286,11 +339,6 @@ struct PlainStream {
   /// One token's row of embeddings; logits of the next.
   std::vector<float> step(Row y, const PlainStream* source = nullptr, std::int64_t visible = 0) {
     const CudaDecoderShape& s = m.shape;
-    const auto round = [](Row row) {
-      for (double& value : row)
-        value = static_cast<double>(static_cast<float>(Element(static_cast<float>(value))));
-      return row;
-    };
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const PlainLayer& w = m.layers[static_cast<std::size_t>(l)];
       const Row in = normed(y, w.attention_norm, s.norm_eps);
@@ -300,8 +348,8 @@ struct PlainStream {
         for (const double k :
              rotated(head_of(key, head), m.rotation, x.origin + static_cast<double>(reader())))
           turned.push_back(k);
-      keys[place(l, total)] = round(std::move(turned));
-      values[place(l, total)] = round(product(w.value, in));
+      keys[place(l, total)] = stored<Cache>(turned, s);
+      values[place(l, total)] = stored<Cache>(product(w.value, in), s);
       add(y, product(w.output, attended(l, product(w.query, in), source, visible)));
       const Row inner = normed(y, w.feed_forward_norm, s.norm_eps);
       Row gate = product(w.gate, inner);
@@ -321,13 +369,15 @@ struct PlainStream {
     return {out.begin(), out.end()};
   }
 
-  std::size_t bytes() const { return 2 * sizeof(Element) * keys.size() * keys.front().size(); }
+  std::size_t bytes() const {
+    return 2 * keys.size() * keys.front().scales.size() * bytes_of_row<Cache>(m.shape.head_dim);
+  }
 
   const Content& m;
   PlainExtents x;
   std::int64_t total = 0;
-  std::vector<Row> keys, values;  // [layers, capacity], rows of all heads
-  std::vector<float> hidden;      // the residual stream behind the last token
+  std::vector<StoredRow> keys, values;  // [layers, capacity]
+  std::vector<float> hidden;            // the residual stream behind the last token
   // Of the tree that is read: its first index, and what CudaDeviceSession::read_draft() says.
   std::int64_t draft_base = 0;
   std::span<const std::int32_t> depths;
@@ -350,8 +400,8 @@ PlainExtents extents_of(const Config& c) {
 
 }  // namespace
 
-template <class Element>
-struct CudaDeviceSession<Element>::State {
+template <class Element, class Cache>
+struct CudaDeviceSession<Element, Cache>::State {
   State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
       : stream(model.content(), extents_of(config)), place_slots(config.place_slots) {
     stream.hidden.resize(static_cast<std::size_t>(model.shape().hidden_size));
@@ -359,7 +409,7 @@ struct CudaDeviceSession<Element>::State {
       Place& place = places.emplace_back();
       place.rows.resize(
           static_cast<std::size_t>(2 * model.shape().num_layers * config.place_slots));
-      for (Row& row : place.rows) row.resize(static_cast<std::size_t>(model.shape().kv_size()));
+      for (StoredRow& row : place.rows) row = StoredRow(model.shape());
       place.hidden = stream.hidden;
     }
   }
@@ -372,6 +422,17 @@ struct CudaDeviceSession<Element>::State {
       for (std::int64_t l = 0; l < stream.m.shape.num_layers; ++l)
         for (std::int64_t slot = 0; slot < slots; ++slot)
           visit((*rows)[static_cast<std::size_t>(l * stream.x.capacity + slot)], number++);
+  }
+  /// Calls visit(row, head, at, is_key) for each head's part of the rows of a layer's first slots;
+  /// at: its place in [num_kv_heads, slots].
+  template <class Visit>
+  void each_head(std::int64_t layer, std::int64_t slots, Visit&& visit) {
+    for (auto* rows : {&stream.keys, &stream.values})
+      for (std::int64_t head = 0; head < stream.m.shape.num_kv_heads; ++head)
+        for (std::int64_t slot = 0; slot < slots; ++slot)
+          visit((*rows)[static_cast<std::size_t>(layer * stream.x.capacity + slot)],
+                static_cast<std::size_t>(head), static_cast<std::size_t>(head * slots + slot),
+                rows == &stream.keys);
   }
   /// Another state was put behind the last token.
   void set_state(std::int64_t total, bool is_normed) {
@@ -386,12 +447,12 @@ struct CudaDeviceSession<Element>::State {
   }
 
   struct Place {
-    std::vector<Row> rows;  // as each_row() numbers them
+    std::vector<StoredRow> rows;  // as each_row() numbers them
     std::vector<float> hidden;
     bool normed = false;
   };
 
-  PlainStream<Element, typename CudaDeviceModel<Element>::Content> stream;
+  PlainStream<Cache, typename CudaDeviceModel<Element>::Content> stream;
   std::int64_t place_slots;
   std::vector<std::vector<float>> logits;  // of the last chunk's tokens
   bool stale = false;                      // logits are not those of stream.hidden
@@ -400,57 +461,58 @@ struct CudaDeviceSession<Element>::State {
   std::vector<Place> places;
 };
 
-template <class Element>
-CudaDeviceSession<Element>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
-                                              const CudaDeviceSessionConfig& config)
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
+                                                     const CudaDeviceSessionConfig& config)
     : state_(new State(model, config)) {}
-template <class Element>
-CudaDeviceSession<Element>::~CudaDeviceSession() = default;
-template <class Element>
-CudaDeviceSession<Element>::CudaDeviceSession(CudaDeviceSession&& other) noexcept = default;
-template <class Element>
-CudaDeviceSession<Element>& CudaDeviceSession<Element>::operator=(
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>::~CudaDeviceSession() = default;
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>::CudaDeviceSession(CudaDeviceSession&& other) noexcept = default;
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>& CudaDeviceSession<Element, Cache>::operator=(
     CudaDeviceSession&& other) noexcept = default;
-template <class Element>
-std::int64_t CudaDeviceSession<Element>::total() const {
+template <class Element, class Cache>
+std::int64_t CudaDeviceSession<Element, Cache>::total() const {
   return state_->stream.total;
 }
-template <class Element>
-void CudaDeviceSession<Element>::set_total(std::int64_t total) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::set_total(std::int64_t total) {
   state_->stream.total = total;
 }
-template <class Element>
-void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::read(std::span<const Token> tokens) {
   state_->logits.clear();
   state_->stale = state_->normed = false;
   auto& stream = state_->stream;
   for (const Token token : tokens) state_->logits.push_back(stream.step(stream.embedding(token)));
 }
-template <class Element>
-void CudaDeviceSession<Element>::step(Token token) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::step(Token token) {
   read({&token, 1});
 }
-template <class Element>
-Token CudaDeviceSession<Element>::best() {
+template <class Element, class Cache>
+Token CudaDeviceSession<Element, Cache>::best() {
   return best_of(state_->last_logits());
 }
-template <class Element>
-std::span<const float> CudaDeviceSession<Element>::logits() {
+template <class Element, class Cache>
+std::span<const float> CudaDeviceSession<Element, Cache>::logits() {
   return state_->last_logits();
 }
-template <class Element>
-double CudaDeviceSession<Element>::likelihood(Token next) {
+template <class Element, class Cache>
+double CudaDeviceSession<Element, Cache>::likelihood(Token next) {
   return nll_of(state_->last_logits(), next);
 }
-template <class Element>
-void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::span<float> nll) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::likelihoods(std::span<const Token> next,
+                                                    std::span<float> nll) {
   for (std::size_t i = 0; i < next.size(); ++i)
     nll[i] = static_cast<float>(nll_of(state_->logits[i], next[i]));
 }
-template <class Element>
-void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens,
-                                            std::span<const std::int32_t> depths,
-                                            std::span<const std::uint64_t> ancestors) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::read_draft(std::span<const Token> tokens,
+                                                   std::span<const std::int32_t> depths,
+                                                   std::span<const std::uint64_t> ancestors) {
   auto& stream = state_->stream;
   const std::vector<float> hidden = stream.hidden;
   const std::int64_t total = stream.total;
@@ -463,108 +525,104 @@ void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens,
   stream.total = total;
   stream.depths = {};
 }
-template <class Element>
-Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
+template <class Element, class Cache>
+Token CudaDeviceSession<Element, Cache>::draft_best(std::int64_t i) {
   return best_of(draft_logits(i));
 }
-template <class Element>
-std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) {
+template <class Element, class Cache>
+std::span<const float> CudaDeviceSession<Element, Cache>::draft_logits(std::int64_t i) {
   return state_->draft[static_cast<std::size_t>(i)];
 }
-template <class Element>
-void CudaDeviceSession<Element>::move_slot(std::int64_t from, std::int64_t to) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::move_slot(std::int64_t from, std::int64_t to) {
   auto& stream = state_->stream;
   for (auto* rows : {&stream.keys, &stream.values})
     for (std::int64_t l = 0; l < stream.m.shape.num_layers; ++l)
       (*rows)[static_cast<std::size_t>(l * stream.x.capacity + to)] =
           (*rows)[static_cast<std::size_t>(l * stream.x.capacity + from)];
 }
-template <class Element>
-void CudaDeviceSession<Element>::keep_draft(std::int64_t tokens) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::keep_draft(std::int64_t tokens) {
   state_->stream.total += tokens;
 }
 
-template <class Element>
-void CudaDeviceSession<Element>::capture(int place, std::int64_t slots) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::capture(int place, std::int64_t slots) {
   State& s = *state_;
   auto& to = s.places[static_cast<std::size_t>(place)];
   if (slots > s.place_slots) throw std::logic_error("more slots than a place has");
-  s.each_row(slots, [&](const Row& row, std::size_t i) {
-    std::copy(row.begin(), row.end(), to.rows[i].begin());
-  });
+  s.each_row(slots, [&](const StoredRow& row, std::size_t i) { to.rows[i].copy_from(row); });
   std::copy(s.stream.hidden.begin(), s.stream.hidden.end(), to.hidden.begin());
   to.normed = s.normed;
 }
-template <class Element>
-void CudaDeviceSession<Element>::revert(int place, std::int64_t slots, std::int64_t total) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::revert(int place, std::int64_t slots, std::int64_t total) {
   State& s = *state_;
   const auto& from = s.places[static_cast<std::size_t>(place)];
-  s.each_row(slots, [&](Row& row, std::size_t i) {
-    std::copy(from.rows[i].begin(), from.rows[i].end(), row.begin());
-  });
+  s.each_row(slots, [&](StoredRow& row, std::size_t i) { row.copy_from(from.rows[i]); });
   std::copy(from.hidden.begin(), from.hidden.end(), s.stream.hidden.begin());
   s.set_state(total, from.normed);
 }
-template <class Element>
-std::size_t CudaDeviceSession<Element>::place_bytes() const {
+template <class Element, class Cache>
+std::size_t CudaDeviceSession<Element, Cache>::place_bytes() const {
   const CudaDecoderShape& shape = state_->stream.m.shape;
-  return static_cast<std::size_t>(2 * shape.num_layers * state_->place_slots * shape.kv_size()) *
-             sizeof(Element) +
+  return static_cast<std::size_t>(2 * shape.num_layers * state_->place_slots * shape.num_kv_heads) *
+             bytes_of_row<Cache>(shape.head_dim) +
          static_cast<std::size_t>(shape.hidden_size) * sizeof(float);
 }
-template <class Element>
-void CudaDeviceSession<Element>::copy_from(const CudaDeviceSession& other, std::int64_t slots) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::copy_from(const CudaDeviceSession& other,
+                                                  std::int64_t slots) {
   State& s = *state_;
   State& from = *other.state_;
-  std::vector<const Row*> rows;
-  from.each_row(slots, [&](const Row& row, std::size_t) { rows.push_back(&row); });
-  s.each_row(slots, [&](Row& row, std::size_t i) { row = *rows[i]; });
+  std::vector<const StoredRow*> rows;
+  from.each_row(slots, [&](const StoredRow& row, std::size_t) { rows.push_back(&row); });
+  s.each_row(slots, [&](StoredRow& row, std::size_t i) { row = *rows[i]; });
   s.stream.hidden = from.stream.hidden;
   s.set_state(from.stream.total, from.normed);
 }
 
-template <class Element>
-void CudaDeviceSession<Element>::download(std::int64_t layer, std::int64_t slots,
-                                          std::span<Element> keys,
-                                          std::span<Element> values) const {
-  const auto& stream = state_->stream;
-  const std::int64_t dim = stream.m.shape.head_dim;
-  for (const auto& [to, from] : {std::pair(keys, &stream.keys), std::pair(values, &stream.values)})
-    for (std::size_t i = 0; i < to.size(); ++i) {  // [num_kv_heads, slots, head_dim]
-      const auto at = static_cast<std::int64_t>(i);
-      const Row& row =
-          (*from)[static_cast<std::size_t>(layer * stream.x.capacity + at / dim % slots)];
-      to[i] = Element(
-          static_cast<float>(row[static_cast<std::size_t>(at / (slots * dim) * dim + at % dim)]));
-    }
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::download(std::int64_t layer, std::int64_t slots,
+                                                 const CudaCacheRows<Cache>& rows) const {
+  state_->each_head(
+      layer, slots, [&](const StoredRow& row, std::size_t head, std::size_t at, bool is_key) {
+        const std::span<Cache> to = is_key ? rows.keys : rows.values;
+        const std::span<float> scales = is_key ? rows.key_scales : rows.value_scales;
+        const std::size_t dim = row.values.size() / row.scales.size();
+        for (std::size_t d = 0; d < dim; ++d)  // exact: a code, or a rounded number
+          to[at * dim + d] = Cache(static_cast<float>(row.values[head * dim + d] /
+                                                      static_cast<double>(row.scales[head])));
+        if (!scales.empty()) scales[at] = row.scales[head];
+      });
 }
-template <class Element>
-void CudaDeviceSession<Element>::upload(std::int64_t layer, std::int64_t slots,
-                                        std::span<const Element> keys,
-                                        std::span<const Element> values) {
-  auto& stream = state_->stream;
-  const std::int64_t dim = stream.m.shape.head_dim;
-  for (const auto& [from, to] : {std::pair(keys, &stream.keys), std::pair(values, &stream.values)})
-    for (std::size_t i = 0; i < from.size(); ++i) {
-      const auto at = static_cast<std::int64_t>(i);
-      Row& row = (*to)[static_cast<std::size_t>(layer * stream.x.capacity + at / dim % slots)];
-      row[static_cast<std::size_t>(at / (slots * dim) * dim + at % dim)] =
-          static_cast<double>(static_cast<float>(from[i]));
-    }
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::upload(std::int64_t layer, std::int64_t slots,
+                                               const CudaCacheRows<Cache>& rows) {
+  state_->each_head(
+      layer, slots, [&](StoredRow& row, std::size_t head, std::size_t at, bool is_key) {
+        const std::span<Cache> from = is_key ? rows.keys : rows.values;
+        const std::span<float> scales = is_key ? rows.key_scales : rows.value_scales;
+        const std::size_t dim = row.values.size() / row.scales.size();
+        row.scales[head] = scales.empty() ? 1 : scales[at];
+        for (std::size_t d = 0; d < dim; ++d)
+          row.values[head * dim + d] = static_cast<double>(static_cast<float>(from[at * dim + d])) *
+                                       static_cast<double>(row.scales[head]);
+      });
 }
-template <class Element>
-bool CudaDeviceSession<Element>::hidden(std::span<float> to) const {
+template <class Element, class Cache>
+bool CudaDeviceSession<Element, Cache>::hidden(std::span<float> to) const {
   std::copy(state_->stream.hidden.begin(), state_->stream.hidden.end(), to.begin());
   return state_->normed;
 }
-template <class Element>
-void CudaDeviceSession<Element>::set_hidden(std::span<const float> hidden, bool normed) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::set_hidden(std::span<const float> hidden, bool normed) {
   std::copy(hidden.begin(), hidden.end(), state_->stream.hidden.begin());
   state_->set_state(state_->stream.total, normed);
 }
 
-template <class Element>
-std::size_t CudaDeviceSession<Element>::cache_bytes() const {
+template <class Element, class Cache>
+std::size_t CudaDeviceSession<Element, Cache>::cache_bytes() const {
   return state_->stream.bytes();
 }
 
@@ -634,6 +692,8 @@ template class CudaDeviceModel<bf16>;
 template class CudaDeviceModel<f16>;
 template class CudaDeviceSession<bf16>;
 template class CudaDeviceSession<f16>;
+template class CudaDeviceSession<f16, std::int8_t>;
+template class CudaDeviceSession<f16, fp8_e4m3>;
 template class CudaDeviceDuplex<bf16>;
 template class CudaDeviceDuplex<f16>;
 

@@ -151,12 +151,13 @@ struct SmallModel {
     return result;
   }
   PlainDecoder oracle(std::int64_t sinks, std::int64_t window, double product_error = 0,
-                      std::uint64_t error_seed = 0) const {
+                      std::uint64_t error_seed = 0, PlainCache cache = PlainCache::kBF16) const {
     PlainDecoderConfig config = plain;
     config.num_sink_tokens = sinks;
     config.window_size = window;
     config.product_error = product_error;
     config.error_seed = error_seed;
+    config.cache = cache;
     return PlainDecoder(config, host);
   }
 };
@@ -181,17 +182,20 @@ inline std::int32_t argmax(std::span<const float> logits) {
 // few entries among thousands. Everything else is float32.
 inline constexpr double kExactBound = 1e-3;
 
-/// The same for one model and text, where an entry that lies between two bf16 numbers weighs more:
-/// the largest error of logits that the reference makes itself when its products are off by 2^-20,
-/// less than float32 sums may be (quantised_vector_test.cu), each of 32 times another way.
+/// The same for one model and text, where an entry that lies between two numbers of the cache
+/// weighs more: the largest error of logits that the reference makes itself when its products are
+/// off by `product_error`, each of `times` times another way. Left out, it is 2^-20, less than
+/// float32 sums may be (quantised_vector_test.cu).
 inline double rounding_error(const SmallModel& model, std::int64_t sinks, std::int64_t window,
-                             std::span<const std::int32_t> tokens) {
+                             std::span<const std::int32_t> tokens,
+                             PlainCache cache = PlainCache::kBF16, double product_error = 0x1p-20,
+                             std::uint64_t times = 32) {
   std::vector<std::vector<double>> expected;
-  PlainDecoder exact = model.oracle(sinks, window);
+  PlainDecoder exact = model.oracle(sinks, window, 0, 0, cache);
   for (const std::int32_t token : tokens) expected.push_back(exact.step(token));
   double worst = 0;
-  for (std::uint64_t seed = 1; seed <= 32; ++seed) {
-    PlainDecoder other = model.oracle(sinks, window, 0x1p-20, seed);
+  for (std::uint64_t seed = 1; seed <= times; ++seed) {
+    PlainDecoder other = model.oracle(sinks, window, product_error, seed, cache);
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       const std::vector<double> logits = other.step(tokens[i]);
       const std::vector<float> found(logits.begin(), logits.end());

@@ -2,6 +2,15 @@
 /// Attention of a chunk of one sequence's new tokens on the GPU: rotates, appends to the ring, and
 /// attends over sinks and window (or the full cache), on the tensor cores. The counterpart of
 /// decode_attention.cuh for prefill: the same cache, the same positions, any chunking.
+///
+/// Caches of codes. New rows are quantised into the cache as the CPU's are, and are read back from
+/// there. What attends multiplies 16-bit numbers, so rows are widened to scale * code, rounded to
+/// Element: the product of 7 or 4 bits of a code and 24 of its scale has no room there. That moves
+/// an entry by 2^-9 (bf16) or 2^-12 (f16, or 2^-25 where that is more) of itself at most, as
+/// storing it in 16 bits would, where the code stands up to 2^-8 of the row's largest entry
+/// (int8_t), or 2^-4 of its own (fp8_e4m3), from the value that came. Up to 8 tokens are read code
+/// by code, in shared memory; for more, a launch ahead of each layer's attention widens the rows to
+/// a scratch, which all layers share.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +23,9 @@
 #include "sluice/backend/cuda/decode_attention.cuh"
 #include "sluice/backend/cuda/decode_step.cuh"
 #include "sluice/backend/cuda/decoder_kernels.cuh"
+#include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/backend/cuda/hopper_attention.cuh"
+#include "sluice/backend/cuda/kv_codes.cuh"
 #include "sluice/backend/cuda/memory.cuh"
 
 namespace sluice {
@@ -28,8 +39,9 @@ struct ChunkTree {
   std::int64_t words = 0;
 };
 
-/// The tensors of one layer's chunk, in device memory, as DecodeAttentionTensors has them.
-template <class Element>
+/// The tensors of one layer's chunk, in device memory, as DecodeAttentionTensors has them; heads of
+/// inputs at multiples of 16 bytes. Cache: of keys and values, Element or a CudaCode.
+template <class Element, class Cache = Element>
 struct ChunkAttentionTensors {
   const float* query = nullptr;  ///< [tokens, num_qo_heads, head_dim], not rotated
   const float* key = nullptr;    ///< [tokens, num_kv_heads, head_dim], not rotated
@@ -38,10 +50,13 @@ struct ChunkAttentionTensors {
   void* out = nullptr;           ///< [tokens, num_qo_heads, head_dim] of `output_type`, no gaps
   ElementType output_type = element_type_of<Element>;  ///< this or kF32
 
-  Element* keys = nullptr;  ///< of the sequence: [num_kv_heads, capacity, head_dim] by the strides
-  Element* values = nullptr;
+  Cache* keys = nullptr;  ///< of the sequence: [num_kv_heads, capacity, head_dim] by the strides
+  Cache* values = nullptr;
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
+  float* key_scales = nullptr;  ///< of codes: [num_kv_heads, capacity] by the stride
+  float* value_scales = nullptr;
+  std::int64_t scale_head_stride = 0;
 
   ChunkTree tree = {};
 };
@@ -53,13 +68,25 @@ inline constexpr int kChunkThreads = 128;
 /// Elements that widen a row in shared memory, so that eight rows' 16 bytes lie in distinct banks.
 inline constexpr int kChunkPadding = 8;
 
+/// Where the rows of a cache of codes lie.
+struct ChunkCodes {
+  std::uint8_t* keys = nullptr;
+  std::uint8_t* values = nullptr;
+  float* key_scales = nullptr;
+  float* value_scales = nullptr;
+  std::int64_t head_stride = 0;
+  std::int64_t token_stride = 0;
+  std::int64_t scale_head_stride = 0;
+};
+
 struct ChunkAttentionParams {
   const float* query;
   const float* key;
   const float* value;
   void* out;
-  std::uint16_t* keys;
+  std::uint16_t* keys;  // of a cache of codes: the widened rows
   std::uint16_t* values;
+  ChunkCodes codes;        // of such a cache
   std::uint16_t* rotated;  // [2 (own place, sinks), tokens, num_qo_heads, head_dim]
   float* rows;             // [tokens, 2 (own place, sinks), 2 (cos, sin), num_pairs]
   const TurnFrequency* frequencies;
@@ -113,8 +140,43 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// Quantises the rows of a token, keys rotated by `rotation`: a warp per row, of all of the grid's
+/// that have the token.
+template <class Cache, int kHeadDim>
+__device__ void append_codes(const ChunkAttentionParams& p, std::int64_t token,
+                             const float* rotation) {
+  constexpr int kWarps = kRowThreads / kWarpSize;
+  __shared__ __align__(16) float turned[kWarps][kHeadDim];
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const std::int64_t slot = p.slot(p.base + token);
+  const ChunkCodes& codes = p.codes;
+  for (int r = static_cast<int>(blockIdx.y) * kWarps + warp; r < 2 * p.num_kv_heads;
+       r += static_cast<int>(gridDim.y) * kWarps) {
+    const bool is_key = r < p.num_kv_heads;
+    const std::int64_t head = is_key ? r : r - p.num_kv_heads;
+    const float* row = (is_key ? p.key : p.value) + token * p.stride + head * kHeadDim;
+    if (is_key) {
+      for (int pair = lane; pair < kHeadDim / 2; pair += kWarpSize) {
+        const RotatedPair x = rotate_pair(p.num_pairs, p.interleaved, rotation, row, pair);
+        turned[warp][x.first] = x.a;
+        turned[warp][x.second] = x.b;
+      }
+      __syncwarp();
+      row = turned[warp];
+    }
+    std::uint8_t* const to =
+        (is_key ? codes.keys : codes.values) + head * codes.head_stride + slot * codes.token_stride;
+    const float scale = quantise_row<Cache, kHeadDim>(row, reinterpret_cast<Cache*>(to), lane);
+    if (lane == 0)
+      (is_key ? codes.key_scales : codes.value_scales)[head * codes.scale_head_stride + slot] =
+          scale;
+    __syncwarp();  // the row has been read
+  }
+}
+
 /// Rotates queries to both their places and appends keys and values: blocks (token, part).
-template <class Element, int kHeadDim>
+template <class Element, int kHeadDim, class Cache>
 __global__ void __launch_bounds__(kRowThreads)
     chunk_append_kernel(const __grid_constant__ ChunkAttentionParams p) {
   using H = Half<Element>;
@@ -130,7 +192,7 @@ __global__ void __launch_bounds__(kRowThreads)
     to[x.second] = static_cast<std::uint16_t>(packed >> 16);
   };
   const int query_pairs = p.num_qo_heads * kPairs;
-  const int kv_pairs = p.num_kv_heads * kPairs;
+  const int kv_pairs = CudaCode<Cache> ? 0 : p.num_kv_heads * kPairs;
   for (int e = static_cast<int>(blockIdx.y * kRowThreads + threadIdx.x);
        e < 2 * query_pairs + 2 * kv_pairs; e += static_cast<int>(gridDim.y) * kRowThreads) {
     if (e < 2 * query_pairs) {
@@ -156,6 +218,45 @@ __global__ void __launch_bounds__(kRowThreads)
           H::pack(x.x, x.y);
     }
   }
+  if constexpr (CudaCode<Cache>) append_codes<Cache, kHeadDim>(p, token, rows);
+}
+
+/// scale * code of 8 codes, rounded to Element.
+template <class Element, class Cache>
+__device__ uint4 widen_codes(uint2 eight, float scale) {
+  using H = Half<Element>;
+  std::uint32_t wide[4];
+  ByteCodes<Cache>::widen(eight.x, wide[0], wide[1]);
+  ByteCodes<Cache>::widen(eight.y, wide[2], wide[3]);
+#pragma unroll
+  for (std::uint32_t& two : wide)
+    two = H::pack(Half<f16>::low(two) * scale, Half<f16>::high(two) * scale);
+  return {wide[0], wide[1], wide[2], wide[3]};
+}
+
+/// Widens the first `slots` slots of a cache of codes: a thread per 8 channels, blocks (part, KV
+/// head, keys or values).
+template <class Element, int kHeadDim, class Cache>
+__global__ void __launch_bounds__(kRowThreads)
+    widen_cache_kernel(const __grid_constant__ ChunkAttentionParams p, std::int64_t slots) {
+  constexpr int kVectors = kHeadDim / 8;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const ChunkCodes& codes = p.codes;
+  const std::int64_t head = blockIdx.y;
+  const bool is_key = blockIdx.z == 0;
+  const std::uint8_t* const from = (is_key ? codes.keys : codes.values) + head * codes.head_stride;
+  const float* const scales =
+      (is_key ? codes.key_scales : codes.value_scales) + head * codes.scale_head_stride;
+  std::uint16_t* const to = (is_key ? p.keys : p.values) + head * p.head_stride;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+       i < slots * kVectors; i += static_cast<std::int64_t>(gridDim.x) * kRowThreads) {
+    const std::int64_t slot = i / kVectors;
+    const int c = static_cast<int>(i % kVectors) * 8;
+    const auto eight = *reinterpret_cast<const uint2*>(from + slot * codes.token_stride + c);
+    *reinterpret_cast<uint4*>(to + slot * p.token_stride + c) =
+        widen_codes<Element, Cache>(eight, scales[slot]);
+  }
 }
 
 __device__ inline void load_matrices(std::uint32_t (&r)[4], const std::uint16_t* row) {
@@ -171,27 +272,40 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&r)[4], const std
                : "memory");
 }
 
+/// Copies 4 bytes to shared memory, or zeros.
+__device__ inline void copy_async_word_or_zero(void* to, const void* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(inside ? 4 : 0)
+               : "memory");
+}
+
 /// The keys that queries [first, last] see, in tiles of 64 in the order of their indices: first the
 /// sinks, then what the window shows.
 template <int kHeadDim>
 struct ChunkTiles {
   static constexpr int kRow = kHeadDim + kChunkPadding;
-  static constexpr int kElements = 2 * kChunkTile * kRow;  // of a tile's keys and values
+  static constexpr int kElements = 2 * kChunkTile * kRow;   // of a tile's keys and values
+  static constexpr int kCodes = 2 * kChunkTile * kHeadDim;  // the same of codes
+  /// Bytes of a tile of codes and its scales, [2 (keys, values), 64].
+  static constexpr int kCodeBytes = kCodes + 2 * kChunkTile * 4;
 
   const ChunkAttentionParams& p;
   const std::uint16_t* keys;
   const std::uint16_t* values;
+  int kv_head;
   std::int64_t last;
   std::int64_t sinks_seen;
   std::int64_t oldest;
   int sink_tiles;
   int count;
 
-  __device__ ChunkTiles(const ChunkAttentionParams& params, int kv_head, std::int64_t first_query,
+  __device__ ChunkTiles(const ChunkAttentionParams& params, int head, std::int64_t first_query,
                         std::int64_t last_query)
       : p(params),
-        keys(params.keys + kv_head * params.head_stride),
-        values(params.values + kv_head * params.head_stride),
+        keys(params.keys + head * params.head_stride),
+        values(params.values + head * params.head_stride),
+        kv_head(head),
         last(last_query),
         sinks_seen(min(static_cast<std::int64_t>(params.sinks), last_query + 1)),
         oldest(max(static_cast<std::int64_t>(params.sinks), first_query - params.window + 1)) {
@@ -206,6 +320,12 @@ struct ChunkTiles {
   }
   __device__ std::int64_t end_key(int n) const { return n < sink_tiles ? sinks_seen : last + 1; }
 
+  /// The slot of a tile's key j, which is present: slot0 is the first's.
+  __device__ int slot_of(int n, int slot0, int j) const {
+    const int slot = slot0 + j;
+    return n >= sink_tiles && slot >= p.sinks + p.ring ? p.sinks + (slot - p.sinks) % p.ring : slot;
+  }
+
   /// Asks for tile n: to [2 (keys, values), 64, kRow].
   __device__ void load(int n, std::uint16_t* to) const {
     const std::int64_t from = first_key(n);
@@ -216,12 +336,39 @@ struct ChunkTiles {
       const int j = i / kVectors;
       const int c = i % kVectors * 8;
       const bool inside = j < present;
-      int slot = inside ? slot0 + j : slot0;
-      if (n >= sink_tiles && slot >= p.sinks + p.ring) slot = p.sinks + (slot - p.sinks) % p.ring;
+      const int slot = slot_of(n, slot0, inside ? j : 0);
       copy_async_or_zero(to + j * kRow + c, keys + slot * p.token_stride + c, inside);
       copy_async_or_zero(to + (kChunkTile + j) * kRow + c, values + slot * p.token_stride + c,
                          inside);
     }
+  }
+
+  /// Asks for tile n of a cache of codes: to [2 (keys, values), 64, head_dim], scales behind them.
+  __device__ void load_codes(int n, unsigned char* to) const {
+    const ChunkCodes& codes = p.codes;
+    const std::int64_t from = first_key(n);
+    const auto slot0 = static_cast<int>(p.slot(from));
+    const auto present = static_cast<int>(min(end_key(n) - from, std::int64_t{kChunkTile}));
+    constexpr int kVectors = kHeadDim / 16;
+    for (int i = static_cast<int>(threadIdx.x); i < 2 * kChunkTile * kVectors; i += kChunkThreads) {
+      const int row = i / kVectors;  // of keys, then of values
+      const int c = i % kVectors * 16;
+      const bool is_key = row < kChunkTile;
+      const bool inside = row % kChunkTile < present;
+      const int slot = slot_of(n, slot0, inside ? row % kChunkTile : 0);
+      copy_async_or_zero(to + row * kHeadDim + c,
+                         (is_key ? codes.keys : codes.values) + kv_head * codes.head_stride +
+                             slot * codes.token_stride + c,
+                         inside);
+    }
+    static_assert(2 * kChunkTile == kChunkThreads);
+    const int row = static_cast<int>(threadIdx.x);
+    const bool inside = row % kChunkTile < present;
+    copy_async_word_or_zero(to + kCodes + 4 * row,
+                            (row < kChunkTile ? codes.key_scales : codes.value_scales) +
+                                kv_head * codes.scale_head_stride +
+                                slot_of(n, slot0, inside ? row % kChunkTile : 0),
+                            inside);
   }
 };
 
@@ -426,8 +573,9 @@ inline constexpr int kFewKeys = kChunkTile / kFewWarps;  // of a tile that a war
 /// At most 8 queries: keys are divided instead. A block is the queries of one head or two of a KV
 /// head (the halves of a fragment's 16 rows) and a part of the tiles, each warp 16 keys of a tile;
 /// warps merge in shared memory, and the blocks of a cluster, which hold all parts, in each
-/// other's. Order of sums: warps, then blocks.
-template <class Element, int kHeadDim>
+/// other's. Order of sums: warps, then blocks. Of codes, a warp widens its keys and values of a
+/// tile when they have come.
+template <class Element, int kHeadDim, class Cache>
 __global__ void __launch_bounds__(kChunkThreads)
     few_attention_kernel(const __grid_constant__ ChunkAttentionParams p) {
   using H = Half<Element>;
@@ -435,7 +583,8 @@ __global__ void __launch_bounds__(kChunkThreads)
   constexpr int kSteps = kHeadDim / 16;
   const float kInfinity = __int_as_float(0x7f800000);
   extern __shared__ __align__(16) unsigned char few_memory[];
-  // Tiles [stages, 2 (keys, values), 64, kRow]; later outputs [warps, rows, channels].
+  // Tiles [stages, 2 (keys, values), 64, kRow]; of codes [stages, kCodeBytes], and one tile as it
+  // is widened; later outputs [warps, rows, channels].
   std::uint16_t* const tiles = reinterpret_cast<std::uint16_t*>(few_memory);
   float* const outputs = reinterpret_cast<float*>(few_memory);
   __shared__ float maxima[kFewWarps][kFewRows];
@@ -456,8 +605,37 @@ __global__ void __launch_bounds__(kChunkThreads)
   const int end = seen.count * (cluster.rank + 1) / cluster.size;
 
   const auto load_tile = [&](int n) {
-    if (n < end) seen.load(n, tiles + (n - begin) % kFewStages * Tiles::kElements);
+    const int stage = (n - begin) % kFewStages;
+    if constexpr (CudaCode<Cache>) {
+      if (n < end) seen.load_codes(n, few_memory + stage * Tiles::kCodeBytes);
+    } else {
+      if (n < end) seen.load(n, tiles + stage * Tiles::kElements);
+    }
     copies_commit();
+  };
+  // The first of the warp's rows of tile n, keys first, values a tile further on.
+  const auto rows_of_tile = [&](int n) -> const std::uint16_t* {
+    const int stage = (n - begin) % kFewStages;
+    const int first_row = warp * kFewKeys;
+    if constexpr (CudaCode<Cache>) {
+      const unsigned char* const codes = few_memory + stage * Tiles::kCodeBytes;
+      const auto* const scales = reinterpret_cast<const float*>(codes + Tiles::kCodes);
+      auto* const wide =
+          reinterpret_cast<std::uint16_t*>(few_memory + kFewStages * Tiles::kCodeBytes);
+      constexpr int kVectors = kHeadDim / 8;
+#pragma unroll 4
+      for (int i = lane; i < 2 * kFewKeys * kVectors; i += kWarpSize) {
+        const int of_warp = i / kVectors;  // keys, then values
+        const int c = i % kVectors * 8;
+        const int row = of_warp / kFewKeys * kChunkTile + first_row + of_warp % kFewKeys;
+        *reinterpret_cast<uint4*>(wide + row * Tiles::kRow + c) = widen_codes<Element, Cache>(
+            *reinterpret_cast<const uint2*>(codes + row * kHeadDim + c), scales[row]);
+      }
+      __syncwarp();
+      return wide + first_row * Tiles::kRow;
+    } else {
+      return tiles + stage * Tiles::kElements + first_row * Tiles::kRow;
+    }
   };
   const auto load_first = [&] {
 #pragma unroll
@@ -499,8 +677,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     __syncthreads();
     load_tile(n + kFewStages - 1);
     if (n == seen.sink_tiles && n > begin) load_queries(0);
-    const std::uint16_t* const key_tile =
-        tiles + (n - begin) % kFewStages * Tiles::kElements + warp * kFewKeys * Tiles::kRow;
+    const std::uint16_t* const key_tile = rows_of_tile(n);
     const std::uint16_t* const value_tile = key_tile + kChunkTile * Tiles::kRow;
 
     float s[2][4] = {};
@@ -655,8 +832,9 @@ enum class ChunkKernel {
 
 /// Scratch and launches of a chunk's attention; layers share it. Only construction allocates.
 /// Queries and probabilities are rounded to Element once: outputs are within 2^-8 of exact ones
-/// where decode_attention()'s are within 2^-16.
-template <class Element, int kHeadDim>
+/// where decode_attention()'s are within 2^-16. Caches of codes are read rounded to Element as
+/// well, and cost a scratch of one layer's rows in Element.
+template <class Element, int kHeadDim, class Cache = Element>
 class ChunkAttentionPlan {
  public:
   /// For chunks of up to `max_tokens`. overlap: what launch() launches may start early, and lets
@@ -676,6 +854,10 @@ class ChunkAttentionPlan {
     rotated_ = Buffer<std::uint16_t, cuda>(
         static_cast<std::size_t>(2 * max_tokens * shape.num_qo_heads * kHeadDim));
     rows_ = Buffer<float, cuda>(static_cast<std::size_t>(max_tokens) * 4 * step.frequencies.size());
+    if (CudaCode<Cache>)
+      for (Buffer<std::uint16_t, cuda>* wide : {&wide_keys_, &wide_values_})
+        *wide = Buffer<std::uint16_t, cuda>(
+            static_cast<std::size_t>(shape.num_kv_heads * step.capacity * kHeadDim));
     for (const auto kernel_of_all : {kernel_, tree_kernel_})
       check_cuda(cudaFuncSetAttribute(kernel_of_all, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                       kSharedBytes),
@@ -727,7 +909,7 @@ class ChunkAttentionPlan {
   void rotate(const DecodeStep& step, std::int64_t base, std::int64_t tokens, cudaStream_t stream,
               const ChunkTree& tree = {}) {
     if (step.rotary_dim() == 0) return;
-    ChunkAttentionTensors<Element> none;
+    ChunkAttentionTensors<Element, Cache> none;
     none.tree = tree;
     const detail::ChunkAttentionParams p = params(step, none, base, tokens, 1);
     detail::chunk_rotation_kernel<detail::kChunkThreads>
@@ -739,10 +921,11 @@ class ChunkAttentionPlan {
   /// Preconditions: rotate() for the same tokens and tree; alignment and extents as
   /// ChunkAttentionTensors says; a full cache has room. \throws Error(kDevice) if a launch is
   /// refused.
-  void launch(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
-              std::int64_t tokens, float sm_scale, cudaStream_t stream) {
+  void launch(const DecodeStep& step, const ChunkAttentionTensors<Element, Cache>& x,
+              std::int64_t base, std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
-    detail::launch_kernel("chunk_append_kernel", detail::chunk_append_kernel<Element, kHeadDim>,
+    detail::launch_kernel("chunk_append_kernel",
+                          detail::chunk_append_kernel<Element, kHeadDim, Cache>,
                           dim3(static_cast<unsigned>(tokens), append_parts(tokens)),
                           detail::kRowThreads, stream, overlap_, p);
     attend(step, x, base, tokens, sm_scale, stream);
@@ -750,11 +933,12 @@ class ChunkAttentionPlan {
 
   /// The second half of launch(): attention alone, of the chunk that launch() rotated and appended
   /// last. For measurements.
-  void attend(const DecodeStep& step, const ChunkAttentionTensors<Element>& x, std::int64_t base,
-              std::int64_t tokens, float sm_scale, cudaStream_t stream) {
+  void attend(const DecodeStep& step, const ChunkAttentionTensors<Element, Cache>& x,
+              std::int64_t base, std::int64_t tokens, float sm_scale, cudaStream_t stream) {
     const detail::ChunkAttentionParams p = params(step, x, base, tokens, sm_scale);
     if (few_parts_ > 0 && tokens <= detail::kFewTokens && x.tree.depths == nullptr)
       return attend_few(p, stream);
+    if constexpr (CudaCode<Cache>) widen(step, p, stream);
     if constexpr (kHeadDim == detail::kItemDim) {
       if (multiprocessors_ > 0 && x.tree.depths == nullptr) return attend_hopper(step, p, stream);
     }
@@ -769,8 +953,10 @@ class ChunkAttentionPlan {
   static constexpr int kSharedBytes =
       4 * detail::kChunkTile * (kHeadDim + detail::kChunkPadding) * 2;
 
+  using Tiles = detail::ChunkTiles<kHeadDim>;
   static constexpr int kFewBytes =
-      std::max(detail::kFewStages * detail::ChunkTiles<kHeadDim>::kElements * 2,
+      std::max(CudaCode<Cache> ? detail::kFewStages * Tiles::kCodeBytes + 2 * Tiles::kElements
+                               : detail::kFewStages * Tiles::kElements * 2,
                detail::kFewWarps* detail::kFewRows* kHeadDim * 4);
 
   /// Blocks that share a token's rotation: few tokens would leave most of the chip idle.
@@ -784,6 +970,17 @@ class ChunkAttentionPlan {
   int few_blocks() const {
     const auto heads = static_cast<int>(shape_.num_qo_heads);
     return shape_.num_qo_heads / shape_.num_kv_heads % 2 == 0 ? heads / 2 : heads;
+  }
+  /// Widens what has been written of a cache of codes, the chunk included.
+  void widen(const DecodeStep& step, const detail::ChunkAttentionParams& p, cudaStream_t stream) {
+    const std::int64_t slots = std::min(p.base + p.tokens, step.config().capacity);
+    const std::int64_t vectors = slots * (kHeadDim / 8);
+    const auto parts =
+        static_cast<unsigned>((vectors + detail::kRowThreads - 1) / detail::kRowThreads);
+    detail::launch_kernel("widen_cache_kernel",
+                          detail::widen_cache_kernel<Element, kHeadDim, Cache>,
+                          dim3(parts, static_cast<unsigned>(p.num_kv_heads), 2),
+                          detail::kRowThreads, stream, overlap_, p, slots);
   }
   void attend_few(const detail::ChunkAttentionParams& p, cudaStream_t stream) {
     cudaLaunchAttribute attributes[2]{};
@@ -852,22 +1049,33 @@ class ChunkAttentionPlan {
   }
 
   detail::ChunkAttentionParams params(const DecodeStep& step,
-                                      const ChunkAttentionTensors<Element>& x, std::int64_t base,
-                                      std::int64_t tokens, float sm_scale) {
+                                      const ChunkAttentionTensors<Element, Cache>& x,
+                                      std::int64_t base, std::int64_t tokens, float sm_scale) {
     const DecodeStepConfig& config = step.config();
+    constexpr bool kCodes = CudaCode<Cache>;
+    detail::ChunkCodes codes;
+    if constexpr (kCodes)
+      codes = {reinterpret_cast<std::uint8_t*>(x.keys),
+               reinterpret_cast<std::uint8_t*>(x.values),
+               x.key_scales,
+               x.value_scales,
+               x.head_stride,
+               x.token_stride,
+               x.scale_head_stride};
     return {.query = x.query,
             .key = x.key,
             .value = x.value,
             .out = x.out,
-            .keys = reinterpret_cast<std::uint16_t*>(x.keys),
-            .values = reinterpret_cast<std::uint16_t*>(x.values),
+            .keys = kCodes ? wide_keys_.data() : reinterpret_cast<std::uint16_t*>(x.keys),
+            .values = kCodes ? wide_values_.data() : reinterpret_cast<std::uint16_t*>(x.values),
+            .codes = codes,
             .rotated = rotated_.data(),
             .rows = rows_.data(),
             .frequencies = step.frequencies(),
             .tree = x.tree,
             .stride = x.stride,
-            .head_stride = x.head_stride,
-            .token_stride = x.token_stride,
+            .head_stride = kCodes ? config.capacity * kHeadDim : x.head_stride,
+            .token_stride = kCodes ? kHeadDim : x.token_stride,
             .base = base,
             .window = config.window_size,
             .ceiling = step.ceiling(),
@@ -888,7 +1096,7 @@ class ChunkAttentionPlan {
   using Kernel = void (*)(detail::ChunkAttentionParams);
   Kernel kernel_ = detail::chunk_attention_kernel<Element, kHeadDim, false>;
   Kernel tree_kernel_ = detail::chunk_attention_kernel<Element, kHeadDim, true>;
-  Kernel few_kernel_ = detail::few_attention_kernel<Element, kHeadDim>;
+  Kernel few_kernel_ = detail::few_attention_kernel<Element, kHeadDim, Cache>;
   int few_parts_ = 0;  // blocks that divide the keys between them; 0: not used
   void (*hopper_kernel_)(detail::HopperAttentionParams) = nullptr;
   DecodeAttentionShape shape_;
@@ -897,6 +1105,8 @@ class ChunkAttentionPlan {
   int multiprocessors_ = 0;  // of a GPU that runs the Hopper kernel; 0: mma
   Buffer<std::uint16_t, cuda> rotated_;
   Buffer<float, cuda> rows_;
+  Buffer<std::uint16_t, cuda> wide_keys_;    // [num_kv_heads, capacity, head_dim], of codes
+  Buffer<std::uint16_t, cuda> wide_values_;  // the same
 };
 
 }  // namespace sluice

@@ -14,6 +14,15 @@
 /// store. Warps merge in shared memory, blocks of a cluster in that of their first, clusters
 /// through a scratch that the last to arrive reads; the order of merging is that of the splits, so
 /// repeated runs give the same bits.
+///
+/// Caches of 8-bit codes (int8_t, fp8_e4m3; a float scale a row, kv_codes.cuh) go the same way, two
+/// tiles at a time, so that as many bytes are under way. Codes become f16, not bf16: both hold them
+/// exactly, but f16 is one instruction for a pair (e4m3) or the shortest (int8), and gives queries
+/// and probabilities 22 bits. Its range is small, so each query is multiplied by the power of two
+/// that brings its largest channel next to 2^15, and a warp multiplies probabilities by their
+/// values' scales and by the power of two that brings the largest scale it has seen there: nothing
+/// overflows, and what is 2^-14 of the largest still has all 22 bits. Scores are multiplied by the
+/// keys' scales in float32. The new token is attended to as it is stored.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +35,7 @@
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/kv_codes.cuh"
 #include "sluice/backend/cuda/memory.cuh"
 #include "sluice/core/element.hpp"
 
@@ -71,6 +81,13 @@ struct DecodeAttentionTensors {
   std::int64_t sequence_stride = 0;
   std::int64_t head_stride = 0;
   std::int64_t token_stride = 0;
+
+  /// Of caches of codes alone: [batch, num_kv_heads, capacity], by strides in floats, that of
+  /// tokens being 1. A row's channels are its codes times its scale.
+  float* key_scales = nullptr;
+  float* value_scales = nullptr;
+  std::int64_t scale_sequence_stride = 0;
+  std::int64_t scale_head_stride = 0;
 };
 
 namespace detail {
@@ -115,7 +132,11 @@ struct DecodeAttentionParams {
   bool early;  // launched before the previous kernel's end
   ElementType input_type;
   ElementType output_type;
-  float scale_log2;  // sm_scale * log2(e)
+  float scale_log2;   // sm_scale * log2(e)
+  float* key_scales;  // these of caches of codes alone
+  float* value_scales;
+  std::int64_t scale_sequence_stride;
+  std::int64_t scale_head_stride;
 };
 
 /// 16-bit arithmetic of one element type.
@@ -168,21 +189,32 @@ struct Half<f16> {
 
 /// Cache rows are read once per step: they should not push others out of the first-level cache.
 /// Volatile, so that loads stay where they are written: ahead of what hides them.
-__device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
+__device__ inline void stream_load(std::uint32_t* to, const void* from,
                                    std::integral_constant<int, 4>) {
   asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "l"(from));
 }
-__device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
+__device__ inline void stream_load(std::uint32_t* to, const void* from,
                                    std::integral_constant<int, 2>) {
   asm volatile("ld.global.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];"
                : "=r"(to[0]), "=r"(to[1])
                : "l"(from));
 }
-__device__ inline void stream_load(std::uint32_t* to, const std::uint16_t* from,
+__device__ inline void stream_load(std::uint32_t* to, const void* from,
                                    std::integral_constant<int, 1>) {
   asm volatile("ld.global.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+}
+
+__device__ inline void stream_load_half_word(std::uint32_t* to, const void* from) {
+  std::uint16_t x;
+  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(x) : "l"(from));
+  *to = x;
+}
+__device__ inline float stream_load_float(const float* from) {
+  float x;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.f32 %0, [%1];" : "=f"(x) : "l"(from));
+  return x;
 }
 
 /// Copies 16 bytes to shared memory beside the registers' loads: waiting for it does not wait for
@@ -223,6 +255,25 @@ __device__ inline void widen_input(float* to, ElementType type, uint4 x) {
   else
     *reinterpret_cast<uint4*>(to) = x;
 }
+
+/// The power of two that brings numbers below 2^(largest exponent + 1) next to the end of f16's
+/// range: below 2^15. Exponents are biased as floats have them; small ones count as 2^-112.
+struct HalfRange {
+  std::uint32_t exponent = kLeast;
+  static constexpr std::uint32_t kLeast = 15;
+
+  HalfRange() = default;
+  explicit __device__ HalfRange(std::uint32_t largest) : exponent(max(largest, kLeast)) {}
+  __device__ float into() const { return __uint_as_float((268 - exponent) << 23); }
+  __device__ float back() const { return __uint_as_float((exponent - 14) << 23); }
+  /// Takes in a larger exponent. Returns what into() has become less by: of more than 2^126, 2^126.
+  __device__ float widen(std::uint32_t largest) {
+    const std::uint32_t grown = max(largest, exponent);
+    const std::uint32_t by = min(grown - exponent, 126U);
+    exponent = grown;
+    return __uint_as_float((127 - by) << 23);
+  }
+};
 
 /// e^(x ln 2), to two units in the last place; 0 for -infinity.
 __device__ inline float power_of_two(float x) {
@@ -288,6 +339,18 @@ struct KeyFragment {
                     std::integral_constant<int, 2>());
     }
   }
+  /// The first of the 8 channels that lane t has in run c of 32, of the 4 in the last run of 16.
+  static __device__ constexpr int channel(int c, int t) {
+    return 32 * c + (c < kHeadDim / 32 ? 8 : 4) * t;
+  }
+  /// Four of the channels: matrix A of one product.
+  __device__ void operand(int c, int which, std::uint32_t (&a)[4]) const {
+    const int i = 4 * c + 2 * which;
+    a[0] = r[0][i];
+    a[1] = r[1][i];
+    a[2] = r[0][i + 1];
+    a[3] = r[1][i + 1];
+  }
   /// Replaces row `half` by one in shared memory.
   __device__ void patch(int half, const std::uint16_t* row, int t) {
     constexpr int kWhole = kHeadDim / 32 * 4;
@@ -328,20 +391,148 @@ struct ValueFragment {
       stream_load(&r[j][kHeadDim / 64 * 4], row + kHeadDim / 64 * 64 + 2 * kRest * g,
                   std::integral_constant<int, kRest>());
   }
+  /// What register i holds of a row in shared memory.
+  static __device__ std::uint32_t part(const std::uint16_t* row, int i, int g) {
+    return *reinterpret_cast<const std::uint32_t*>(row + channel(i, g));
+  }
+  /// Matrix A of the product for channels channel(i, g) and the next.
+  __device__ void operand(int i, std::uint32_t (&a)[4]) const {
+    a[0] = __byte_perm(r[0][i], r[1][i], 0x5410);
+    a[1] = __byte_perm(r[0][i], r[1][i], 0x7632);
+    a[2] = __byte_perm(r[2][i], r[3][i], 0x5410);
+    a[3] = __byte_perm(r[2][i], r[3][i], 0x7632);
+  }
+};
+
+/// KeyFragment of codes: 16 consecutive bytes are channels of a run of 64.
+template <class Element, int kHeadDim>
+struct CodeKeyFragment {
+  static constexpr int kWhole = kHeadDim / 64 * 4;  // registers of whole runs
+  static constexpr int kRest = kHeadDim % 64 / 16;  // and of the rest
+  static constexpr int kRegisters = kHeadDim / 16;  // of a row
+  std::uint32_t r[2][kRegisters];
+
+  __device__ void load(const std::uint8_t* const (&row)[2], int t) {
+    static_assert(kRest < 3, "no vector load of three registers");
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int c = 0; c < kHeadDim / 64; ++c)
+        stream_load(&r[half][4 * c], row[half] + 64 * c + 16 * t, std::integral_constant<int, 4>());
+      if constexpr (kRest > 0)
+        stream_load(&r[half][kWhole], row[half] + 16 * kWhole + 4 * kRest * t,
+                    std::integral_constant<int, kRest>());
+    }
+  }
+  static __device__ constexpr int channel(int c, int t) {
+    if (c < kWhole / 2) return c / 2 * 64 + 16 * t + c % 2 * 8;
+    return 16 * kWhole + 4 * kRest * t;
+  }
+  __device__ void operand(int c, int which, std::uint32_t (&a)[4]) const {
+    const int i = 2 * c + which;
+    ByteCodes<Element>::widen(r[0][i], a[0], a[2]);
+    ByteCodes<Element>::widen(r[1][i], a[1], a[3]);
+  }
+  /// Makes the compiler widen the codes again where they are used again: kept, they would take
+  /// twice the registers of the codes. zero: 0, which the compiler must not know.
+  __device__ void forget(std::uint32_t zero) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) r[half][i] ^= zero;
+  }
+  /// What register i holds of a row in shared memory.
+  static __device__ std::uint32_t part(const std::uint8_t* row, int i, int t) {
+    return *reinterpret_cast<const std::uint32_t*>(row + channel(i / 2, t) + i % 2 * 4);
+  }
+};
+
+/// ValueFragment of codes: 16 consecutive bytes are channels of a run of 128, 8 of one of 64.
+template <class Element, int kHeadDim>
+struct CodeValueFragment {
+  static constexpr int kWhole = kHeadDim / 128 * 4;        // registers of whole runs,
+  static constexpr int kEights = kHeadDim % 128 / 64 * 2;  // of the run of 64,
+  static constexpr int kRest = kHeadDim % 64 / 16;         // bytes of the rest, by two
+  static constexpr int kRegisters = kWhole + kEights + (kRest + 1) / 2;
+  std::uint32_t r[4][kRegisters];
+
+  /// The first of the two channels of product i; the other follows. Register i / 2 holds them.
+  static __device__ constexpr int channel(int i, int g) {
+    if (i < 2 * kWhole) return i / 8 * 128 + 16 * g + 2 * (i % 8);
+    const int beyond = i - 2 * kWhole;
+    if (beyond < 2 * kEights) return 32 * kWhole + 8 * g + 2 * beyond;
+    return 32 * (kWhole + kEights) + 2 * kRest * g + 2 * (beyond - 2 * kEights);
+  }
+  __device__ void load(int j, const std::uint8_t* row, int g) {
+#pragma unroll
+    for (int c = 0; c < kHeadDim / 128; ++c)
+      stream_load(&r[j][4 * c], row + 128 * c + 16 * g, std::integral_constant<int, 4>());
+    if constexpr (kEights > 0)
+      stream_load(&r[j][kWhole], row + channel(2 * kWhole, g), std::integral_constant<int, 2>());
+    static_assert(kRest < 3, "no vector load of three registers");
+    if constexpr (kRest == 2)
+      stream_load(&r[j][kRegisters - 1], row + channel(2 * kRegisters - 2, g),
+                  std::integral_constant<int, 1>());
+    if constexpr (kRest == 1)
+      stream_load_half_word(&r[j][kRegisters - 1], row + channel(2 * kRegisters - 2, g));
+  }
+  static __device__ std::uint32_t part(const std::uint8_t* row, int i, int g) {
+    const std::uint8_t* const from = row + channel(2 * i, g);
+    if (kRest == 1 && i == kRegisters - 1) return *reinterpret_cast<const std::uint16_t*>(from);
+    return *reinterpret_cast<const std::uint32_t*>(from);
+  }
+  __device__ void operand(int i, std::uint32_t (&a)[4]) const {
+    const unsigned bytes = i % 2 == 0 ? 0x5140 : 0x7362;  // slot by slot in each channel
+    ByteCodes<Element>::widen(__byte_perm(r[0][i / 2], r[1][i / 2], bytes), a[0], a[1]);
+    ByteCodes<Element>::widen(__byte_perm(r[2][i / 2], r[3][i / 2], bytes), a[2], a[3]);
+  }
+};
+
+/// How decode attention reads rows of a type. kParts: runs of kDecodeTile slots that a warp has in
+/// hand at once.
+template <class Element, int kHeadDim>
+struct CachedRows {
+  using H = Half<Element>;
+  using Stored = std::uint16_t;
+  using Keys = KeyFragment<kHeadDim>;
+  using Values = ValueFragment<kHeadDim>;
+  static constexpr int kParts = 1;
+  static constexpr int kQueryRow = detail::kQueryRow<kHeadDim>;
+  static constexpr int kPart = kHeadDim + kPartPadding;
+};
+template <class Element, int kHeadDim>
+requires(kIsByteCode<Element>) struct CachedRows<Element, kHeadDim> {
+  using H = Half<f16>;
+  using Stored = std::uint8_t;
+  using Keys = CodeKeyFragment<Element, kHeadDim>;
+  using Values = CodeValueFragment<Element, kHeadDim>;
+  // As many registers as 16-bit rows take; of rows of 256, the second part's would be spilled.
+  static constexpr int kParts = kHeadDim > 128 ? 1 : 2;
+  // A row an odd multiple of 16 bytes, as lanes stand 32 bytes apart.
+  static constexpr int kQueryRow = kHeadDim + 8;
+  static constexpr int kPart = kHeadDim + kPartPadding / 2;
 };
 
 template <class Element, int kHeadDim>
 __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  using H = Half<Element>;
-  constexpr int kRow = kQueryRow<kHeadDim>;
+  using Rows = CachedRows<Element, kHeadDim>;
+  using H = typename Rows::H;
+  using Stored = typename Rows::Stored;
+  using Values = typename Rows::Values;
+  constexpr bool kScaled = kIsByteCode<Element>;
+  constexpr int kParts = Rows::kParts;
+  constexpr int kTile = kParts * kDecodeTile;
+  constexpr int kRow = Rows::kQueryRow;
   constexpr int kChannelTiles = kHeadDim / 16;
-  constexpr int kPart = kHeadDim + kPartPadding;
+  constexpr int kPart = Rows::kPart;
   const float kInfinity = __int_as_float(0x7f800000);
 
   // Queries by place (own, sinks), part (high, low) and head; scaled into base-2 scores.
   __shared__ __align__(16) std::uint16_t queries[2][2][kDecodeHeads][kRow];
-  __shared__ __align__(16) std::uint16_t new_rows[2][kHeadDim];  // key, value
+  __shared__ __align__(16) Stored new_rows[2][kHeadDim];  // key, value
+  __shared__ float new_scales[2];                         // these of codes alone
+  __shared__ float query_scales[2][kDecodeHeads];         // what scores are multiplied by
   __shared__ int last_block;
   __shared__ std::uint64_t arrived;  // bytes from the other blocks of the cluster
   // First the step's inputs as they came; in the end the warps' parts [warps, heads, head_dim] and
@@ -370,27 +561,54 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   const int threads = static_cast<int>(blockDim.x);
   const ClusterPlace cluster = cluster_place();
 
-  std::uint16_t* const keys = p.keys + sequence * p.sequence_stride + kv_head * p.head_stride;
-  std::uint16_t* const values = p.values + sequence * p.sequence_stride + kv_head * p.head_stride;
+  Stored* const keys =
+      reinterpret_cast<Stored*>(p.keys) + sequence * p.sequence_stride + kv_head * p.head_stride;
+  Stored* const values =
+      reinterpret_cast<Stored*>(p.values) + sequence * p.sequence_stride + kv_head * p.head_stride;
+  const std::int64_t first_scale =
+      kScaled ? sequence * p.scale_sequence_stride + kv_head * p.scale_head_stride : 0;
 
-  KeyFragment<kHeadDim> key;
-  ValueFragment<kHeadDim> value;
-  // Slots beyond the capacity are read as the last one and masked.
-  const auto load_keys = [&](int tile) {
-    const std::uint16_t* rows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      rows[half] = keys + min(tile * kDecodeTile + g + 8 * half, p.capacity - 1) * p.token_stride;
-    key.load(rows, t);
+  typename Rows::Keys key[kParts];
+  Values value[kParts];
+  float key_scale[kParts][2];  // of slots g and g + 8, as key_slot() has them
+  float value_scale[kParts][2];
+  // Slots within a tile: of a lane's keys and scores, and of its values.
+  const auto key_slot = [&](int part, int half) {
+    return part * kDecodeTile + g + 8 * half;
   };
-  const auto value_slot = [&](int j) {
-    return 2 * t + (j & 1) + 8 * (j >> 1);
-  };  // within a tile
+  const auto value_slot = [&](int part, int j) {
+    return part * kDecodeTile + 2 * t + (j & 1) + 8 * (j >> 1);
+  };
+  // Slots beyond the capacity are read as the last one and masked.
+  const auto load_scales = [&](const float* scales, int tile, float(&to)[kParts][2]) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        to[part][half] = stream_load_float(
+            scales + first_scale + min(tile * kTile + key_slot(part, half), p.capacity - 1));
+  };
+  const auto load_keys = [&](int tile) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      const Stored* rows[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        rows[half] =
+            keys + min(tile * kTile + key_slot(part, half), p.capacity - 1) * p.token_stride;
+      key[part].load(rows, t);
+    }
+    if constexpr (kScaled) load_scales(p.key_scales, tile, key_scale);
+  };
   const auto load_values = [&](int tile) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      value.load(
-          j, values + min(tile * kDecodeTile + value_slot(j), p.capacity - 1) * p.token_stride, g);
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        value[part].load(
+            j, values + min(tile * kTile + value_slot(part, j), p.capacity - 1) * p.token_stride,
+            g);
+    if constexpr (kScaled) load_scales(p.value_scales, tile, value_scale);
   };
 
   if (cluster.size > 1 && tid == 0) byte_barrier_init(&arrived);
@@ -437,7 +655,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   for (int i = tid; i * per_vector < inputs_count; i += threads)
     widen_input(inputs + i * per_vector, p.input_type, raw[i]);
 
-  const int tiles = (place.extent + kDecodeTile - 1) / kDecodeTile;
+  const int tiles = (place.extent + kTile - 1) / kTile;
   const int active = min(splits, tiles);  // blocks that have a tile
   if (place.extent <= 0) {
     // Idle: sees nothing. Full: there is no right answer, so the wrong one is made obvious.
@@ -456,70 +674,154 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
 
   const int ring = p.capacity - p.sinks;
   const bool all_live = place.live >= place.extent - p.sinks;
-  const int new_tile = place.slot / kDecodeTile;
-  const bool has_sinks = split * kDecodeTile < p.sinks;
+  const int new_tile = place.slot / kTile;
+  const bool has_sinks = split * kTile < p.sinks;
   __syncthreads();
 
-  // Rotates queries and key; rows: own queries, the key (and the value beside it), sinks' queries.
-  const int pairs = (has_sinks ? 2 * heads + 1 : heads + 1) * (kHeadDim / 2);
-  for (int e = tid; e < pairs; e += threads) {
-    const int row = e / (kHeadDim / 2);
-    const int pair = e % (kHeadDim / 2);
-    const int which = row > heads ? 1 : 0;
-    const int head = which == 1 ? row - heads - 1 : row;
-    const RotatedPair x = rotate_pair(p.num_pairs, p.interleaved, own_row + which * 2 * p.num_pairs,
-                                      inputs + head * kHeadDim, pair);
-    const float scale = row == heads ? 1 : p.scale_log2;
-    const float a = x.a * scale;
-    const float b = x.b * scale;
-    const std::uint32_t high = H::pack(a, b);
-    std::uint16_t* const to = row == heads ? new_rows[0] : queries[which][0][head];
-    to[x.first] = static_cast<std::uint16_t>(high);
-    to[x.second] = static_cast<std::uint16_t>(high >> 16);
-    if (row == heads) {
-      const float2 v = *reinterpret_cast<const float2*>(inputs + (heads + 1) * kHeadDim + 2 * pair);
-      *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = H::pack(v.x, v.y);
-    } else {
-      const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
-      queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
-      queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
+  if constexpr (kScaled) {
+    // A warp to a row, as its largest channel is asked for: key, value, own queries, sinks'
+    // queries.
+    constexpr int kQuads = (kHeadDim + 127) / 128;  // of a lane: two pairs each
+    for (int row = warp; row < 2 + (has_sinks ? 2 * heads : heads); row += warps) {
+      if (row == 1) {
+        const float scale = quantise_row<Element, kHeadDim>(
+            inputs + (heads + 1) * kHeadDim, reinterpret_cast<Element*>(new_rows[1]), lane);
+        if (lane == 0) new_scales[1] = scale;
+        continue;
+      }
+      const bool is_key = row == 0;
+      const int which = row - 2 >= heads ? 1 : 0;
+      const int head = is_key ? heads : row - 2 - which * heads;
+      float4 x[kQuads];
+      int channels[kQuads][4];
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i) {
+        RotatedPair pairs[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int pair = (2 * i + j) * kWarpSize + lane;
+          pairs[j] = {-1, -1, 0, 0};
+          if (pair < kHeadDim / 2)
+            pairs[j] = rotate_pair(p.num_pairs, p.interleaved, own_row + which * 2 * p.num_pairs,
+                                   inputs + head * kHeadDim, pair);
+          channels[i][2 * j] = pairs[j].first;
+          channels[i][2 * j + 1] = pairs[j].second;
+        }
+        const float scale = is_key ? 1 : p.scale_log2;
+        x[i] = {pairs[0].a * scale, pairs[0].b * scale, pairs[1].a * scale, pairs[1].b * scale};
+      }
+      if (is_key) {
+        std::uint32_t codes[kQuads];
+        const float scale = quantise_quads<Element>(x, codes);
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (channels[i][j] >= 0)
+              new_rows[0][channels[i][j]] = static_cast<std::uint8_t>(codes[i] >> (8 * j));
+        if (lane == 0) new_scales[0] = scale;
+        continue;
+      }
+      const HalfRange range(peak_bits(x) >> 23);
+      if (lane == 0) query_scales[which][head] = range.back();
+      std::uint16_t* const high = queries[which][0][head];
+      std::uint16_t* const low = queries[which][1][head];
+#pragma unroll
+      for (int i = 0; i < kQuads; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          if (channels[i][2 * j] < 0) continue;
+          const float a = (j == 0 ? x[i].x : x[i].z) * range.into();
+          const float b = (j == 0 ? x[i].y : x[i].w) * range.into();
+          const std::uint32_t rounded = H::pack(a, b);
+          const std::uint32_t rest = H::pack(a - H::low(rounded), b - H::high(rounded));
+          high[channels[i][2 * j]] = static_cast<std::uint16_t>(rounded);
+          high[channels[i][2 * j + 1]] = static_cast<std::uint16_t>(rounded >> 16);
+          low[channels[i][2 * j]] = static_cast<std::uint16_t>(rest);
+          low[channels[i][2 * j + 1]] = static_cast<std::uint16_t>(rest >> 16);
+        }
+    }
+  } else {
+    // Rotates queries and key; rows: own queries, the key (and the value beside it), sinks'
+    // queries.
+    const int pairs = (has_sinks ? 2 * heads + 1 : heads + 1) * (kHeadDim / 2);
+    for (int e = tid; e < pairs; e += threads) {
+      const int row = e / (kHeadDim / 2);
+      const int pair = e % (kHeadDim / 2);
+      const int which = row > heads ? 1 : 0;
+      const int head = which == 1 ? row - heads - 1 : row;
+      const RotatedPair x =
+          rotate_pair(p.num_pairs, p.interleaved, own_row + which * 2 * p.num_pairs,
+                      inputs + head * kHeadDim, pair);
+      const float scale = row == heads ? 1 : p.scale_log2;
+      const float a = x.a * scale;
+      const float b = x.b * scale;
+      const std::uint32_t high = H::pack(a, b);
+      std::uint16_t* const to = row == heads ? new_rows[0] : queries[which][0][head];
+      to[x.first] = static_cast<std::uint16_t>(high);
+      to[x.second] = static_cast<std::uint16_t>(high >> 16);
+      if (row == heads) {
+        const float2 v =
+            *reinterpret_cast<const float2*>(inputs + (heads + 1) * kHeadDim + 2 * pair);
+        *reinterpret_cast<std::uint32_t*>(&new_rows[1][2 * pair]) = H::pack(v.x, v.y);
+      } else {
+        const std::uint32_t low = H::pack(a - H::low(high), b - H::high(high));
+        queries[which][1][head][x.first] = static_cast<std::uint16_t>(low);
+        queries[which][1][head][x.second] = static_cast<std::uint16_t>(low >> 16);
+      }
     }
   }
   if (!p.early) load_values(tile);
   __syncthreads();
   if (cluster.size > 1) cluster_arrive();  // this block has done with its inputs in shared memory
 
-  // Scores, [16 slots, 8 heads]: slots g, g + 8; heads 2 t, 2 t + 1.
-  const auto scores = [&](int which, float(&s)[4]) {
-    float high[2][4] = {};  // two chains: matrix instructions wait for their accumulator
-    float low[2][4] = {};
+  // Scores, [parts, 16 slots, 8 heads]: slots g, g + 8; heads 2 t, 2 t + 1.
+  const auto scores = [&](int which, float(&s)[kParts][4]) {
+    constexpr int kChains = 2 / kParts;  // matrix instructions wait for their accumulator
+    float high[kParts][kChains][4] = {};
+    float low[kParts][kChains][4] = {};
     const int head = min(g, heads - 1);  // columns without a head repeat the last, and are dropped
     const std::uint16_t* const q_high = queries[which][0][head];
     const std::uint16_t* const q_low = queries[which][1][head];
 #pragma unroll
     for (int c = 0; c < kHeadDim / 32; ++c) {
-      const uint4 qh = *reinterpret_cast<const uint4*>(q_high + 32 * c + 8 * t);
-      const uint4 ql = *reinterpret_cast<const uint4*>(q_low + 32 * c + 8 * t);
-      const std::uint32_t a0[4] = {key.r[0][4 * c], key.r[1][4 * c], key.r[0][4 * c + 1],
-                                   key.r[1][4 * c + 1]};
-      const std::uint32_t a1[4] = {key.r[0][4 * c + 2], key.r[1][4 * c + 2], key.r[0][4 * c + 3],
-                                   key.r[1][4 * c + 3]};
-      H::multiply_add(high[0], a0, qh.x, qh.y);
-      H::multiply_add(low[0], a0, ql.x, ql.y);
-      H::multiply_add(high[1], a1, qh.z, qh.w);
-      H::multiply_add(low[1], a1, ql.z, ql.w);
+      const int channel = Rows::Keys::channel(c, t);
+      const uint4 qh = *reinterpret_cast<const uint4*>(q_high + channel);
+      const uint4 ql = *reinterpret_cast<const uint4*>(q_low + channel);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        std::uint32_t a0[4];
+        std::uint32_t a1[4];
+        key[part].operand(c, 0, a0);
+        key[part].operand(c, 1, a1);
+        H::multiply_add(high[part][0], a0, qh.x, qh.y);
+        H::multiply_add(low[part][0], a0, ql.x, ql.y);
+        H::multiply_add(high[part][kChains - 1], a1, qh.z, qh.w);
+        H::multiply_add(low[part][kChains - 1], a1, ql.z, ql.w);
+      }
     }
     if constexpr (kHeadDim % 32 == 16) {
-      constexpr int i = kHeadDim / 8 - 2;
-      constexpr int base = kHeadDim / 32 * 32;
-      const uint2 qh = *reinterpret_cast<const uint2*>(q_high + base + 4 * t);
-      const uint2 ql = *reinterpret_cast<const uint2*>(q_low + base + 4 * t);
-      const std::uint32_t a[4] = {key.r[0][i], key.r[1][i], key.r[0][i + 1], key.r[1][i + 1]};
-      H::multiply_add(high[0], a, qh.x, qh.y);
-      H::multiply_add(low[0], a, ql.x, ql.y);
+      const int channel = Rows::Keys::channel(kHeadDim / 32, t);
+      const uint2 qh = *reinterpret_cast<const uint2*>(q_high + channel);
+      const uint2 ql = *reinterpret_cast<const uint2*>(q_low + channel);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        std::uint32_t a[4];
+        key[part].operand(kHeadDim / 32, 0, a);
+        H::multiply_add(high[part][0], a, qh.x, qh.y);
+        H::multiply_add(low[part][0], a, ql.x, ql.y);
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) s[i] = (high[0][i] + high[1][i]) + (low[0][i] + low[1][i]);
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kChains == 1)
+          s[part][i] = high[part][0][i] + low[part][0][i];
+        else
+          s[part][i] = (high[part][0][i] + high[part][1][i]) + (low[part][0][i] + low[part][1][i]);
+        if constexpr (kScaled) s[part][i] *= query_scales[which][min(2 * t + i % 2, heads - 1)];
+      }
   };
   const auto visible = [&](int slot) {
     if (slot >= place.extent) return false;
@@ -533,46 +835,88 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   float sum[2] = {0, 0};
   float out[kChannelTiles][4] = {};  // channels x heads: (c, 2t), (c, 2t+1), (c+1, 2t), (c+1, 2t+1)
 
+  HalfRange range;  // of the values' scales; `out` is multiplied by what goes into it
+
   while (tile < tiles) {
-    const int slot0 = tile * kDecodeTile;
+    const int slot0 = tile * kTile;
     const int next = tile + warps * splits;
-    const bool whole = slot0 + kDecodeTile <= place.extent && all_live;  // every slot is visible
+    const bool whole = slot0 + kTile <= place.extent && all_live;  // every slot is visible
     const int new_slot = tile == new_tile ? place.slot - slot0 : -1;
     if (new_slot >= 0) {
-      if (g == new_slot % 8) key.patch(new_slot / 8, new_rows[0], t);
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int i = 0; i < Rows::Keys::kRegisters; ++i) {
+          const std::uint32_t fresh = Rows::Keys::part(new_rows[0], i, t);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+              if (key_slot(part, half) == new_slot) key[part].r[half][i] = fresh;
+        }
+      } else {
+        if (g == new_slot % 8) key[0].patch(new_slot / 8, new_rows[0], t);
+      }
       if (query_tile == 0) {  // appends; blocks that share a KV head do so once
-        for (int i = lane; i < kHeadDim / 4; i += kWarpSize) {
-          const bool is_key = i < kHeadDim / 8;
-          const int channel = (is_key ? i : i - kHeadDim / 8) * 8;
+        constexpr int kVector = 16 / static_cast<int>(sizeof(Stored));
+        for (int i = lane; i < 2 * kHeadDim / kVector; i += kWarpSize) {
+          const bool is_key = i < kHeadDim / kVector;
+          const int channel = (is_key ? i : i - kHeadDim / kVector) * kVector;
           *reinterpret_cast<uint4*>((is_key ? keys : values) + place.slot * p.token_stride +
                                     channel) =
               *reinterpret_cast<const uint4*>(&new_rows[is_key ? 0 : 1][channel]);
         }
+        if constexpr (kScaled) {
+          if (lane < 2)
+            (lane == 0 ? p.key_scales : p.value_scales)[first_scale + place.slot] =
+                new_scales[lane];
+        }
       }
     }
-    float s[4];
+    float s[kParts][4];
     scores(0, s);
     if (slot0 < p.sinks) {
-      float at_sinks[4];
+      float at_sinks[kParts][4];
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          key[part].forget(static_cast<std::uint32_t>(p.sinks) >> 31);
+      }
       scores(1, at_sinks);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (slot0 + g + 8 * (i / 2) < p.sinks) s[i] = at_sinks[i];
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (slot0 + key_slot(part, i / 2) < p.sinks) s[part][i] = at_sinks[part][i];
+    }
+    if constexpr (kScaled) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool is_new = key_slot(part, i / 2) == new_slot;
+          s[part][i] *= is_new ? new_scales[0] : key_scale[part][i / 2];
+        }
     }
     if (!whole) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (!visible(slot0 + g + 8 * (i / 2))) s[i] = -kInfinity;
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (!visible(slot0 + key_slot(part, i / 2))) s[part][i] = -kInfinity;
     }
     if (next < tiles) load_keys(next);
 
-    std::uint32_t high[2];  // probabilities, heads x slots: rows are heads after transposing
-    std::uint32_t low[2];
+    std::uint32_t high[kParts]
+                      [2];  // probabilities, heads x slots: rows are heads after transposing
+    std::uint32_t low[kParts][2];
     float factor[2];
-    float probability[4];
+    float probability[kParts][4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float most = fmaxf(s[i], s[i + 2]);
+      float most = fmaxf(s[0][i], s[0][i + 2]);
+#pragma unroll
+      for (int part = 1; part < kParts; ++part)
+        most = fmaxf(most, fmaxf(s[part][i], s[part][i + 2]));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 4));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 8));
       most = fmaxf(most, __shfl_xor_sync(0xffffffffU, most, 16));
@@ -580,18 +924,46 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
       const float base = most == -kInfinity ? 0 : most;  // nothing seen yet: e^-inf, not NaN
       factor[i] = power_of_two(maximum[i] - base);
       maximum[i] = most;
-      probability[i] = power_of_two(s[i] - base);
-      probability[i + 2] = power_of_two(s[i + 2] - base);
-      sum[i] = sum[i] * factor[i] + (probability[i] + probability[i + 2]);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        probability[part][i] = power_of_two(s[part][i] - base);
+        probability[part][i + 2] = power_of_two(s[part][i + 2] - base);
+      }
+      float tile_sum = probability[0][i] + probability[0][i + 2];
+#pragma unroll
+      for (int part = 1; part < kParts; ++part)
+        tile_sum += probability[part][i] + probability[part][i + 2];
+      sum[i] = sum[i] * factor[i] + tile_sum;
+    }
+    if constexpr (kScaled) {
+      std::uint32_t largest = 0;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& scale = value_scale[part][half];
+          if (key_slot(part, half) == new_slot) scale = new_scales[1];
+          if (!whole && !visible(slot0 + key_slot(part, half))) scale = 0;  // it may be NaN
+          largest = max(largest, __float_as_uint(scale));
+        }
+      const float shrink = range.widen(__reduce_max_sync(0xffffffffU, largest) >> 23);
+      factor[0] *= shrink;
+      factor[1] *= shrink;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) probability[part][i] *= value_scale[part][i / 2] * range.into();
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float a = probability[2 * half];
-      const float b = probability[2 * half + 1];
-      const std::uint32_t rounded = H::pack(a, b);
-      high[half] = transpose(rounded);
-      low[half] = transpose(H::pack(a - H::low(rounded), b - H::high(rounded)));
-    }
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float a = probability[part][2 * half];
+        const float b = probability[part][2 * half + 1];
+        const std::uint32_t rounded = H::pack(a, b);
+        high[part][half] = transpose(rounded);
+        low[part][half] = transpose(H::pack(a - H::low(rounded), b - H::high(rounded)));
+      }
     if (__any_sync(0xffffffffU, factor[0] != 1 || factor[1] != 1)) {
 #pragma unroll
       for (int i = 0; i < kChannelTiles; ++i) {
@@ -604,33 +976,42 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     if (!whole) {
       // A slot that nobody sees may hold anything, NaN included, and 0 * NaN is not 0.
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (visible(slot0 + value_slot(j))) continue;
+      for (int part = 0; part < kParts; ++part)
 #pragma unroll
-        for (int i = 0; i < ValueFragment<kHeadDim>::kRegisters; ++i) value.r[j][i] = 0;
-      }
+        for (int j = 0; j < 4; ++j) {
+          if (visible(slot0 + value_slot(part, j))) continue;
+#pragma unroll
+          for (int i = 0; i < Values::kRegisters; ++i) value[part].r[j][i] = 0;
+        }
     }
     if (new_slot >= 0) {
 #pragma unroll
-      for (int i = 0; i < ValueFragment<kHeadDim>::kRegisters; ++i) {
-        const auto fresh = *reinterpret_cast<const std::uint32_t*>(
-            &new_rows[1][ValueFragment<kHeadDim>::channel(i, g)]);
+      for (int i = 0; i < Values::kRegisters; ++i) {
+        const std::uint32_t fresh = Values::part(new_rows[1], i, g);
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (value_slot(j) == new_slot) value.r[j][i] = fresh;
+        for (int part = 0; part < kParts; ++part)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (value_slot(part, j) == new_slot) value[part].r[j][i] = fresh;
       }
     }
 #pragma unroll
-    for (int i = 0; i < kChannelTiles; ++i) {
-      const std::uint32_t a[4] = {__byte_perm(value.r[0][i], value.r[1][i], 0x5410),
-                                  __byte_perm(value.r[0][i], value.r[1][i], 0x7632),
-                                  __byte_perm(value.r[2][i], value.r[3][i], 0x5410),
-                                  __byte_perm(value.r[2][i], value.r[3][i], 0x7632)};
-      H::multiply_add(out[i], a, high[0], high[1]);
-      H::multiply_add(out[i], a, low[0], low[1]);
-    }
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kChannelTiles; ++i) {
+        std::uint32_t a[4];
+        value[part].operand(i, a);
+        H::multiply_add(out[i], a, high[part][0], high[part][1]);
+        H::multiply_add(out[i], a, low[part][0], low[part][1]);
+      }
     if (next < tiles) load_values(next);
     tile = next;
+  }
+  if constexpr (kScaled) {
+#pragma unroll
+    for (int i = 0; i < kChannelTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out[i][j] *= range.back();
   }
 
   // Warps leave their part in shared memory.
@@ -651,12 +1032,11 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
     constexpr int kPaired = kHeadDim / 64 * 4;  // registers whose channels come four in a row
 #pragma unroll
     for (int c = 0; c < kPaired; c += 2)
-      *reinterpret_cast<float4*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {
-          out[c][i], out[c][i + 2], out[c + 1][i], out[c + 1][i + 2]};
+      *reinterpret_cast<float4*>(row + Values::channel(c, g)) = {out[c][i], out[c][i + 2],
+                                                                 out[c + 1][i], out[c + 1][i + 2]};
 #pragma unroll
     for (int c = kPaired; c < kChannelTiles; ++c)
-      *reinterpret_cast<float2*>(row + ValueFragment<kHeadDim>::channel(c, g)) = {out[c][i],
-                                                                                  out[c][i + 2]};
+      *reinterpret_cast<float2*>(row + Values::channel(c, g)) = {out[c][i], out[c][i + 2]};
   }
   __syncthreads();
 
@@ -814,13 +1194,18 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
 /// step is never the kernel directly before: DecodeStep::advance() lies between).
 template <class Element, int kHeadDim>
 class DecodeAttentionPlan {
-  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16>,
-                "the CUDA backend caches bf16 or f16");
+  using Rows = detail::CachedRows<Element, kHeadDim>;
+  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16> ||
+                    detail::kIsByteCode<Element>,
+                "decode attention caches bf16, f16, int8_t or fp8_e4m3");
   static_assert(kHeadDim == 64 || kHeadDim == 80 || kHeadDim == 96 || kHeadDim == 128 ||
                     kHeadDim == 256,
                 "head sizes 64, 80, 96, 128 and 256 are built");
 
  public:
+  /// Slots of a tile, the unit in which keys are divided among warps.
+  static constexpr std::int64_t kTile = Rows::kParts * detail::kDecodeTile;
+
   /// \throws Error(kConfig, kShape) when extents do not fit; Error(kDevice).
   DecodeAttentionPlan(const DecodeAttentionShape& shape, const DecodeStepConfig& step, bool overlap,
                       DecodeSchedule schedule = {})
@@ -867,7 +1252,7 @@ class DecodeAttentionPlan {
     const int heads = std::min(group_, detail::kDecodeHeads);
     const auto parts_bytes = [&](int count) {
       const auto rows = static_cast<std::size_t>((count * heads + 1) / 2 * 2);
-      return rows * ((kHeadDim + detail::kPartPadding) * sizeof(float) + sizeof(float2));
+      return rows * (Rows::kPart * sizeof(float) + sizeof(float2));
     };
     const std::size_t input_bytes =  // as they came, and widened
         2 * (static_cast<std::size_t>((heads + 2) * kHeadDim) + 4 * step.frequencies.size()) *
@@ -893,7 +1278,7 @@ class DecodeAttentionPlan {
   /// in pairs where warps go round often and the next launch may fetch meanwhile.
   static DecodeSchedule choose(std::int64_t units, const DecodeStepConfig& step,
                                int multiprocessors, bool clusters, bool overlap) {
-    const std::int64_t tiles = (step.capacity + detail::kDecodeTile - 1) / detail::kDecodeTile;
+    const std::int64_t tiles = (step.capacity + kTile - 1) / kTile;
     constexpr std::int64_t kWarps = detail::kMaxDecodeWarps<kHeadDim>;
     const auto rounds_of = [&](std::int64_t splits) {
       return (tiles + splits * kWarps - 1) / (splits * kWarps);
@@ -949,7 +1334,11 @@ class DecodeAttentionPlan {
                                                .early = overlap_,
                                                .input_type = x.input_type,
                                                .output_type = x.output_type,
-                                               .scale_log2 = sm_scale * 1.44269504088896340736F};
+                                               .scale_log2 = sm_scale * 1.44269504088896340736F,
+                                               .key_scales = x.key_scales,
+                                               .value_scales = x.value_scales,
+                                               .scale_sequence_stride = x.scale_sequence_stride,
+                                               .scale_head_stride = x.scale_head_stride};
     Launch launch(*this, stream);
     check_cuda(cudaLaunchKernelEx(&launch.config, kernel_, params), "decode_attention_kernel");
   }

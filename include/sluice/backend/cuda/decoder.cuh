@@ -325,16 +325,25 @@ __global__ void __launch_bounds__(kHeadDim / 2)
 /// Sessions of one model that step together. Caches and scratch are allocated by the constructor;
 /// step() allocates nothing after its first call and may be captured. One stream at a time.
 ///
+/// Element is what weights are of, and what rounded activations are. Cache, of keys and values, is
+/// Element or a CudaCode: rows are then quantised once, from float32, as the CPU's cache does, a
+/// token attends to its own row as it is stored, and a row takes head_dim + 4 bytes. Such a decoder
+/// sees no other group (see()).
+///
 /// A step feeds each session's token (feed(), prefill() or the step before chose it), appends to
 /// its cache and chooses its next one. Arithmetic: activations are float32 and weights are widened
 /// for one session; for several, and in prefill, activations are rounded to Element before each
 /// product with weights, and so are quantised weights. Up to 8 sessions, and chunks of up to 8
 /// tokens, are between the two: weights stay what they are, activations keep 16 bits and more
 /// (matrix_columns.cuh), 11 with quantised weights (quantised_columns.cuh). Residual sums are
-/// float32.
-template <class Element, int kHeadDim>
+/// float32. Chunks read codes rounded to Element, by half a unit at most (chunk_attention.cuh).
+template <class Element, int kHeadDim, class Cache = Element>
 class CudaDecoder {
  public:
+  static constexpr bool kHasScales = CudaCode<Cache>;  ///< of rows
+  static_assert(kHasScales || std::is_same_v<Cache, Element>,
+                "a cache is of the weights' type, or of codes: std::int8_t or fp8_e4m3");
+
   /// The weights must outlive the decoder. \throws Error(kConfig, kShape, kDevice).
   CudaDecoder(const CudaDecoderWeights<Element>& weights, const CudaDecoderOptions& options)
       : weights_(&weights),
@@ -359,8 +368,12 @@ class CudaDecoder {
       return static_cast<std::size_t>(a * b);
     };
     layer_stride_ = batch * s.num_kv_heads * options.step.capacity * kHeadDim;
-    keys_ = Buffer<Element, cuda>(size(s.num_layers, layer_stride_));
-    values_ = Buffer<Element, cuda>(size(s.num_layers, layer_stride_));
+    keys_ = Buffer<Cache, cuda>(size(s.num_layers, layer_stride_));
+    values_ = Buffer<Cache, cuda>(size(s.num_layers, layer_stride_));
+    if (kHasScales) {
+      key_scales_ = Buffer<float, cuda>(size(s.num_layers, layer_stride_ / kHeadDim));
+      value_scales_ = Buffer<float, cuda>(key_scales_.size());
+    }
     hidden_ = Buffer<float, cuda>(size(batch, s.hidden_size));
     fused_ = Buffer<float, cuda>(size(rows, s.fused_size()));
     logits_ = Buffer<float, cuda>(size(batch, s.vocab_size));
@@ -391,8 +404,10 @@ class CudaDecoder {
   const CudaDecoderShape& shape() const { return weights_->shape(); }
   const DecodeStep& state() const { return step_; }
   std::int64_t batch_size() const { return options_.step.batch_size; }
-  /// Device memory of keys and values, all sessions.
-  std::size_t cache_bytes() const { return keys_.bytes() + values_.bytes(); }
+  /// Device memory of keys and values and their scales, all sessions.
+  std::size_t cache_bytes() const {
+    return keys_.bytes() + values_.bytes() + key_scales_.bytes() + value_scales_.bytes();
+  }
 
   /// Tells how many tokens each session has had; negative: the session is idle, sees and stores
   /// nothing and chooses no token. Joining and leaving is this, between steps: a session that joins
@@ -541,7 +556,8 @@ class CudaDecoder {
   }
 
   /// This decoder's first session as others see it.
-  CudaGroupView<Element> view(const std::int64_t* snapshot, double shift = 0) const {
+  CudaGroupView<Element> view(const std::int64_t* snapshot, double shift = 0) const
+      requires(!kHasScales) {
     const DecodeStepConfig& c = options_.step;
     return {.keys = keys_.data(),
             .values = values_.data(),
@@ -554,7 +570,7 @@ class CudaDecoder {
   /// or what its window keeps of them.
   /// The other decoder must outlive this one. Allocates. \throws Error(kConfig) with several
   /// sessions; Error(kDevice).
-  void see(const CudaGroupView<Element>& source) {
+  void see(const CudaGroupView<Element>& source) requires(!kHasScales) {
     const CudaDecoderShape& s = shape();
     if (batch_size() != 1)
       throw Error(ErrorCode::kConfig, {"one session sees another group", "CudaDecoder::see",
@@ -574,18 +590,27 @@ class CudaDecoder {
 
   /// Device memory of keys and of values: [layers, batch, num_kv_heads, capacity, head_dim], keys
   /// rotated.
-  Element* keys_data() { return keys_.data(); }
-  Element* values_data() { return values_.data(); }
-  const Element* keys_data() const { return keys_.data(); }
-  const Element* values_data() const { return values_.data(); }
+  Cache* keys_data() { return keys_.data(); }
+  Cache* values_data() { return values_.data(); }
+  const Cache* keys_data() const { return keys_.data(); }
+  const Cache* values_data() const { return values_.data(); }
+  /// Of their scales: [layers, batch, num_kv_heads, capacity]; null where rows have none.
+  float* key_scales_data() { return key_scales_.data(); }
+  float* value_scales_data() { return value_scales_.data(); }
+  const float* key_scales_data() const { return key_scales_.data(); }
+  const float* value_scales_data() const { return value_scales_.data(); }
 
-  /// Calls fill(rows, count) with the device memory of all keys, then of all values, for programs
-  /// that bring a cache of their own: [layers, batch, num_kv_heads, capacity, head_dim], keys
-  /// rotated. The caller waits for what fill() launches.
+  /// Calls fill(rows, count) with the device memory of all keys, then of all values, and of their
+  /// scales where they have some, for programs that bring a cache of their own. The caller waits
+  /// for what fill() launches.
   template <class Fill>
   void fill_cache(Fill&& fill) {
     fill(keys_.data(), keys_.size());
     fill(values_.data(), values_.size());
+    if constexpr (kHasScales) {
+      fill(key_scales_.data(), key_scales_.size());
+      fill(value_scales_.data(), value_scales_.size());
+    }
   }
 
   /// Device memory of what tokens() and logits() copy.
@@ -779,9 +804,9 @@ class CudaDecoder {
   }
 
   /// The tensors of a layer's step, from fused rows of queries, keys and values.
-  DecodeAttentionTensors<Element> attention_tensors(std::int64_t layer) {
+  DecodeAttentionTensors<Cache> attention_tensors(std::int64_t layer) {
     const CudaDecoderShape& s = shape();
-    DecodeAttentionTensors<Element> x;
+    DecodeAttentionTensors<Cache> x;
     x.query = fused_.data();
     x.key = fused_.data() + s.query_size();
     x.value = fused_.data() + s.query_size() + s.kv_size();
@@ -793,6 +818,12 @@ class CudaDecoder {
     x.sequence_stride = s.num_kv_heads * step_.config().capacity * kHeadDim;
     x.head_stride = step_.config().capacity * kHeadDim;
     x.token_stride = kHeadDim;
+    if constexpr (kHasScales) {
+      x.key_scales = key_scales_.data() + layer * layer_stride_ / kHeadDim;
+      x.value_scales = value_scales_.data() + layer * layer_stride_ / kHeadDim;
+      x.scale_sequence_stride = s.num_kv_heads * step_.config().capacity;
+      x.scale_head_stride = step_.config().capacity;
+    }
     return x;
   }
 
@@ -800,19 +831,17 @@ class CudaDecoder {
     using enum VectorEpilogue;
     const CudaDecoderShape& s = shape();
     float* const hidden = hidden_.data();
-    if (lists_) write_lists(stream);
+    if constexpr (!kHasScales)
+      if (lists_) write_lists(stream);
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       multiply(vector_task(w.query_key_value.data(), s.fused_size(), s.hidden_size, hidden,
                            w.attention_norm.data(), fused_.data()),
                w.quantised_query_key_value, kStore, stream);
-      DecodeAttentionTensors<Element> x = attention_tensors(l);
+      DecodeAttentionTensors<Cache> x = attention_tensors(l);
       x.out = attended_.data();
       x.output_type = ElementType::kF32;
-      if (lists_)
-        attend_groups(l, x, stream);
-      else
-        attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
+      attend(l, x, stream);
       multiply(vector_task(w.output.data(), s.hidden_size, s.query_size(), attended_.data(),
                            nullptr, hidden),
                w.quantised_output, kAdd, stream, true);
@@ -833,7 +862,14 @@ class CudaDecoder {
     choose(choice_params(0, vector_.blocks()), 1, stream);
   }
 
-  void write_lists(cudaStream_t stream) {
+  /// A layer's attention of the only session.
+  void attend(std::int64_t layer, const DecodeAttentionTensors<Cache>& x, cudaStream_t stream) {
+    if constexpr (!kHasScales)
+      if (lists_) return attend_groups(layer, x, stream);
+    attention_.launch(step_, x, static_cast<float>(shape().sm_scale), stream);
+  }
+
+  void write_lists(cudaStream_t stream) requires(!kHasScales) {
     const detail::GroupListsParams<Element> params{.source = source_,
                                                    .own = view(nullptr),
                                                    .totals = step_.totals_data(),
@@ -848,7 +884,7 @@ class CudaDecoder {
 
   /// Appends the step's token to a layer's cache and attends to both groups.
   void attend_groups(std::int64_t layer, const DecodeAttentionTensors<Element>& x,
-                     cudaStream_t stream) {
+                     cudaStream_t stream) requires(!kHasScales) {
     const CudaDecoderShape& s = shape();
     detail::group_append_kernel<Element, kHeadDim>
         <<<static_cast<unsigned>(s.num_kv_heads), kHeadDim / 2, 0, stream>>>(
@@ -929,7 +965,7 @@ class CudaDecoder {
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       begin_layer(w, hidden_.data(), batch, few, stream);
-      DecodeAttentionTensors<Element> x = attention_tensors(l);
+      DecodeAttentionTensors<Cache> x = attention_tensors(l);
       x.out = few ? static_cast<void*>(attended_.data()) : rounded_.data();
       x.output_type = few ? ElementType::kF32 : element_type_of<Element>;
       attention_.launch(step_, x, static_cast<float>(s.sm_scale), stream);
@@ -975,8 +1011,8 @@ class CudaDecoder {
     for (std::int64_t l = 0; l < s.num_layers; ++l) {
       const CudaLayerWeights<Element>& w = weights_->layers[static_cast<std::size_t>(l)];
       begin_layer(w, hidden, length, few, stream);
-      const DecodeAttentionTensors<Element> all = attention_tensors(l);
-      ChunkAttentionTensors<Element> x;
+      const DecodeAttentionTensors<Cache> all = attention_tensors(l);
+      ChunkAttentionTensors<Element, Cache> x;
       x.query = fused_.data();
       x.key = fused_.data() + s.query_size();
       x.value = fused_.data() + s.query_size() + s.kv_size();
@@ -987,6 +1023,11 @@ class CudaDecoder {
       x.values = all.values + session * all.sequence_stride;
       x.head_stride = all.head_stride;
       x.token_stride = all.token_stride;
+      if constexpr (kHasScales) {
+        x.key_scales = all.key_scales + session * all.scale_sequence_stride;
+        x.value_scales = all.value_scales + session * all.scale_sequence_stride;
+        x.scale_head_stride = all.scale_head_stride;
+      }
       x.tree = tree;
       chunk_->launch(step_, x, base, length, static_cast<float>(s.sm_scale), stream);
       if (few)
@@ -1001,7 +1042,7 @@ class CudaDecoder {
   const CudaDecoderWeights<Element>* weights_;
   CudaDecoderOptions options_;
   DecodeStep step_;
-  DecodeAttentionPlan<Element, kHeadDim> attention_;
+  DecodeAttentionPlan<Cache, kHeadDim> attention_;
   MatrixVectorPlan<Element> vector_;
   QuantisedVectorPlan quantised_vector_;
   MatrixColumnsPlan<Element> columns_;
@@ -1009,7 +1050,7 @@ class CudaDecoder {
   bool few_in_layers_;                               // multiply_few() knows all matrices of layers
   bool few_logits_;                                  // and the last
   std::optional<MatrixProducts<Element>> products_;  // several rows
-  std::optional<ChunkAttentionPlan<Element, kHeadDim>> chunk_;  // prefill
+  std::optional<ChunkAttentionPlan<Element, kHeadDim, Cache>> chunk_;  // prefill
   bool overlap_;
   std::vector<double> frequencies_;
   CudaGroupView<Element> source_;  // another group, if lists_ is there
@@ -1017,17 +1058,19 @@ class CudaDecoder {
       SegmentAttentionPlan<Element, kHeadDim, device::AttentionVariant<device::AllVisible>>>
       segment_attention_;
   std::optional<SegmentLists<Element>> lists_;
-  std::int64_t layer_stride_ = 0;  // elements of a layer's keys
-  Buffer<Element, cuda> keys_;     // [layers, batch, kv_heads, capacity, head_dim]
-  Buffer<Element, cuda> values_;   // the same
-  Buffer<float, cuda> hidden_;     // [batch, hidden_size], the residual stream
-  Buffer<float, cuda> fused_;      // [rows, query + key + value]
-  Buffer<float, cuda> attended_;   // [few rows, query_size]
-  Buffer<float, cuda> activated_;  // [few rows, intermediate_size]
-  Buffer<Element, cuda> rounded_;  // [rows, widest]: inputs of products
-  Buffer<Element, cuda> widened_;  // rows of a quantised matrix, for products with several rows
-  Buffer<float, cuda> gate_up_;    // [rows, 2 intermediate_size]
-  Buffer<float, cuda> logits_;     // [batch, vocab_size]
+  std::int64_t layer_stride_ = 0;     // elements of a layer's keys
+  Buffer<Cache, cuda> keys_;          // [layers, batch, kv_heads, capacity, head_dim]
+  Buffer<Cache, cuda> values_;        // the same
+  Buffer<float, cuda> key_scales_;    // [layers, batch, kv_heads, capacity], of codes
+  Buffer<float, cuda> value_scales_;  // the same
+  Buffer<float, cuda> hidden_;        // [batch, hidden_size], the residual stream
+  Buffer<float, cuda> fused_;         // [rows, query + key + value]
+  Buffer<float, cuda> attended_;      // [few rows, query_size]
+  Buffer<float, cuda> activated_;     // [few rows, intermediate_size]
+  Buffer<Element, cuda> rounded_;     // [rows, widest]: inputs of products
+  Buffer<Element, cuda> widened_;     // rows of a quantised matrix, for products with several rows
+  Buffer<float, cuda> gate_up_;       // [rows, 2 intermediate_size]
+  Buffer<float, cuda> logits_;        // [batch, vocab_size]
   Buffer<TokenCandidate, cuda> candidates_;
   Buffer<std::int32_t, cuda> tokens_;        // [batch]
   Buffer<std::int32_t, cuda> history_;       // [batch, history_size]

@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: MIT
-/// The extents of a decoder on the GPU, for host compilers and nvcc alike.
+/// The extents of a decoder on the GPU and the types of its cache, for host compilers and nvcc
+/// alike.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 
+#include "sluice/core/element.hpp"
+
 namespace sluice {
+
+/// Types of keys and values that are codes of a byte, with a float scale for each row
+/// (cache/kv_element.hpp).
+template <class T>
+concept CudaCode = std::same_as<T, std::int8_t> || std::same_as<T, fp8_e4m3>;
 
 /// Extents of a decoder: DecoderConfig's, for the models that this backend runs (Llama 2 and 3,
 /// Mistral, SmolLM2): RMS norms, one rotation for all layers, SiLU, no biases.

@@ -309,10 +309,10 @@ std::size_t CudaDeviceModel<Element>::bytes() const {
 
 // --- The stream ----------------------------------------------------------------------------------
 
-template <class Element>
-struct CudaDeviceSession<Element>::State {
+template <class Element, class Cache>
+struct CudaDeviceSession<Element, Cache>::State {
   template <int kHeadDim>
-  using DecoderOf = std::unique_ptr<CudaDecoder<Element, kHeadDim>>;
+  using DecoderOf = std::unique_ptr<CudaDecoder<Element, kHeadDim, Cache>>;
 
   State(const CudaDeviceModel<Element>& model, const CudaDeviceSessionConfig& config)
       : device(model.device_index()),
@@ -337,8 +337,10 @@ struct CudaDeviceSession<Element>::State {
     options.keep_hidden = true;
     const CudaDecoderWeights<Element>& weights = model.content().weights;
     switch (model.shape().head_dim) {
-      case 64: decoder = std::make_unique<CudaDecoder<Element, 64>>(weights, options); break;
-      case 128: decoder = std::make_unique<CudaDecoder<Element, 128>>(weights, options); break;
+      case 64: decoder = std::make_unique<CudaDecoder<Element, 64, Cache>>(weights, options); break;
+      case 128:
+        decoder = std::make_unique<CudaDecoder<Element, 128, Cache>>(weights, options);
+        break;
       default:
         throw Error(ErrorCode::kShape, {"no kernels for this head size", "CudaDeviceSession",
                                         "head_dim", "64 or 128 (smaller ones padded with zeros)",
@@ -356,14 +358,17 @@ struct CudaDeviceSession<Element>::State {
     });
     const CudaDecoderShape& s = model.shape();
     runs = s.num_layers * s.num_kv_heads;
-    run_size = config.capacity * s.head_dim;
+    capacity = config.capacity;
     head_dim = s.head_dim;
     layer_runs = s.num_kv_heads;
     hidden_size = s.hidden_size;
     place_slots = config.place_slots;
-    const auto place_rows = static_cast<std::size_t>(runs * place_slots * head_dim);
+    const auto place_rows = static_cast<std::size_t>(runs * place_slots);
+    const std::size_t place_elements = place_rows * static_cast<std::size_t>(head_dim);
+    const std::size_t place_scales = CudaCode<Cache> ? place_rows : 0;
     for (int i = 0; i < config.places; ++i)
-      places.push_back({Buffer<Element, cuda>(place_rows), Buffer<Element, cuda>(place_rows),
+      places.push_back({Buffer<Cache, cuda>(place_elements), Buffer<Cache, cuda>(place_elements),
+                        Buffer<float, cuda>(place_scales), Buffer<float, cuda>(place_scales),
                         Buffer<float, cuda>(static_cast<std::size_t>(hidden_size)), false});
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");  // buffers are zero
   }
@@ -422,14 +427,55 @@ struct CudaDeviceSession<Element>::State {
     detail::copy_runs(to, hidden_size, from, hidden_size, hidden_size, 1, cudaMemcpyDefault,
                       stream.get());
   }
-  /// The first `slots` slots of all layers and heads. Each pitch: elements from head to head.
-  void copy_rows(Element* to_keys, Element* to_values, std::int64_t to_pitch,
-                 const Element* from_keys, const Element* from_values, std::int64_t from_pitch,
-                 std::int64_t slots) const {
-    for (const auto& [to, from] :
-         {std::pair(to_keys, from_keys), std::pair(to_values, from_values)})
-      detail::copy_runs(to, to_pitch, from, from_pitch, slots * head_dim, runs,
-                        cudaMemcpyDeviceToDevice, stream.get());
+  /// Rows where they lie: T and Scale are const where they are only read.
+  template <class T, class Scale>
+  struct Rows {
+    T* keys;
+    T* values;
+    Scale* key_scales;  // null where rows have none
+    Scale* value_scales;
+    std::int64_t pitch;  // slots from head to head
+  };
+  /// Copies `slots` slots of each of `heads` heads, which follow one another.
+  template <class To, class From>
+  void copy_rows(const To& to, const From& from, std::int64_t slots, std::int64_t heads,
+                 cudaMemcpyKind kind = cudaMemcpyDeviceToDevice) const {
+    const auto copy = [&](auto* target, const auto* origin, std::int64_t width) {
+      detail::copy_runs(target, to.pitch * width, origin, from.pitch * width, slots * width, heads,
+                        kind, stream.get());
+    };
+    copy(to.keys, from.keys, head_dim);
+    copy(to.values, from.values, head_dim);
+    if constexpr (CudaCode<Cache>) {
+      copy(to.key_scales, from.key_scales, 1);
+      copy(to.value_scales, from.value_scales, 1);
+    }
+  }
+  /// A decoder's rows from a slot of a head on; heads are counted over all layers.
+  template <class Decoder>
+  auto rows_of(Decoder& d, std::int64_t head = 0, std::int64_t slot = 0) const {
+    const std::int64_t row = head * capacity + slot;
+    return Rows{d.keys_data() + row * head_dim, d.values_data() + row * head_dim,
+                CudaCode<Cache> ? d.key_scales_data() + row : nullptr,
+                CudaCode<Cache> ? d.value_scales_data() + row : nullptr, capacity};
+  }
+  /// What capture() keeps.
+  struct Place {
+    Buffer<Cache, cuda> keys;          // [layers, num_kv_heads, place_slots, head_dim]
+    Buffer<Cache, cuda> values;        // the same
+    Buffer<float, cuda> key_scales;    // [layers, num_kv_heads, place_slots], of codes
+    Buffer<float, cuda> value_scales;  // the same
+    Buffer<float, cuda> hidden;        // [hidden_size]
+    bool normed;
+  };
+  auto rows_of_host(const CudaCacheRows<Cache>& rows, std::int64_t slots) const {
+    return Rows<Cache, float>{rows.keys.data(), rows.values.data(), rows.key_scales.data(),
+                              rows.value_scales.data(), slots};
+  }
+  template <class SomePlace>
+  auto rows_of_place(SomePlace& place) const {
+    return Rows{place.keys.data(), place.values.data(), place.key_scales.data(),
+                place.value_scales.data(), place_slots};
   }
   /// Logits behind token i of the draft are in rows[i - first_row].
   void form_rows(std::int64_t i) {
@@ -456,20 +502,12 @@ struct CudaDeviceSession<Element>::State {
     stream.wait();
   }
 
-  /// What capture() keeps.
-  struct Place {
-    Buffer<Element, cuda> keys;    // [layers, num_kv_heads, place_slots, head_dim]
-    Buffer<Element, cuda> values;  // the same
-    Buffer<float, cuda> hidden;    // [hidden_size]
-    bool normed;
-  };
-
   int device;
   std::int64_t vocab;
   std::int64_t total = 0;
   std::int64_t runs = 0;        // [layers, num_kv_heads] of the cache
   std::int64_t layer_runs = 0;  // num_kv_heads
-  std::int64_t run_size = 0;    // elements of a head's slots
+  std::int64_t capacity = 0;    // slots of a head
   std::int64_t head_dim = 0;
   std::int64_t hidden_size = 0;
   std::int64_t place_slots = 0;
@@ -497,37 +535,37 @@ struct CudaDeviceSession<Element>::State {
   std::vector<Place> places;
 };
 
-template <class Element>
-CudaDeviceSession<Element>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
-                                              const CudaDeviceSessionConfig& config) {
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>::CudaDeviceSession(const CudaDeviceModel<Element>& model,
+                                                     const CudaDeviceSessionConfig& config) {
   const CudaDeviceScope scope(model.device_index());
   state_ = std::make_unique<State>(model, config);
 }
-template <class Element>
-CudaDeviceSession<Element>::~CudaDeviceSession() {
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>::~CudaDeviceSession() {
   if (state_ != nullptr) detail::destroy_on(state_->device, state_);
 }
-template <class Element>
-CudaDeviceSession<Element>::CudaDeviceSession(CudaDeviceSession&& other) noexcept = default;
-template <class Element>
-CudaDeviceSession<Element>& CudaDeviceSession<Element>::operator=(
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>::CudaDeviceSession(CudaDeviceSession&& other) noexcept = default;
+template <class Element, class Cache>
+CudaDeviceSession<Element, Cache>& CudaDeviceSession<Element, Cache>::operator=(
     CudaDeviceSession&& other) noexcept {
   std::swap(state_, other.state_);
   return *this;
 }
 
-template <class Element>
-std::int64_t CudaDeviceSession<Element>::total() const {
+template <class Element, class Cache>
+std::int64_t CudaDeviceSession<Element, Cache>::total() const {
   return state_->total;
 }
-template <class Element>
-void CudaDeviceSession<Element>::set_total(std::int64_t total) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::set_total(std::int64_t total) {
   const CudaDeviceScope scope = state_->scope();
   state_->set_total(total);
 }
 
-template <class Element>
-void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::read(std::span<const Token> tokens) {
   if (tokens.size() == 1) return step(tokens[0]);
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
@@ -537,8 +575,8 @@ void CudaDeviceSession<Element>::read(std::span<const Token> tokens) {
   s.copy_choice();
   s.stream.wait();
 }
-template <class Element>
-void CudaDeviceSession<Element>::step(Token token) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::step(Token token) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.read_done();
@@ -548,15 +586,15 @@ void CudaDeviceSession<Element>::step(Token token) {
   ++s.total;
 }
 
-template <class Element>
-Token CudaDeviceSession<Element>::best() {
+template <class Element, class Cache>
+Token CudaDeviceSession<Element, Cache>::best() {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.ensure_logits();
   return *s.chosen.data();
 }
-template <class Element>
-std::span<const float> CudaDeviceSession<Element>::logits() {
+template <class Element, class Cache>
+std::span<const float> CudaDeviceSession<Element, Cache>::logits() {
   State& s = *state_;
   if (!s.logits_here) {
     const CudaDeviceScope scope = s.scope();
@@ -566,8 +604,8 @@ std::span<const float> CudaDeviceSession<Element>::logits() {
   }
   return s.logits.span();
 }
-template <class Element>
-double CudaDeviceSession<Element>::likelihood(Token next) {
+template <class Element, class Cache>
+double CudaDeviceSession<Element, Cache>::likelihood(Token next) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.ensure_logits();
@@ -575,8 +613,9 @@ double CudaDeviceSession<Element>::likelihood(Token next) {
   s.score(s.visit([](auto& d) { return d.logits_data(); }), {&next, 1}, {&nll, 1});
   return nll;
 }
-template <class Element>
-void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::span<float> nll) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::likelihoods(std::span<const Token> next,
+                                                    std::span<float> nll) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   const std::size_t most = s.targets.size();
@@ -590,10 +629,10 @@ void CudaDeviceSession<Element>::likelihoods(std::span<const Token> next, std::s
   }
 }
 
-template <class Element>
-void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens,
-                                            std::span<const std::int32_t> depths,
-                                            std::span<const std::uint64_t> ancestors) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::read_draft(std::span<const Token> tokens,
+                                                   std::span<const std::int32_t> depths,
+                                                   std::span<const std::uint64_t> ancestors) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.draft.upload(tokens, s.stream.get());
@@ -609,15 +648,15 @@ void CudaDeviceSession<Element>::read_draft(std::span<const Token> tokens,
     d.append_chunk(0, s.total, s.draft.data(), s.draft_size, s.stream.get(), tree);
   });
 }
-template <class Element>
-Token CudaDeviceSession<Element>::draft_best(std::int64_t i) {
+template <class Element, class Cache>
+Token CudaDeviceSession<Element, Cache>::draft_best(std::int64_t i) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.form_rows(i);
   return s.bests.span()[static_cast<std::size_t>(i - s.first_row)];
 }
-template <class Element>
-std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) {
+template <class Element, class Cache>
+std::span<const float> CudaDeviceSession<Element, Cache>::draft_logits(std::int64_t i) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.form_rows(i);
@@ -625,118 +664,103 @@ std::span<const float> CudaDeviceSession<Element>::draft_logits(std::int64_t i) 
   s.copy_logits(s.rows.data() + (i - s.first_row) * s.vocab);
   return s.logits.span();
 }
-template <class Element>
-void CudaDeviceSession<Element>::move_slot(std::int64_t from, std::int64_t to) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::move_slot(std::int64_t from, std::int64_t to) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
-  s.visit([&](auto& d) {
-    s.copy_rows(d.keys_data() + to * s.head_dim, d.values_data() + to * s.head_dim, s.run_size,
-                d.keys_data() + from * s.head_dim, d.values_data() + from * s.head_dim, s.run_size,
-                1);
-  });
+  s.visit([&](auto& d) { s.copy_rows(s.rows_of(d, 0, to), s.rows_of(d, 0, from), 1, s.runs); });
 }
-template <class Element>
-void CudaDeviceSession<Element>::keep_draft(std::int64_t tokens) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::keep_draft(std::int64_t tokens) {
   const CudaDeviceScope scope = state_->scope();
   state_->set_total(state_->total + tokens);
 }
 
-template <class Element>
-void CudaDeviceSession<Element>::capture(int place, std::int64_t slots) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::capture(int place, std::int64_t slots) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   typename State::Place& to = s.places[static_cast<std::size_t>(place)];
   s.visit([&](const auto& d) {
-    s.copy_rows(to.keys.data(), to.values.data(), s.place_slots * s.head_dim, d.keys_data(),
-                d.values_data(), s.run_size, slots);
+    s.copy_rows(s.rows_of_place(to), s.rows_of(d), slots, s.runs);
     s.copy_hidden(to.hidden.data(), d.hidden_data());
   });
   to.normed = s.hidden_normed;
   s.stream.wait();
 }
-template <class Element>
-void CudaDeviceSession<Element>::revert(int place, std::int64_t slots, std::int64_t total) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::revert(int place, std::int64_t slots, std::int64_t total) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   const typename State::Place& from = s.places[static_cast<std::size_t>(place)];
   s.visit([&](auto& d) {
-    s.copy_rows(d.keys_data(), d.values_data(), s.run_size, from.keys.data(), from.values.data(),
-                s.place_slots * s.head_dim, slots);
+    s.copy_rows(s.rows_of(d), s.rows_of_place(from), slots, s.runs);
     s.copy_hidden(d.hidden_data(), from.hidden.data());
   });
   s.set_state(total, from.normed);
 }
-template <class Element>
-std::size_t CudaDeviceSession<Element>::place_bytes() const {
+template <class Element, class Cache>
+std::size_t CudaDeviceSession<Element, Cache>::place_bytes() const {
   if (state_->places.empty()) return 0;
   const typename State::Place& place = state_->places.front();
-  return place.keys.bytes() + place.values.bytes() + place.hidden.bytes();
+  return place.keys.bytes() + place.values.bytes() + place.key_scales.bytes() +
+         place.value_scales.bytes() + place.hidden.bytes();
 }
-template <class Element>
-void CudaDeviceSession<Element>::copy_from(const CudaDeviceSession& other, std::int64_t slots) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::copy_from(const CudaDeviceSession& other,
+                                                  std::int64_t slots) {
   State& s = *state_;
   const State& from = *other.state_;
   const CudaDeviceScope scope = s.scope();
   s.visit([&](auto& d) {
     using Decoder = std::remove_reference_t<decltype(d)>;
     const Decoder& same = *std::get<std::unique_ptr<Decoder>>(from.decoder);
-    s.copy_rows(d.keys_data(), d.values_data(), s.run_size, same.keys_data(), same.values_data(),
-                s.run_size, slots);
+    s.copy_rows(s.rows_of(d), s.rows_of(same), slots, s.runs);
     s.copy_hidden(d.hidden_data(), same.hidden_data());
   });
   s.set_state(from.total, from.hidden_normed);
 }
 
-template <class Element>
-void CudaDeviceSession<Element>::download(std::int64_t layer, std::int64_t slots,
-                                          std::span<Element> keys,
-                                          std::span<Element> values) const {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::download(std::int64_t layer, std::int64_t slots,
+                                                 const CudaCacheRows<Cache>& rows) const {
   const State& s = *state_;
   const CudaDeviceScope scope = s.scope();
-  const std::int64_t width = slots * s.head_dim;
-  const std::int64_t at = layer * s.layer_runs * s.run_size;
   s.visit([&](const auto& d) {
-    for (const auto& [to, from] :
-         {std::pair(keys.data(), d.keys_data()), std::pair(values.data(), d.values_data())})
-      detail::copy_runs(to, width, from + at, s.run_size, width, s.layer_runs,
-                        cudaMemcpyDeviceToHost, s.stream.get());
+    s.copy_rows(s.rows_of_host(rows, slots), s.rows_of(d, layer * s.layer_runs), slots,
+                s.layer_runs, cudaMemcpyDeviceToHost);
   });
   s.stream.wait();
 }
-template <class Element>
-void CudaDeviceSession<Element>::upload(std::int64_t layer, std::int64_t slots,
-                                        std::span<const Element> keys,
-                                        std::span<const Element> values) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::upload(std::int64_t layer, std::int64_t slots,
+                                               const CudaCacheRows<Cache>& rows) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
-  const std::int64_t width = slots * s.head_dim;
-  const std::int64_t at = layer * s.layer_runs * s.run_size;
   s.visit([&](auto& d) {
-    for (const auto& [to, from] :
-         {std::pair(d.keys_data(), keys.data()), std::pair(d.values_data(), values.data())})
-      detail::copy_runs(to + at, s.run_size, from, width, width, s.layer_runs,
-                        cudaMemcpyHostToDevice, s.stream.get());
+    s.copy_rows(s.rows_of(d, layer * s.layer_runs), s.rows_of_host(rows, slots), slots,
+                s.layer_runs, cudaMemcpyHostToDevice);
   });
   s.stream.wait();
 }
-template <class Element>
-bool CudaDeviceSession<Element>::hidden(std::span<float> to) const {
+template <class Element, class Cache>
+bool CudaDeviceSession<Element, Cache>::hidden(std::span<float> to) const {
   const State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.visit([&](const auto& d) { s.copy_hidden(to.data(), d.hidden_data()); });
   s.stream.wait();
   return s.hidden_normed;
 }
-template <class Element>
-void CudaDeviceSession<Element>::set_hidden(std::span<const float> hidden, bool normed) {
+template <class Element, class Cache>
+void CudaDeviceSession<Element, Cache>::set_hidden(std::span<const float> hidden, bool normed) {
   State& s = *state_;
   const CudaDeviceScope scope = s.scope();
   s.visit([&](auto& d) { s.copy_hidden(d.hidden_data(), hidden.data()); });
   s.set_state(s.total, normed);
 }
 
-template <class Element>
-std::size_t CudaDeviceSession<Element>::cache_bytes() const {
+template <class Element, class Cache>
+std::size_t CudaDeviceSession<Element, Cache>::cache_bytes() const {
   return state_->visit([](auto& d) { return d.cache_bytes(); });
 }
 

@@ -9,7 +9,8 @@
 ///     template class sluice::CudaDeviceModel<sluice::bf16>;
 ///     template class sluice::CudaDeviceSession<sluice::bf16>;
 ///
-/// (f16 likewise), and links cublasLt.
+/// (f16 likewise; CudaDeviceSession<f16, std::int8_t> for a cache of another type), and links
+/// cublasLt.
 #pragma once
 
 #include <cstddef>
@@ -113,10 +114,22 @@ struct CudaDeviceSessionConfig {
   std::int64_t place_slots = 0;  ///< slots that each has room for
 };
 
+/// Rows of the first slots of a layer, on the host. Scales are empty where rows have none.
+template <class Cache>
+struct CudaCacheRows {
+  std::span<Cache> keys;          ///< [num_kv_heads, slots, head_dim], rotated
+  std::span<Cache> values;        ///< [num_kv_heads, slots, head_dim]
+  std::span<float> key_scales;    ///< [num_kv_heads, slots]
+  std::span<float> value_scales;  ///< [num_kv_heads, slots]
+};
+
 /// One stream: its cache, its counters, and a step that was captured once and is replayed for ever.
 /// It lives on the model's device, and the model must outlive it. One thread at a time, any thread,
 /// whose current device stays what it was. Functions wait for the device where nothing else is
 /// said.
+///
+/// Element is the model's; Cache, of keys and values: Element, or std::int8_t or fp8_e4m3, codes
+/// with a scale for each row (cache/kv_element.hpp).
 ///
 /// Slots lie as RetentionConfig says, so that a Retention on the host tells which hold what: those
 /// in use are always the first ones.
@@ -124,7 +137,7 @@ struct CudaDeviceSessionConfig {
 /// Only construction allocates, but for read() and drafts: some bytes on the host, and what
 /// cuBLASLt needs for a length that it has not seen. All \throw Error(kDevice) when the device
 /// refuses.
-template <class Element>
+template <class Element, class Cache = Element>
 class CudaDeviceSession {
  public:
   /// \throws Error(kConfig, kShape) for extents that do not fit; Error(kDevice).
@@ -186,18 +199,17 @@ class CudaDeviceSession {
   /// slots are in use. Nobody may use the other meanwhile.
   void copy_from(const CudaDeviceSession& other, std::int64_t slots);
 
-  /// The first `slots` slots of a layer. keys (rotated), values: [num_kv_heads, slots, head_dim].
-  void download(std::int64_t layer, std::int64_t slots, std::span<Element> keys,
-                std::span<Element> values) const;
-  void upload(std::int64_t layer, std::int64_t slots, std::span<const Element> keys,
-              std::span<const Element> values);
+  /// Copies the first `slots` slots of a layer to the host, or from there. Precondition: `rows` has
+  /// what slots have.
+  void download(std::int64_t layer, std::int64_t slots, const CudaCacheRows<Cache>& rows) const;
+  void upload(std::int64_t layer, std::int64_t slots, const CudaCacheRows<Cache>& rows);
   /// The state behind the last token read. to: [hidden_size]. Returns whether the final norm has
   /// been applied to it, as set_hidden() said: otherwise it is the residual stream.
   bool hidden(std::span<float> to) const;
   /// Goes on from such a state: logits are formed from it when they are asked for.
   void set_hidden(std::span<const float> hidden, bool normed);
 
-  /// Device memory of keys and values.
+  /// Device memory of keys and values, with their scales.
   std::size_t cache_bytes() const;
 
  private:
@@ -209,5 +221,7 @@ extern template class CudaDeviceModel<bf16>;
 extern template class CudaDeviceModel<f16>;
 extern template class CudaDeviceSession<bf16>;
 extern template class CudaDeviceSession<f16>;
+extern template class CudaDeviceSession<f16, std::int8_t>;
+extern template class CudaDeviceSession<f16, fp8_e4m3>;
 
 }  // namespace sluice

@@ -279,12 +279,6 @@ struct StoredRow<fp8_e4m3> {
   }
 };
 
-__device__ inline void stream_load_half_word(std::uint32_t* to, const std::uint16_t* from) {
-  std::uint16_t x;
-  asm volatile("ld.global.L1::no_allocate.u16 %0, [%1];" : "=h"(x) : "l"(from));
-  *to = x;
-}
-
 /// The same address, from which the compiler cannot take the sum apart again: what is added to it
 /// later are constants of the loads, not a sum of 64 bits for each.
 __device__ inline const unsigned char* settled(const unsigned char* address) {

@@ -17,10 +17,12 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "sluice/attention/draft_tree.hpp"
+#include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/backend/cuda/device_session.hpp"
 #include "sluice/backend/cuda/quantised_layout.hpp"
 #include "sluice/backend/cuda/quantised_packing.hpp"
@@ -53,9 +55,19 @@
 
 namespace sluice {
 
-/// Element types that the GPU multiplies, in weights and in the cache.
+/// Element types of weights that the GPU multiplies.
 template <class T>
 concept CudaElement = std::same_as<T, bf16> || std::same_as<T, f16>;
+
+/// Element types of keys and values on the GPU.
+template <class T>
+concept CudaKvElement = CudaElement<T> || CudaCode<T>;
+
+/// Weights of a session that is told the type of its keys and values alone: that type, where it is
+/// one for weights. f16 else, of which a chunk's roundings are an eighth of bf16's; a model that
+/// f16 has no room for is refused when it is placed, and takes CudaSession<Element, bf16>.
+template <CudaKvElement Element>
+using CudaWeightsOf = std::conditional_t<CudaElement<Element>, Element, f16>;
 
 namespace detail {
 
@@ -290,12 +302,14 @@ struct CudaCacheView {
   /// Tokens so far, evicted ones included.
   std::int64_t total() const { return tokens; }
   std::int64_t max_chunk() const { return chunk; }
-  /// Device memory of keys and values.
+  /// Device memory of keys and values, with their scales.
   std::size_t bytes() const { return device_bytes; }
 };
 
 /// Session (stream/session.hpp) on a GPU: the same options and verbs, and the same results to
-/// rounding. Keys and values are of Element, and so are weights that are not quantised.
+/// rounding. Keys and values are of Element: bf16, f16, or codes, std::int8_t or fp8_e4m3, which
+/// are what Session<Element> stores, and take head_dim + 4 bytes a row. Weights that are not
+/// quantised are of Weight.
 ///
 /// | verb                                               |                                       |
 /// |----------------------------------------------------|---------------------------------------|
@@ -307,9 +321,9 @@ struct CudaCacheView {
 ///
 /// Policies: sinks + window, window, full, with rotated keys; others are Error(kUnsupported).
 /// Arithmetic: a step's activations are float32; a chunk of two tokens and more is read as a
-/// matrix, for which the inputs of products, and quantised weights, are rounded to Element: logits
-/// are then within 2^-8 (bf16) or 2^-11 (f16) of their size times the square root of the number of
-/// products.
+/// matrix, for which the inputs of products, quantised weights and rows of codes are rounded to
+/// Weight: logits are then within 2^-8 (bf16) or 2^-11 (f16) of their size times the square root of
+/// the number of products.
 /// The token of the greatest logit is chosen on the device. Otherwise logits come to the host, so
 /// that the same sampler draws, with the same seed, as on the CPU.
 ///
@@ -318,12 +332,14 @@ struct CudaCacheView {
 /// time, any thread; sessions of one model are independent, forks too, and run on its device. The
 /// calling thread's current device stays what it was. A verb returns when the device is done, and
 /// throws Error(kDevice) when it refuses: the session is then to be thrown away.
-template <CudaElement Element = f16>
+template <CudaKvElement Element = f16, CudaElement Weight = CudaWeightsOf<Element>>
 class CudaSession {
  public:
+  using Model = CudaModel<Weight>;
+
   /// \throws Error(kConfig) as Session does, Error(kUnsupported) naming the option that the GPU
   /// does not do; Error(kDevice).
-  CudaSession(std::shared_ptr<const CudaModel<Element>> model, const SessionOptions& options)
+  CudaSession(std::shared_ptr<const Model> model, const SessionOptions& options)
       : model_(std::move(model)),
         options_(options),
         retention_(checked(model_->decoder(), options)),
@@ -344,7 +360,7 @@ class CudaSession {
       : CudaSession(placed(std::move(model), options), options) {}
 
   const Decoder& model() const { return model_->decoder(); }
-  const std::shared_ptr<const CudaModel<Element>>& device_model() const { return model_; }
+  const std::shared_ptr<const Model>& device_model() const { return model_; }
   const SessionOptions& options() const { return options_; }
   CudaCacheView cache() const {
     return {device_.total(), retention_.config().max_chunk, device_.cache_bytes()};
@@ -590,11 +606,11 @@ class CudaSession {
   };
   using GoBack = detail::WayBack<Saved>;
 
-  static std::shared_ptr<const CudaModel<Element>> placed(std::shared_ptr<const Decoder> model,
-                                                          const SessionOptions& options) {
-    CudaModel<Element>::check_supported(*model);
+  static std::shared_ptr<const Model> placed(std::shared_ptr<const Decoder> model,
+                                             const SessionOptions& options) {
+    Model::check_supported(*model);
     static_cast<void>(checked(*model, options));  // before anything is copied
-    return std::make_shared<const CudaModel<Element>>(std::move(model));
+    return std::make_shared<const Model>(std::move(model));
   }
 
   /// The retention of all layers.
@@ -746,26 +762,43 @@ class CudaSession {
     const DecoderConfig& c = model().config();
     return {c.num_layers(), c.num_kv_heads, c.head_dim, c.head_dim};
   }
-  /// Calls visit(keys, values) for the rows of each layer's stored slots, [num_kv_heads, slots,
-  /// padded head_dim], after load(layer, keys, values) and before done(layer, keys, values).
+  /// The rows of a layer's stored slots, on the host.
+  struct LayerRows {
+    std::vector<Element> keys;        // [num_kv_heads, slots, padded head_dim]
+    std::vector<Element> values;      // the same
+    std::vector<float> key_scales;    // [num_kv_heads, slots], of codes
+    std::vector<float> value_scales;  // the same
+
+    CudaCacheRows<Element> view() { return {keys, values, key_scales, value_scales}; }
+  };
+  /// Calls visit(part) for the parts of each stored row, as KvCache has them in order: spans of a
+  /// key's elements and scales, and of a value's. load(layer, slots, rows) comes before a layer's,
+  /// done(layer, slots, rows) behind them.
   template <class Load, class Visit, class Done>
   void each_row(Load&& load, Visit&& visit, Done&& done) const {
     const KvShape shape = cache_shape();
     const std::int64_t slots = retention_.stored_slots();
     const std::int64_t padded = model_->device().shape().head_dim;
-    const auto size = static_cast<std::size_t>(shape.num_kv_heads * slots * padded);
-    std::vector<Element> keys(size, Element(0.0F));
-    std::vector<Element> values = keys;
+    const auto count = static_cast<std::size_t>(shape.num_kv_heads * slots);
+    LayerRows rows;
+    rows.keys.assign(count * static_cast<std::size_t>(padded), Element(0.0F));
+    rows.values = rows.keys;
+    rows.key_scales.resize(CudaCode<Element> ? count : 0);
+    rows.value_scales = rows.key_scales;
     for (std::int64_t layer = 0; layer < shape.num_layers; ++layer) {
-      load(layer, slots, keys, values);
+      load(layer, slots, rows.view());
       for (std::int64_t slot = 0; slot < slots; ++slot)
         for (std::int64_t head = 0; head < shape.num_kv_heads; ++head) {
-          const auto at = static_cast<std::size_t>((head * slots + slot) * padded);
-          const auto channels = static_cast<std::size_t>(shape.head_dim);
-          visit(std::span(keys).subspan(at, channels));
-          visit(std::span(values).subspan(at, channels));
+          const auto row = static_cast<std::size_t>(head * slots + slot);
+          const auto part = [&](std::vector<Element>& elements, std::vector<float>& scales) {
+            visit(std::span(elements).subspan(row * static_cast<std::size_t>(padded),
+                                              static_cast<std::size_t>(shape.head_dim)));
+            if constexpr (CudaCode<Element>) visit(std::span(scales).subspan(row, 1));
+          };
+          part(rows.keys, rows.key_scales);
+          part(rows.values, rows.value_scales);
         }
-      done(layer, slots, keys, values);
+      done(layer, slots, rows.view());
     }
   }
   /// What KvCache::save() writes of a cache with one retention.
@@ -775,12 +808,12 @@ class CudaSession {
     retention_.save(writer);
     for (std::int64_t i = 0; i < shape.num_layers * shape.num_kv_heads; ++i)
       writer.write<std::int32_t>(0);  // the retention of a head
-    each_row([&](std::int64_t layer, std::int64_t slots, std::vector<Element>& keys,
-                 std::vector<Element>& values) { device_.download(layer, slots, keys, values); },
-             [&](std::span<Element> row) {
-               detail::put_elements(writer, std::span<const Element>(row));
-             },
-             [](auto&&...) {});
+    each_row(
+        [&](std::int64_t layer, std::int64_t slots, const CudaCacheRows<Element>& rows) {
+          device_.download(layer, slots, rows);
+        },
+        [&]<class T>(std::span<T> part) { detail::put_elements(writer, std::span<const T>(part)); },
+        [](auto&&...) {});
   }
   /// What KvCache::restore() reads. \throws as that.
   void restore_cache(ByteReader& reader) {
@@ -789,15 +822,16 @@ class CudaSession {
     retention_.restore(reader);
     for (std::int64_t i = 0; i < shape.num_layers * shape.num_kv_heads; ++i)
       reader.read_expected<std::int32_t>("retention of a head", 0);
-    each_row([](auto&&...) {}, [&](std::span<Element> row) { detail::get_elements(reader, row); },
-             [&](std::int64_t layer, std::int64_t slots, std::vector<Element>& keys,
-                 std::vector<Element>& values) { device_.upload(layer, slots, keys, values); });
+    each_row([](auto&&...) {}, [&](auto part) { detail::get_elements(reader, part); },
+             [&](std::int64_t layer, std::int64_t slots, const CudaCacheRows<Element>& rows) {
+               device_.upload(layer, slots, rows);
+             });
   }
 
-  std::shared_ptr<const CudaModel<Element>> model_;
+  std::shared_ptr<const Model> model_;
   SessionOptions options_;
   Retention retention_;  // of all layers and heads: which slots on the device hold what
-  CudaDeviceSession<Element> device_;
+  CudaDeviceSession<Weight, Element> device_;
   Sampler sampler_;
   StreamMetrics metrics_;
   Buffer<Token> history_;            // [SessionOptions::history], the stream's first tokens
@@ -816,10 +850,10 @@ template <>
 struct backend_traits<cuda> {
   static constexpr std::string_view kName = "cuda";
   template <class Element>
-  static constexpr bool kStores = CudaElement<Element>;
+  static constexpr bool kStores = CudaKvElement<Element>;
 
   template <KvElement Element>
-  using Model = CudaModel<Element>;
+  using Model = CudaModel<CudaWeightsOf<Element>>;
   template <KvElement Element>
   using Session = CudaSession<Element>;
 
@@ -829,7 +863,7 @@ struct backend_traits<cuda> {
   template <KvElement Element>
   static std::shared_ptr<const Model<Element>> place(std::shared_ptr<const Decoder> model,
                                                      int device = kCurrentDevice) {
-    return std::make_shared<const CudaModel<Element>>(std::move(model), device);
+    return std::make_shared<const Model<Element>>(std::move(model), device);
   }
 };
 
