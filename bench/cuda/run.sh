@@ -165,7 +165,7 @@ sanitizer_cases() {
 racecheck CudaDecoder.Small
 racecheck CudaDuplex.Small
 racecheck QuantisedVector.RandomShapesAgainstFloat64
-racecheck ChunkAttention.Small*
+racecheck ChunkAttention.Small*:ChunkCodes.Small
 racecheck MatrixColumns.SmallShapesOfEveryEpilogueAndCount
 racecheck QuantisedColumns.AVectorDoesNotDependOnTheOthers
 racecheck SegmentAttention*.Small
@@ -173,7 +173,7 @@ racecheck DecodeAttention/*.Small
 memcheck CudaDecoder.Small:CudaDecoder.AReplayedStepIsTheSameBitsAsLaunches:CudaDuplex.Small
 memcheck CudaSessionFork.*:CudaSessionCheckpoint.Expires*
 memcheck CudaSessionDraft.KeepsTheBranchThatWasRight:CudaSessionDraft.OfManyRightGuesses
-memcheck ChunkAttention.FewTokens:ChunkAttention.Small*
+memcheck ChunkAttention.FewTokens:ChunkAttention.Small*:*Codes.Small
 memcheck MatrixColumns.*
 memcheck QuantisedColumns.InputsOfAnySize:QuantisedColumns.AVector*:QuantisedColumns.WideVectors
 memcheck QuantisedVector.*:MatrixVector.*

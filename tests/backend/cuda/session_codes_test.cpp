@@ -25,6 +25,7 @@
 #include <sluice/stream/session.hpp>
 
 #include "backend/cuda/random_decoder.hpp"
+#include "backend/cuda/snapshot_folder.hpp"
 #include "stream/session_transactions.hpp"
 
 namespace {
@@ -197,86 +198,13 @@ TEST(CudaSessionCodes, CheckpointsHoldScalesAndForksAreAlike) {
   expect_same_bits(child, session, "a fork");
 }
 
-class CudaSnapshotOfCodes : public testing::Test {
- protected:
-  void SetUp() override {
-    std::string pattern =
-        (std::filesystem::temp_directory_path() / "sluice_cuda_codes_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    folder_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-  std::string path(const char* name) const { return (folder_ / name).string(); }
-
-  std::filesystem::path folder_;
-};
-
-template <KvElement Element>
-void expect_moves(const Setting& setting, CachePolicy policy, const std::string& first,
-                  const std::string& second) {
-  SCOPED_TRACE(std::string(to_string(policy)) + ", head size " + std::to_string(setting.head_dim));
-  const auto model = make_model(setting, 231);
-  const auto placed = place_model<cuda, Element>(model);
-  SessionOptions options = transaction_options(policy, 1);
-  options.cache.window_size = 25;
-  options.cache.num_sink_tokens = 4;
-  const std::vector<Token> begin = some_tokens(73, 232);
-  const std::vector<Token> text = some_tokens(40, 233);
-  std::vector<Token> all = begin;
-  all.insert(all.end(), text.begin(), text.end());
-  const double bound = step_bound<Element>(model, options, all);
-  const auto error_on = [&](auto& found, auto& expected) {
-    double worst = relative_error(found.logits(), expected.logits());
-    for (const Token token : text) {
-      found.accept({&token, 1});
-      expected.accept({&token, 1});
-      worst = std::max(worst, relative_error(found.logits(), expected.logits()));
-    }
-    return worst;
-  };
-
-  // GPU to GPU: the same bits.
-  CudaSession<Element> device(placed, options);
-  device.accept(begin);
-  device.save(first);
-  CudaSession<Element> same(placed, options);
-  same.accept(some_tokens(9, 234));  // what it held is replaced
-  same.restore(first);
-  expect_same_bits(same, device, "restored");
-  same.save(second);
-  EXPECT_EQ(read_file(first), read_file(second));
-
-  // GPU to CPU. At first both have one state; then each stores what it forms.
-  Session<Element> host(model, options);
-  host.restore(first);
-  EXPECT_LE(relative_error(device.logits(), host.logits()), 96 * 0x1p-23);
-  EXPECT_LE(error_on(device, host), bound);
-  // The CPU's file of that state is what the GPU wrote but for the residual state.
-  Session<Element> again(model, options);
-  again.restore(first);
-  again.save(second);
-  const std::vector<std::byte> of_device = read_file(first);
-  const std::vector<std::byte> of_host = read_file(second);
-  ASSERT_EQ(of_device.size(), of_host.size() + 8 + sizeof(float) * kHidden);
-  EXPECT_TRUE(std::equal(of_host.begin(), of_host.end() - 8, of_device.begin()));
-
-  // CPU to GPU, and back without a change.
-  Session<Element> origin(model, options);
-  origin.accept(begin);
-  origin.save(first);
-  CudaSession<Element> moved(placed, options);
-  moved.restore(first);
-  EXPECT_LE(relative_error(moved.logits(), origin.logits()), 96 * 0x1p-23);
-  moved.save(second);
-  EXPECT_EQ(read_file(first), read_file(second));
-  EXPECT_LE(error_on(moved, origin), bound);
-}
+class CudaSnapshotOfCodes : public SnapshotFolder {};
 
 TEST_F(CudaSnapshotOfCodes, MovesBetweenBackends) {
   SKIP_WITHOUT_DEVICE();
   for (const CachePolicy policy : {CachePolicy::kSinkWindow, CachePolicy::kFull})
-    expect_moves<std::int8_t>({.head_dim = 64}, policy, path("first"), path("second"));
-  expect_moves<fp8_e4m3>({.head_dim = 40}, CachePolicy::kWindow, path("first"), path("second"));
+    expect_moves<std::int8_t>({.head_dim = 64}, policy, step_bound<std::int8_t>);
+  expect_moves<fp8_e4m3>({.head_dim = 40}, CachePolicy::kWindow, step_bound<fp8_e4m3>);
 }
 
 TEST_F(CudaSnapshotOfCodes, OfAnotherTypeIsRefused) {

@@ -27,6 +27,7 @@
 #include <sluice/stream/session.hpp>
 
 #include "backend/cuda/random_decoder.hpp"
+#include "backend/cuda/snapshot_folder.hpp"
 #include "stream/session_kill.hpp"
 #include "stream/session_transactions.hpp"
 #include "support/count_allocations.hpp"
@@ -158,107 +159,18 @@ TEST(CudaSessionFork, IsMadeAlikeAndGoesItsOwnWay) {
 
 // --- Snapshots -----------------------------------------------------------------------------------
 
-class CudaSnapshot : public testing::Test {
- protected:
-  void SetUp() override {
-    std::string pattern =
-        (std::filesystem::temp_directory_path() / "sluice_cuda_snapshot_XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    folder_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-  std::string path(const char* name) const { return (folder_ / name).string(); }
-
-  std::filesystem::path folder_;
-};
-
-/// Both backends' sessions after the same text, some of it written: the ring has gone round.
-template <class AnySession>
-void begin_stream(AnySession& session) {
-  session.accept(some_tokens(60, 111));
-  for (int i = 0; i < 13; ++i) static_cast<void>(session.step());
-}
-/// The largest relative error of two sessions' logits while both are given one text.
-template <class A, class B>
-double error_on(A& found, B& expected, std::span<const Token> text) {
-  double worst = relative_error(found.logits(), expected.logits());
-  for (const Token token : text) {
-    found.accept({&token, 1});
-    expected.accept({&token, 1});
-    worst = std::max(worst, relative_error(found.logits(), expected.logits()));
-  }
-  return worst;
-}
-
-template <KvElement Element>
-void expect_moves(const Setting& setting, CachePolicy policy, const std::string& first,
-                  const std::string& second) {
-  SCOPED_TRACE(std::string(to_string(policy)) + ", head size " + std::to_string(setting.head_dim));
-  const auto model = make_model(setting, 112);
-  const auto placed = place_model<cuda, Element>(model);
-  SessionOptions options = transaction_options(policy, 1);
-  options.cache.window_size = 25;
-  options.cache.num_sink_tokens = 4;
-  const std::vector<Token> text = some_tokens(40, 113);
-
-  // GPU to GPU: the same bits, the sampler's too.
-  CudaSession<Element> device(placed, options);
-  begin_stream(device);
-  const std::int64_t position = device.position();
-  device.save(first);
-  CudaSession<Element> same(placed, options);
-  same.accept(some_tokens(9, 114));  // what it held is replaced
-  same.restore(first);
-  EXPECT_EQ(same.position(), position);
-  expect_same_bits(same, device, "restored");
-  same.save(second);
-  EXPECT_EQ(read_file(first), read_file(second));
-
-  // GPU to CPU. At first both have one state, and the CPU rounds nothing in its last product but
-  // to float32: sums of 96 products, in another order.
-  Session<Element> host(model, options);
-  host.restore(first);
-  EXPECT_EQ(host.position(), position);
-  EXPECT_LE(relative_error(device.logits(), host.logits()), 96 * 0x1p-23);
-  EXPECT_EQ(host.common_prefix(some_tokens(60, 111)), 60);
-  EXPECT_LE(error_on(device, host, text), kExactBound);
-
-  // The CPU's file of a state that it was given is what the GPU wrote but for the residual state.
-  Session<Element> again(model, options);
-  again.restore(first);
-  again.save(second);
-  const std::vector<std::byte> of_device = read_file(first);
-  const std::vector<std::byte> of_host = read_file(second);
-  ASSERT_EQ(of_device.size(), of_host.size() + 8 + sizeof(float) * kHidden);
-  EXPECT_TRUE(std::equal(of_host.begin(), of_host.end() - 8, of_device.begin()));
-
-  // CPU to GPU, from a stream of the CPU's own, and back without a change.
-  Session<Element> origin(model, options);
-  begin_stream(origin);
-  origin.save(first);
-  CudaSession<Element> moved(placed, options);
-  moved.restore(first);
-  EXPECT_LE(relative_error(moved.logits(), origin.logits()), 96 * 0x1p-23);
-  moved.save(second);
-  EXPECT_EQ(read_file(first), read_file(second));
-  // Checkpoints and forks know that the norm has been applied.
-  CudaSession<Element> child = moved.fork();
-  expect_same_bits(child, moved, "a fork");
-  const CheckpointId id = moved.checkpoint();
-  const std::vector<float> logits = copy(moved.logits());
-  EXPECT_LE(error_on(moved, origin, text), kExactBound);
-  moved.rollback_to(id);
-  EXPECT_EQ(copy(moved.logits()), logits);
-}
+class CudaSnapshot : public SnapshotFolder {};
 
 TEST_F(CudaSnapshot, MovesBetweenBackends) {
   SKIP_WITHOUT_DEVICE();
+  const auto bound = [](const auto&, const auto&, const auto&) {
+    return kExactBound;
+  };
   for (const CachePolicy policy : {CachePolicy::kSinkWindow, CachePolicy::kFull})
-    expect_moves<bf16>({.head_dim = 64}, policy, path("first"), path("second"));
+    expect_moves<bf16>({.head_dim = 64}, policy, bound);
   // Padded, interleaved; keys of other elements.
-  expect_moves<bf16>({.head_dim = 40}, CachePolicy::kSinkWindow, path("first"), path("second"));
-  expect_moves<f16>({.head_dim = 16, .interleaved = true}, CachePolicy::kWindow, path("first"),
-                    path("second"));
+  expect_moves<bf16>({.head_dim = 40}, CachePolicy::kSinkWindow, bound);
+  expect_moves<f16>({.head_dim = 16, .interleaved = true}, CachePolicy::kWindow, bound);
 }
 
 TEST_F(CudaSnapshot, OfAnEmptyStream) {

@@ -35,6 +35,7 @@
 
 #include "sluice/backend/cuda/backend.cuh"
 #include "sluice/backend/cuda/decode_step.cuh"
+#include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/backend/cuda/kv_codes.cuh"
 #include "sluice/backend/cuda/memory.cuh"
 #include "sluice/core/element.hpp"
@@ -501,7 +502,7 @@ struct CachedRows {
   static constexpr int kPart = kHeadDim + kPartPadding;
 };
 template <class Element, int kHeadDim>
-requires(kIsByteCode<Element>) struct CachedRows<Element, kHeadDim> {
+requires(CudaCode<Element>) struct CachedRows<Element, kHeadDim> {
   using H = Half<f16>;
   using Stored = std::uint8_t;
   using Keys = CodeKeyFragment<Element, kHeadDim>;
@@ -520,7 +521,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
   using H = typename Rows::H;
   using Stored = typename Rows::Stored;
   using Values = typename Rows::Values;
-  constexpr bool kScaled = kIsByteCode<Element>;
+  constexpr bool kScaled = CudaCode<Element>;
   constexpr int kParts = Rows::kParts;
   constexpr int kTile = kParts * kDecodeTile;
   constexpr int kRow = Rows::kQueryRow;
@@ -1195,8 +1196,7 @@ __global__ void __launch_bounds__(kMaxDecodeWarps<kHeadDim>* kWarpSize, 1)
 template <class Element, int kHeadDim>
 class DecodeAttentionPlan {
   using Rows = detail::CachedRows<Element, kHeadDim>;
-  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16> ||
-                    detail::kIsByteCode<Element>,
+  static_assert(std::is_same_v<Element, bf16> || std::is_same_v<Element, f16> || CudaCode<Element>,
                 "decode attention caches bf16, f16, int8_t or fp8_e4m3");
   static_assert(kHeadDim == 64 || kHeadDim == 80 || kHeadDim == 96 || kHeadDim == 128 ||
                     kHeadDim == 256,

@@ -6,16 +6,11 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
+#include "sluice/backend/cuda/decoder_shape.hpp"
 #include "sluice/core/element.hpp"
 
 namespace sluice::detail {
-
-/// Elements whose rows are codes of a byte with one float scale a row.
-template <class Element>
-inline constexpr bool kIsByteCode =
-    std::is_same_v<Element, std::int8_t> || std::is_same_v<Element, fp8_e4m3>;
 
 /// x / y in float32, rounded to nearest even, small numbers kept.
 __device__ inline float divide(float x, float y) {
@@ -155,7 +150,7 @@ __device__ float quantise_quads(const float4 (&x)[kQuads], std::uint32_t (&codes
 /// every lane; storing it is the caller's.
 template <class Element, int kHeadDim>
 __device__ float quantise_row(const float* from, Element* to, int lane) {
-  static_assert(kIsByteCode<Element> && kHeadDim % 4 == 0);
+  static_assert(CudaCode<Element> && kHeadDim % 4 == 0);
   constexpr int kQuads = (kHeadDim + 127) / 128;
   float4 x[kQuads];
   std::uint32_t codes[kQuads];
